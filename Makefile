@@ -1,0 +1,51 @@
+# Every target installs what it needs into .venv first: the versions of constraints.txt, again when they change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= Albert Einstein was known for
+ARGS ?=
+
+# The prompt reaches the command through the environment and is never expanded, so quotes and dollar signs survive.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+# $(call install,EXTRAS,STAMPS): the stamps come last, so that an interrupted install is done again.
+define install
+@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"BTLM needs Python 3.11 or newer, $(PYTHON) is {v}: name another one, as in make PYTHON=python3.12")'
+$(PYTHON) -m venv .venv
+$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.$(1)'
+@touch $(2)
+endef
+
+.PHONY: help generate test test-all check bench clean
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+generate: .venv/.base  ## continue PROMPT="..." with the bundled model; ARGS="..." adds options of `btlm generate`
+	@$(BIN)/btlm generate "$$PROMPT" $(ARGS)
+
+test: .venv/.dev  ## run the fast tests
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: .venv/.dev  ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev  ## format, lint and types; changes nothing
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: .venv/.dev  ## run every script of benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+clean:  ## remove .venv, caches and built packages
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.base: pyproject.toml constraints.txt
+	$(call install,,.venv/.base)
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(call install,[dev],.venv/.base .venv/.dev)

@@ -1,0 +1,167 @@
+"""ALiBi (arXiv 2108.12409) and its linear position interpolation (arXiv 2310.13017).
+
+Letters: B batch, H heads, Q queries, K keys, F folded features.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Products with it must dominate every score and stay finite in fp16: 2**15 * 2**15 * scale.
+_MASK = float(2**15)
+
+
+def alibi_slopes(n_head: int, device: torch.device | str | None = None) -> Tensor:
+    """Slopes of ALiBi, one a head: ``2**(-8 (i + 1) / n_head)`` where ``n_head`` is a power of two.
+
+    Other numbers of heads take the slopes of the power of two below, followed by every other slope of the one above
+    (the interleave of Press et al.).
+
+    Returns:
+        fp32 tensor ``[n_head]``.
+    """
+    lower = 2 ** math.floor(math.log2(n_head))
+    steps = torch.arange(1, lower + 1, dtype=torch.float32, device=device) * (8.0 / lower)
+    if lower < n_head:
+        between = torch.arange(1, 2 * (n_head - lower), 2, dtype=torch.float32, device=device) * (4.0 / lower)
+        steps = torch.cat((steps, between))
+    return torch.exp2(-steps)
+
+
+def alibi_scaling_problem(alibi_scaling: object) -> str | None:
+    """What is wrong with a value of ``alibi_scaling``, or ``None`` where it is valid."""
+    remedy = (
+        'use null, {"type": "linear", "factor": float > 1} or {"type": "linear", "train_seq_len": int > 1} '
+        "(exactly one of factor and train_seq_len)"
+    )
+    if alibi_scaling is None:
+        return None
+    if not isinstance(alibi_scaling, dict):
+        return f"alibi_scaling is {alibi_scaling!r}; {remedy}"
+    factor, train_seq_len = alibi_scaling.get("factor"), alibi_scaling.get("train_seq_len")
+    fixed = isinstance(factor, (int, float)) and not isinstance(factor, bool) and 1 < factor < math.inf
+    dynamic = isinstance(train_seq_len, int) and not isinstance(train_seq_len, bool) and train_seq_len > 1
+    known = {key for key, value in alibi_scaling.items() if value is not None}
+    valid = (fixed and known == {"type", "factor"}) or (dynamic and known == {"type", "train_seq_len"})
+    if alibi_scaling.get("type") != "linear" or not valid:
+        return f"alibi_scaling is {alibi_scaling!r}; {remedy}"
+    return None
+
+
+def train_seq_len(alibi_scaling: dict[str, Any] | None) -> int | None:
+    """Training length of dynamic interpolation; ``None`` where it is off or fixed."""
+    return (alibi_scaling or {}).get("train_seq_len")
+
+
+def interpolated_slopes(slopes_H: Tensor, alibi_scaling: dict[str, Any] | None, key_lengths_B: Tensor) -> Tensor:
+    """Slopes divided by the interpolation factor.
+
+    The factor is 1 without ``alibi_scaling``, ``factor`` where it is fixed, and ``max(1, key_length / train_seq_len)``
+    where it is dynamic.
+
+    Args:
+        slopes_H: Slopes of the heads, fp32.
+        alibi_scaling: A valid value of the configuration key.
+        key_lengths_B: Keys that each sequence attends to, padding not counted, ``[B]`` or ``[1]``.
+
+    Returns:
+        fp32 tensor ``[B, H]`` or ``[1, H]``.
+    """
+    if alibi_scaling is None:
+        return slopes_H[None]
+    trained = train_seq_len(alibi_scaling)
+    if trained is None:
+        return slopes_H[None] / alibi_scaling["factor"]
+    factor_B = (key_lengths_B.to(torch.float32) / trained).clamp(min=1.0)
+    return slopes_H[None] / factor_B[:, None]
+
+
+def attention_bias(
+    slopes_BH: Tensor | None, query_positions_Q: Tensor, num_keys: int, key_mask_BK: Tensor | None, *, causal: bool
+) -> Tensor:
+    """The explicit bias ``-slope * |i - j|`` with causality and padding, for one query or for eager attention.
+
+    Args:
+        slopes_BH: Slopes, fp32 ``[B or 1, H]``; ``None`` without ALiBi.
+        query_positions_Q: Slots of the queries among the keys.
+        num_keys: Number of keys, in slots ``0 .. num_keys - 1``.
+        key_mask_BK: False where a key is padding.
+        causal: Hide keys after the query.
+
+    Returns:
+        fp32 tensor broadcastable to ``[B, H, Q, K]``, to be added to the scaled scores.
+    """
+    key_positions_K = torch.arange(num_keys, device=query_positions_Q.device)
+    distance_QK = query_positions_Q[:, None] - key_positions_K
+    bias = torch.zeros((), dtype=torch.float32, device=distance_QK.device).expand(1, 1, *distance_QK.shape)
+    if slopes_BH is not None:
+        bias = -slopes_BH[:, :, None, None] * distance_QK.abs()
+    if causal:
+        bias = bias.masked_fill(distance_QK < 0, torch.finfo(torch.float32).min)
+    if key_mask_BK is not None:
+        bias = bias.masked_fill(~key_mask_BK[:, None, None, :], torch.finfo(torch.float32).min)
+    return bias
+
+
+def fold_attention_bias(
+    slopes_BH: Tensor | None,
+    query_positions_Q: Tensor,
+    num_keys: int,
+    key_mask_BK: Tensor | None,
+    *,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """ALiBi and key padding as extra dimensions of queries and keys, so that plain attention computes both.
+
+    ``-slope * (i - j)`` is a dot product of ``(slope, -slope * i)`` with ``(j, 1)``, and a padded key gets one feature
+    that drives its score below every other. Any kernel that knows causal attention then knows ALiBi, memory is linear
+    in context, and nothing of it is cached: it is made afresh for the slopes in force.
+
+    Exactness: positions are split in base-256 digits and slopes in a leading part of 8 significant bits and a rest, so
+    every product is exact in fp32 even from bf16. The features stand *before* the head's own dimensions, and the row
+    term is part of them although softmax cancels it: the sum over the leading parts is then exact and small when the
+    head's own products are added. Behind the head's dimensions, or without the row term, fp32 scores at 8,192 tokens
+    lose 10 bits (docs/DECISIONS.md).
+
+    Args:
+        slopes_BH: Slopes, fp32 ``[B or 1, H]``; ``None`` without ALiBi.
+        query_positions_Q: Slots of the queries among the keys.
+        num_keys: Number of keys, at most 2**24.
+        key_mask_BK: False where a key is padding.
+        scale: What the attention kernel multiplies scores by.
+        dtype: Of queries and keys.
+
+    Returns:
+        Query features ``[B or 1, H or 1, Q, F]`` and key features ``[B or 1, 1, K, F]`` in ``dtype``; F is 8 up to
+        65,536 keys and 10 beyond.
+    """
+    device = query_positions_Q.device
+    num_digits = 2 if num_keys <= 2**16 else 3
+    positions_K = torch.arange(num_keys, device=device)
+    ones_K = torch.ones_like(positions_K)
+    # fp16 ends at 65,504: keys carry at most 255 * 256, queries the rest of the power of 256.
+    digits = [(positions_K >> (8 * n) & 255) * (256 if n else 1) for n in range(num_digits)]
+    masked_BK = torch.zeros_like(positions_K)[None] if key_mask_BK is None else (~key_mask_BK).to(positions_K.dtype)
+    key_columns = [*digits, 256 * ones_K, 256 * ones_K, 256 * ones_K, *digits]
+    key_features = torch.stack([column.expand(masked_BK.shape) for column in key_columns] + [-_MASK * masked_BK], -1)
+
+    slopes_BHQ = torch.zeros((1, 1, 1), device=device) if slopes_BH is None else (slopes_BH / scale)[..., None]
+    high = slopes_BHQ.to(torch.bfloat16).to(torch.float32)
+    low = (slopes_BHQ - high).to(dtype).to(torch.float32)
+    positions_Q = query_positions_Q.to(torch.float32) / 256
+    row = -high * positions_Q
+    row_1 = row.to(dtype).to(torch.float32)
+    row_rest = (row - row_1) - low * positions_Q
+    row_2 = row_rest.to(dtype).to(torch.float32)
+    weights = [256.0 ** max(n - 1, 0) for n in range(num_digits)]
+    query_columns = [
+        *(high * weight for weight in weights),
+        *(row_1, row_2, row_rest - row_2),
+        *(low * weight for weight in weights),
+        torch.full_like(high, _MASK),
+    ]
+    query_features = torch.stack([column.expand(row.shape) for column in query_columns], -1)
+    return query_features.to(dtype), key_features.to(dtype)[:, None]

@@ -1,0 +1,540 @@
+"""The BTLM network: GPT-2 blocks with SwiGLU, ALiBi and maximal update parametrization.
+
+Module and tensor names, and the ``[in, out]`` layout of projections, are those of the released checkpoints.
+
+Letters: B batch, H heads, Q queries, K keys, D head dimension, C width (``n_embd``), F folded features.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .alibi import alibi_slopes, attention_bias, fold_attention_bias, interpolated_slopes, train_seq_len
+from .configuration_btlm import BTLMConfig
+from .mup import init_weights, mup_param_groups, name_layers, scale_embeddings, scale_logits
+from .quantization_btlm import BTLMQuantizer  # noqa: F401 - importing it lets eight-bit folders load
+from .tokenization_btlm import VOCABULARY, VOCABULARY_SIZE, load_tokenizer
+
+logger = logging.get_logger(__name__)
+
+# Queries that are attended at once when new tokens follow cached ones: bounds the [queries, keys] causal mask.
+QUERY_BLOCK = 512
+
+
+class AttentionPlan(NamedTuple):
+    """What every block needs to attend, made once a forward pass: an explicit bias, folded features, or neither."""
+
+    num_keys: int
+    query_positions_Q: Tensor
+    scale: float
+    is_causal: bool
+    slopes_BH: Tensor | None = None
+    key_mask_BK: Tensor | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    features: tuple[Tensor, Tensor] | None = None
+    output_attentions: bool = False
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Features for queries and keys of ``dtype``; made anew where a block computes in another one."""
+        if self.features is not None and self.features[0].dtype == dtype:
+            return self.features
+        return fold_attention_bias(
+            self.slopes_BH,
+            self.query_positions_Q,
+            self.num_keys,
+            self.key_mask_BK,
+            scale=self.scale,
+            dtype=dtype,
+        )
+
+
+class BTLMAttention(nn.Module):
+    """Multi-head attention; ALiBi and padding come folded into head dimensions (see :mod:`btlm.model.alibi`)."""
+
+    def __init__(self, config: BTLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_head = config.n_head
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale
+        self.query_scale = 1.0 / (layer_idx + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities ``[B, H, Q, K]`` where the plan asks for them."""
+        heads = (*hidden_states.shape[:-1], self.n_head, self.head_dim)
+        query, key, value = (x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
+        if self.query_scale != 1.0:
+            query = query * self.query_scale
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            key, value = key[:, :, : plan.num_keys], value[:, :, : plan.num_keys]
+        if plan.bias is not None:
+            output, probabilities = self._attend_with_bias(query, key, value, plan)
+        else:
+            output, probabilities = self._attend_folded(query, key, value, plan), None
+        output = output.transpose(1, 2).reshape(hidden_states.shape)
+        return self.resid_dropout(self.c_proj(output)), probabilities
+
+    def _attend_with_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit scores: for a single query, where it is the fastest form, and for returned probabilities."""
+        assert plan.bias is not None
+        scores_BHQK = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + plan.bias
+        probabilities = scores_BHQK.softmax(dim=-1)
+        weights = self.attn_dropout(probabilities).to(value.dtype)
+        return torch.matmul(weights, value), probabilities if plan.output_attentions else None
+
+    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        """Fused attention over queries and keys that carry ALiBi and padding in extra head dimensions."""
+        if plan.features is not None:
+            query_features, key_features = plan.folded(query.dtype)
+            batch = query.shape[0]
+            query_features = query_features.expand(batch, self.n_head, -1, -1)
+            key_features = key_features.expand(batch, self.n_head, -1, -1)
+            # Fused kernels want equal head sizes, a multiple of 8, for queries, keys and values.
+            width = self.head_dim + query_features.shape[-1]
+            padding = -width % 8
+            query = F.pad(torch.cat((query_features, query), dim=-1), (0, padding))
+            key = F.pad(torch.cat((key_features, key), dim=-1), (0, padding))
+            value = F.pad(value, (0, width - self.head_dim + padding))
+        dropout = self.attn_dropout.p if self.training else 0.0
+
+        def attend(query: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            )
+
+        if plan.mask is not None or plan.is_causal:
+            output = attend(query, plan.mask, plan.is_causal)
+        else:
+            key_positions_K = torch.arange(plan.num_keys, device=key.device)
+            blocks = zip(query.split(QUERY_BLOCK, dim=2), plan.query_positions_Q.split(QUERY_BLOCK), strict=True)
+            outputs = [attend(block, positions[:, None] >= key_positions_K, False) for block, positions in blocks]
+            output = torch.cat(outputs, dim=2)
+        return output[..., : self.head_dim]
+
+
+class BTLMMLP(nn.Module):
+    """Feed-forward layer: ``c_proj(c_fc(x) * silu(c_fc2(x)))`` for SwiGLU (arXiv 2002.05202), else one activation."""
+
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__()
+        self.swiglu = config.activation_function == "swiglu"
+        self.c_fc = Conv1D(config.inner_dim, config.n_embd)
+        if self.swiglu:
+            self.c_fc2 = Conv1D(config.inner_dim, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.inner_dim)
+        self.act = ACT2FN["silu" if self.swiglu else config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[B, Q, C]`` to ``[B, Q, C]``."""
+        if self.swiglu:
+            inner = self.c_fc(hidden_states) * self.act(self.c_fc2(hidden_states))
+        else:
+            inner = self.act(self.c_fc(hidden_states))
+        output: Tensor = self.dropout(self.c_proj(inner))
+        return output
+
+
+class BTLMBlock(GradientCheckpointingLayer):
+    """Pre-LayerNorm transformer block."""
+
+    def __init__(self, config: BTLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = BTLMAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = BTLMMLP(config)
+
+    def forward(
+        self, hidden_states: Tensor, plan: AttentionPlan, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities where the plan asks for them."""
+        attended, probabilities = self.attn(self.ln_1(hidden_states), plan, past_key_values)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states)), probabilities
+
+
+class RelativePositions(nn.Module):
+    """Holds the ALiBi slopes under their released name.
+
+    Checkpoints store them in bf16, whose rounding moves scores by several tenths at long distance. They are derived
+    from the number of heads alone, so attention computes them in fp32 and the stored copy is only carried along.
+    """
+
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.register_buffer("slopes", alibi_slopes(config.n_head))
+
+    def forward(self, device: torch.device) -> Tensor:
+        """Exact slopes, fp32 ``[H]``."""
+        return alibi_slopes(self.n_head, device)
+
+
+class BTLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization shared by the classes below."""
+
+    config: BTLMConfig
+    config_class = BTLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BTLMBlock"]  # noqa: RUF012 - the class attributes are Transformers' contract
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    # Causality buffers of checkpoints written by old versions of the original code.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # noqa: RUF012
+    # Some converted checkpoints leave out the slopes; they follow from the number of heads.
+    _keys_to_ignore_on_load_missing = [r"relative_pe\.slopes$"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config)
+        if isinstance(module, RelativePositions):
+            with torch.no_grad():
+                module.slopes.copy_(alibi_slopes(module.n_head, module.slopes.device))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, save_code: bool = False, **kwargs: Any) -> None:
+        """Write a checkpoint folder that the original code loads too, with the tokenizer where it fits the vocabulary.
+
+        Args:
+            save_directory: The folder.
+            *args: As for :meth:`transformers.PreTrainedModel.save_pretrained`.
+            save_code: Put the network's code beside the weights, so that the folder loads with
+                ``trust_remote_code=True`` where btlm is not installed.
+            **kwargs: As for :meth:`transformers.PreTrainedModel.save_pretrained`.
+        """
+        with _carry_code(self) if save_code else nullcontext():
+            super().save_pretrained(save_directory, *args, **kwargs)
+        fits = self.config.vocab_size == VOCABULARY_SIZE and VOCABULARY.exists()
+        if fits and not (Path(save_directory) / "tokenizer_config.json").exists():
+            load_tokenizer().save_pretrained(save_directory)
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Keep the two-dimensional padding mask: causality and ALiBi need no mask tensor here."""
+        return attention_mask
+
+
+class BTLMModel(BTLMPreTrainedModel):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: BTLMConfig) -> None:
+        config.raise_problems()
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position_embedding_type == "alibi":
+            self.relative_pe = RelativePositions(config)
+        else:
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([BTLMBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        name_layers(self)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token table."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token table."""
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the blocks.
+
+        Args:
+            input_ids: int64 ``[B, Q]``, the tokens that are not in the cache.
+            past_key_values: Keys and values of the tokens before them.
+            attention_mask: ``[B, K]`` with 0 at padding, anywhere in the row; or a complete mask ``[B, 1, Q, K]``,
+                boolean or additive, that includes causality.
+            position_ids: int64 ``[B, Q]``, used by learned positions. ALiBi is relative to the slots of the tokens.
+            inputs_embeds: ``[B, Q, C]`` instead of ``input_ids``, before the embedding multiplier.
+            use_cache: Return a cache; ``config.use_cache`` by default, never while checkpointing gradients.
+            output_attentions: Return probabilities ``[B, H, Q, K]`` of every block (explicit attention, fp32).
+            output_hidden_states: Return the input of every block and the final output.
+            return_dict: Return a tuple when false.
+            **kwargs: Ignored keys that generation passes along.
+
+        Raises:
+            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, or the text is longer than
+                a learned position table.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache(config=config)
+
+        embeds_BQC = scale_embeddings(inputs_embeds, config)
+        if config.position_embedding_type == "learned":
+            embeds_BQC = embeds_BQC + self._position_embeddings(embeds_BQC, cache, attention_mask, position_ids)
+        num_new = embeds_BQC.shape[1]
+        if cache is not None and train_seq_len(config.alibi_scaling) is not None:
+            embeds_BQC = self._recompute_if_rescaled(embeds_BQC, cache)
+
+        plan = self._plan(embeds_BQC, cache, attention_mask, output_attentions=bool(output_attentions))
+        hidden_states = self.drop(embeds_BQC)
+        all_hidden_states: tuple[Tensor, ...] = ()
+        all_attentions: tuple[Tensor | None, ...] = ()
+        for block in self.h:
+            all_hidden_states += (hidden_states,) if output_hidden_states else ()
+            hidden_states, probabilities = block(hidden_states, plan, past_key_values=cache)
+            all_attentions += (probabilities,) if output_attentions else ()
+        hidden_states = self.ln_f(hidden_states[:, -num_new:])
+        all_hidden_states += (hidden_states,) if output_hidden_states else ()
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=all_hidden_states or None,
+            attentions=all_attentions or None,
+        )
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _plan(
+        self, embeds_BQC: Tensor, cache: Cache | None, attention_mask: Tensor | None, *, output_attentions: bool
+    ) -> AttentionPlan:
+        config = self.config
+        batch, num_queries, _ = embeds_BQC.shape
+        device = embeds_BQC.device
+        past = cache.get_seq_length() if cache is not None else 0
+        # A static cache counts its tokens in a tensor, once it holds any; then all its slots are keys.
+        static = isinstance(past, Tensor)
+        num_keys = cache.get_max_length() if static and cache is not None else past + num_queries
+        query_positions_Q = torch.arange(num_queries, device=device) + past
+        full_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+        key_mask_BK = None
+        if attention_mask is not None and full_mask is None:
+            key_mask_BK = attention_mask.to(device=device, dtype=torch.bool)
+            if not static and key_mask_BK.shape[-1] < num_keys:
+                raise ValueError(
+                    f"attention_mask covers {key_mask_BK.shape[-1]} tokens but {num_keys} are attended to; "
+                    "include the cached ones."
+                )
+            key_mask_BK = F.pad(key_mask_BK[:, :num_keys], (0, max(0, num_keys - key_mask_BK.shape[-1])))
+
+        slopes_BH = None
+        if config.position_embedding_type == "alibi":
+            if key_mask_BK is not None:
+                visible_BK = key_mask_BK & (torch.arange(num_keys, device=device) <= query_positions_Q[-1])
+                key_lengths_B = visible_BK.sum(dim=-1)
+            else:
+                key_lengths_B = query_positions_Q[-1:] + 1
+            slopes_BH = interpolated_slopes(self.relative_pe(device), config.alibi_scaling, key_lengths_B)
+
+        plan = AttentionPlan(
+            num_keys,
+            query_positions_Q,
+            scale=config.attention_scale,
+            is_causal=not static and past == 0 and full_mask is None,
+            slopes_BH=slopes_BH,
+            key_mask_BK=key_mask_BK,
+            output_attentions=output_attentions,
+        )
+        if num_queries == 1 or output_attentions or config._attn_implementation == "eager":
+            bias = attention_bias(slopes_BH, query_positions_Q, num_keys, key_mask_BK, causal=full_mask is None)
+            return plan._replace(bias=bias if full_mask is None else bias + _additive(full_mask[..., :num_keys]))
+        if slopes_BH is not None or key_mask_BK is not None:
+            autocast = torch.is_autocast_enabled(device.type)
+            plan = plan._replace(
+                features=plan.folded(torch.get_autocast_dtype(device.type) if autocast else embeds_BQC.dtype)
+            )
+        if full_mask is not None:
+            mask = full_mask[..., :num_keys]
+            plan = plan._replace(mask=mask if mask.dtype == torch.bool else mask.to(embeds_BQC.dtype))
+        return plan
+
+    def _position_embeddings(
+        self, embeds_BQC: Tensor, cache: Cache | None, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        past = cache.get_seq_length() if cache is not None else 0
+        num_queries = embeds_BQC.shape[1]
+        if not isinstance(past, Tensor) and past + num_queries > self.config.n_positions:
+            raise ValueError(
+                f"{past + num_queries} tokens do not fit the {self.config.n_positions} learned positions (n_positions)."
+            )
+        if position_ids is None:
+            position_ids = (torch.arange(num_queries, device=embeds_BQC.device) + past)[None]
+            if attention_mask is not None and attention_mask.ndim == 2:
+                counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = counted.gather(1, position_ids.expand(len(counted), -1))
+        positions: Tensor = self.wpe(position_ids)
+        return positions
+
+    def _recompute_if_rescaled(self, embeds_BQC: Tensor, cache: Cache) -> Tensor:
+        """Under dynamic interpolation, replay the whole text once its length changes the slopes.
+
+        The slopes depend on the total length, so past the training length every token changes the keys and values that
+        deeper blocks hold for *all* tokens. To give the logits of an uncached forward, the cache carries the embeddings
+        of its tokens as one more layer (which beam search reorders with the others), and beyond the training length
+        the blocks run again over all of them.
+
+        Returns:
+            The embeddings that the blocks have to process: the new ones, or those of the whole text.
+        """
+        trained = train_seq_len(self.config.alibi_scaling)
+        assert trained is not None
+        past = int(cache.get_seq_length())
+        layers, n_layer = cache.layers, self.config.n_layer
+        if past == 0:
+            del layers[n_layer:]
+        if len(layers) < n_layer:  # a dynamic cache adds its layers on first use
+            layers.extend(DynamicLayer() for _ in range(n_layer - len(layers)))
+        if len(layers) == n_layer:
+            static = isinstance(layers[0], StaticLayer)
+            layers.append(StaticLayer(max_cache_len=layers[0].max_cache_len) if static else DynamicLayer())
+        all_embeds, _ = layers[n_layer].update(embeds_BQC[:, None], embeds_BQC[:, None, :, :0])
+        total = past + embeds_BQC.shape[1]
+        if past == 0 or total <= trained:
+            return embeds_BQC
+        logger.warning_once(
+            f"The text exceeds train_seq_len ({trained}): dynamic interpolation changes with every token, so each "
+            'step runs over the whole text. A fixed {"type": "linear", "factor": ...} keeps the cache.'
+        )
+        for layer in layers[:n_layer]:
+            layer.reset()
+            layer.is_initialized = layer.is_initialized and not isinstance(layer, DynamicLayer)
+        replayed: Tensor = all_embeds[:, 0, :total]
+        return replayed
+
+
+class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
+    """BTLM with its language-modeling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.transformer = BTLMModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        name_layers(self)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss where ``labels`` are given; the other arguments are those of :class:`BTLMModel`.
+
+        Args:
+            labels: int64 ``[B, Q]``, usually ``input_ids``: they are shifted inside; -100 is not counted.
+            logits_to_keep: Compute logits for the last tokens only (0 for all), or for the given indices.
+
+        Returns:
+            ``logits`` ``[B, Q, vocab_size]`` with the muP output multiplier applied, ``loss`` the mean cross-entropy in
+            nats a token, and what :class:`BTLMModel` returns.
+        """
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(scale_logits(outputs.last_hidden_state[:, kept], self.config))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def get_mup_param_groups(
+        self, lr: float, weight_decay: float = 0.0, decoupled_wd: bool = True
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer: see :func:`btlm.model.mup.mup_param_groups`."""
+        return mup_param_groups(self.named_parameters(), self.config, lr, weight_decay, decoupled_wd)
+
+
+@contextmanager
+def _carry_code(model: BTLMPreTrainedModel) -> Iterator[None]:
+    """Let the saves inside copy the code: Transformers does so for classes that name their Auto class."""
+    model_class, config_class = type(model), type(model.config)
+    before = model_class._auto_class, config_class._auto_class
+    model_class._auto_class = "AutoModelForCausalLM" if isinstance(model, GenerationMixin) else "AutoModel"
+    config_class._auto_class = "AutoConfig"
+    try:
+        yield
+    finally:
+        model_class._auto_class, config_class._auto_class = before
+        model.config.__dict__.pop("auto_map", None)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)

@@ -1,0 +1,147 @@
+"""Maximal update parametrization (arXiv 2203.03466) of BTLM as one table.
+
+============================  ================================================  ===============  ============
+tensors                       standard deviation at initialization              learning rate    weight decay
+============================  ================================================  ===============  ============
+wte, wpe, untied lm_head      initializer_range                                 lr               yes
+c_attn, c_fc, c_fc2           initializer_range sqrt(width_scale)               lr width_scale   yes
+attn.c_proj, mlp.c_proj       initializer_range sqrt(width_scale / 2 n_layer)   lr width_scale   yes
+biases and LayerNorm          0 and 1                                           lr               no
+============================  ================================================  ===============  ============
+
+============================  ================================================
+in the forward pass           multiplier
+============================  ================================================
+token embeddings              mup_embeddings_scale
+query-key products            1 / head_dim (mup_scale_qk_dot_by_d)
+logits                        mup_output_alpha mup_width_scale
+============================  ================================================
+
+``width_scale`` is the base width over the width. Values of BTLM-3B: Cerebras modelzoo, ``params_btlm_2p7b_8k.yaml``.
+With ``mup_width_scale = 1`` the table is standard parametrization with GPT-2's residual scaling.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_btlm import BTLMConfig
+
+# Standard deviation of a unit normal truncated at two standard deviations.
+_TRUNCATED_STD = 0.8796256610342398
+
+
+class MupRow(NamedTuple):
+    """How one kind of weight matrix is initialized, and the parameter group that it is trained in."""
+
+    group: str
+    scales_with_width: bool
+    residual: bool = False
+
+
+_EMBEDDING = MupRow("embeddings", scales_with_width=False)
+_HIDDEN = MupRow("matrices", scales_with_width=True)
+_RESIDUAL = MupRow("matrices", scales_with_width=True, residual=True)
+
+MUP_TABLE = {
+    "wte": _EMBEDDING,
+    "wpe": _EMBEDDING,
+    "lm_head": _EMBEDDING,
+    "c_attn": _HIDDEN,
+    "c_fc": _HIDDEN,
+    "c_fc2": _HIDDEN,
+    "c_proj": _RESIDUAL,
+}
+
+
+def init_std(layer: str, config: BTLMConfig) -> float:
+    """Standard deviation of the initial weights of a layer, by the last part of its name (a key of ``MUP_TABLE``)."""
+    row = MUP_TABLE[layer]
+    std = config.initializer_range * (math.sqrt(config.mup_width_scale) if row.scales_with_width else 1.0)
+    return std / math.sqrt(2 * config.n_layer) if row.residual else std
+
+
+def name_layers(model: nn.Module) -> None:
+    """Tell each weight matrix of ``model`` its row: Transformers initializes modules one by one, without their names."""
+    for name, module in model.named_modules():
+        layer = name.rpartition(".")[2]
+        if layer in MUP_TABLE:
+            module.mup_layer = layer  # type: ignore[assignment]
+
+
+def init_weights(module: nn.Module, config: BTLMConfig) -> None:
+    """Initialize a module that the table names, or a LayerNorm.
+
+    Normal truncated at two standard deviations, widened so that the weights have the standard deviation of the table.
+    """
+    layer = getattr(module, "mup_layer", None)
+    if layer is not None and not (layer == "lm_head" and config.tie_word_embeddings):
+        assert isinstance(module.weight, Tensor)
+        std = init_std(layer, config) / _TRUNCATED_STD
+        init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+
+
+def mup_param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: BTLMConfig,
+    lr: float,
+    weight_decay: float = 0.0,
+    decoupled_wd: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups of the table for a torch optimizer.
+
+    Args:
+        named_parameters: Of a BTLM model; a tied tensor once.
+        config: Its configuration.
+        lr: Learning rate at base width.
+        weight_decay: Decay of matrices and embeddings.
+        decoupled_wd: The optimizer multiplies decay by the learning rate of the group alone (``torch.optim.AdamW``).
+            When false, the decay of the matrices is divided by ``mup_width_scale`` so that their learning rate does
+            not scale it.
+
+    Returns:
+        The groups ``matrices``, ``embeddings`` and ``biases_and_norms`` (key ``name``), each parameter in one of them.
+
+    Raises:
+        ValueError: ``lr`` or ``weight_decay`` is negative, or a tensor is not of the BTLM family.
+    """
+    if lr < 0 or weight_decay < 0:
+        raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative.")
+    params: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "biases_and_norms": []}
+    for name, parameter in named_parameters:
+        layer, _, kind = name.rpartition(".")
+        row = MUP_TABLE.get(layer.rpartition(".")[2])
+        if row is not None and kind == "weight":
+            params[row.group].append(parameter)
+        elif parameter.ndim == 1:
+            params["biases_and_norms"].append(parameter)
+        else:
+            raise ValueError(f"{name} has no row in the muP table; give adapters and new layers their own group.")
+    scale = config.mup_width_scale
+    matrices_decay = weight_decay if decoupled_wd else weight_decay / scale
+    return [
+        {"name": "matrices", "params": params["matrices"], "lr": lr * scale, "weight_decay": matrices_decay},
+        {"name": "embeddings", "params": params["embeddings"], "lr": lr, "weight_decay": weight_decay},
+        {"name": "biases_and_norms", "params": params["biases_and_norms"], "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def scale_embeddings(inputs_embeds: Tensor, config: BTLMConfig) -> Tensor:
+    """Token embeddings times the embedding multiplier; never in place, which would break hooks of adapters."""
+    if config.mup_embeddings_scale == 1.0:
+        return inputs_embeds
+    return inputs_embeds * config.mup_embeddings_scale
+
+
+def scale_logits(hidden_states: Tensor, config: BTLMConfig) -> Tensor:
+    """The head is linear, so its output multiplier is applied to its far smaller input."""
+    return hidden_states if config.logits_scale == 1.0 else hidden_states * config.logits_scale

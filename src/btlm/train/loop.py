@@ -1,0 +1,180 @@
+"""The training loop: variable sequence length, muP AdamW, bf16, and checkpoints that resume bit-identically."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from btlm.data import TokenShards
+from btlm.model import BTLMLMHeadModel
+from btlm.model.mup import scale_logits
+
+from .loss import linear_cross_entropy, next_token_labels
+from .recipe import Recipe
+
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+
+
+def token_loss(model: BTLMLMHeadModel, input_ids: Tensor) -> Tensor:
+    """Cross-entropy of packed rows ``[B, L]``, summed over their tokens, in nats; bf16 products, fp32 sums."""
+    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+        hidden = model.transformer(input_ids, use_cache=False).last_hidden_state
+    hidden = scale_logits(hidden, model.config).flatten(0, 1).to(torch.bfloat16)
+    return linear_cross_entropy(hidden, model.lm_head.weight, next_token_labels(input_ids).flatten())
+
+
+@torch.no_grad()
+def evaluate_bits_per_byte(
+    model: BTLMLMHeadModel,
+    shards: TokenShards,
+    sequence_length: int,
+    tokens_per_source: int,
+    token_bytes: NDArray[np.int64],
+) -> dict[str, float]:
+    """Held-out loss in bits per byte of text, for each source and their mean (key ``mean``).
+
+    Args:
+        model: On the device to compute on.
+        shards: With held-out documents.
+        sequence_length: Rows of at most this many tokens, without overlap.
+        tokens_per_source: From the start of each held-out stream.
+        token_bytes: Bytes of text of every token id; 0 for end-of-text.
+    """
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    result = {}
+    for source in shards.sources:
+        tokens = shards.tokens(source, "valid")[:tokens_per_source].astype(np.int64)
+        nats, size = 0.0, 0
+        for start in range(0, len(tokens) - 1, sequence_length):
+            row = tokens[start : start + sequence_length]
+            nats += float(token_loss(model, torch.from_numpy(row)[None].to(device)))
+            size += int(token_bytes[row[1:]].sum())
+        if size:
+            result[source] = nats / math.log(2) / size
+    model.train(was_training)
+    return {**result, "mean": sum(result.values()) / len(result)}
+
+
+def train(
+    recipe: Recipe,
+    shards: TokenShards,
+    output: Path | str,
+    token_bytes: NDArray[np.int64],
+    device: str = "cpu",
+) -> Iterator[dict[str, Any]]:
+    """Train, or go on from the checkpoint in ``output``; yields one record a step (and appends it to metrics.jsonl).
+
+    ``output`` ends up with ``model/`` (a Hugging Face folder, fp32) and ``metrics.jsonl``; ``state.pt`` holds what is
+    resumed from and is replaced as a whole.
+
+    Raises:
+        ValueError: The shards do not hold the tokens that the recipe asks for.
+        FloatingPointError: The loss or the gradient is not finite; the weights are those before that step.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    model = BTLMLMHeadModel(recipe.config).to(device).train()
+    options = recipe.optimizer
+    groups = model.get_mup_param_groups(options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    weights = recipe.source_weights or dict.fromkeys(shards.sources, 1.0)
+    rows = shards.rows([(s.sequence_length, s.tokens) for s in recipe.stages], weights, recipe.seed)
+
+    done = _load_checkpoint(output, model, optimizer)
+    _truncate_metrics(output, done)
+    step = tokens = 0
+    for stage, stage_rows in zip(recipe.stages, rows, strict=True):
+        rows_per_step = stage.batch_tokens // stage.sequence_length
+        rows_per_pass = max(1, recipe.micro_batch_tokens // stage.sequence_length)
+        for index in range(stage.steps):
+            step += 1
+            tokens += stage.batch_tokens
+            if step <= done:
+                continue
+            started = time.perf_counter()
+            factor = recipe.lr_factor(tokens)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            batch = shards.batch(stage_rows[index * rows_per_step : (index + 1) * rows_per_step], stage.sequence_length)
+            # Each row predicts all its tokens but the first.
+            valid = batch.shape[0] * (stage.sequence_length - 1)
+            loss = 0.0
+            for part in torch.from_numpy(batch).to(device).split(rows_per_pass):
+                part_loss = token_loss(model, part) / valid
+                part_loss.backward()  # type: ignore[no-untyped-call]
+                loss += float(part_loss.detach())
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(f"Step {step}: loss {loss}, gradient norm {norm}; nothing was updated.")
+            optimizer.step()
+            optimizer.zero_grad()
+            record: dict[str, Any] = {
+                "step": step,
+                "tokens": tokens,
+                "sequence_length": stage.sequence_length,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": options.lr * factor,
+                "tokens_per_s": stage.batch_tokens / (time.perf_counter() - started),
+            }
+            last = step == recipe.total_steps
+            if last or tokens // recipe.eval_every_tokens > (tokens - stage.batch_tokens) // recipe.eval_every_tokens:
+                record["bits_per_byte"] = evaluate_bits_per_byte(
+                    model, shards, stage.sequence_length, recipe.eval_tokens_per_source, token_bytes
+                )
+            with (output / METRICS).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if last or step % recipe.checkpoint_every_steps == 0:
+                _save_checkpoint(output, model, optimizer, step)
+            yield record
+    _save_model(output, model)
+
+
+def _save_model(output: Path, model: BTLMLMHeadModel) -> None:
+    partial = output / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    os.rename(partial, output / "model")
+
+
+def _save_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    partial = output / f"{STATE}.partial"
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    torch.save(state, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.rename(partial, output / STATE)
+
+
+def _load_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer) -> int:
+    if not (output / STATE).exists():
+        return 0
+    state = torch.load(output / STATE, weights_only=True, map_location=model.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    step: int = state["step"]
+    return step
+
+
+def _truncate_metrics(output: Path, step: int) -> None:
+    """Drop what steps after the checkpoint recorded: they run again."""
+    metrics = output / METRICS
+    if metrics.exists():
+        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,113 @@
+"""`btlm train`: one run from a recipe, watched, resumed by the same command, with its curve at the end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from btlm.data import TokenShards
+from btlm.model.tokenization_btlm import load_tokenizer
+
+from .loop import METRICS, train
+from .recipe import load_recipe
+
+
+def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, device: str = "cpu") -> None:
+    """Train by a recipe on token shards; the same call continues an interrupted run.
+
+    Args:
+        recipe_path: YAML file; a copy is kept in ``output``.
+        data: Folder of token shards.
+        output: Receives ``model/``, ``metrics.jsonl``, ``loss.png`` and the state to resume from.
+        device: Of torch.
+
+    Raises:
+        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of another recipe.
+    """
+    recipe_path, output = Path(recipe_path), Path(output)
+    recipe = load_recipe(recipe_path)
+    shards = TokenShards(data)
+    kept = output / "recipe.yaml"
+    if kept.exists() and load_recipe(kept) != recipe:
+        raise ValueError(f"{output} holds a run of another recipe ({kept}); give a new output folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_path, kept)
+
+    console = Console(stderr=True)
+    config = recipe.config
+    flops = sum(config.flops_per_token(s.sequence_length, training=True) * s.tokens for s in recipe.stages)
+    console.print(
+        f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
+        f"{flops:.3g} FLOPs"
+    )
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("train", total=recipe.total_steps, status="")
+        for record in train(recipe, shards, output, token_bytes(), device):
+            mfu_free = f"{record['tokens_per_s']:,.0f} tok/s"
+            status = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  {mfu_free}"
+            progress.update(task, completed=record["step"], status=status)
+            if "bits_per_byte" in record:
+                held_out = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
+                console.print(f"step {record['step']:,}, {record['tokens']:,} tokens, bits per byte: {held_out}")
+    plot_metrics(output / METRICS, output / "loss.png")
+    console.print(f"Wrote {output / 'model'} and {output / 'loss.png'}")
+
+
+def token_bytes() -> NDArray[np.int64]:
+    """Bytes of text that each token of the GPT-2 vocabulary stands for, int64 ``[50257]``; 0 for end-of-text."""
+    tokenizer = load_tokenizer()
+    # A byte-level vocabulary spells every byte as one character.
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    sizes[tokenizer.eos_token_id] = 0
+    return np.array(sizes, dtype=np.int64)
+
+
+def plot_metrics(metrics: Path, picture: Path) -> None:
+    """Training loss and held-out bits per byte against tokens, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    tokens = np.array([record["tokens"] for record in records]) / 1e6
+    loss = np.array([record["loss"] for record in records])
+    evaluated = [record for record in records if "bits_per_byte" in record]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    left.plot(tokens, loss, color="0.75", linewidth=0.8, label="each step")
+    window = min(25, len(loss))
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    left.plot(tokens[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
+    left.set(xlabel="tokens (millions)", ylabel="training loss (nats a token)", ylim=(None, min(loss.max(), 12.0)))
+    lengths = [record["sequence_length"] for record in records]
+    for i in range(1, len(lengths)):
+        if lengths[i] != lengths[i - 1]:
+            for axis in (left, right):
+                axis.axvline(tokens[i - 1], color="0.4", linestyle=":", linewidth=1)
+            left.annotate(f"{lengths[i]:,} tokens a row", (tokens[i - 1], 0.5), xycoords=("data", "axes fraction"),
+                          rotation=90, ha="right", va="center", color="0.4", fontsize=8)
+    left.legend(frameon=False)
+    for source in evaluated[-1]["bits_per_byte"] if evaluated else ():
+        values = [record["bits_per_byte"][source] for record in evaluated]
+        bold = source == "mean"
+        right.plot([r["tokens"] / 1e6 for r in evaluated], values, label=source.removeprefix("RedPajama"),
+                   color="black" if bold else None, linewidth=2 if bold else 1, marker=".")
+    right.set(xlabel="tokens (millions)", ylabel="held-out loss (bits a byte)")
+    if evaluated:
+        right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,201 @@
+"""The rules of the house (CONTRIBUTING.md) that a program can check."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import btlm
+
+ROOT = Path(__file__).parents[1]
+
+# A room imports from the rooms left of it. `btlm` is the package itself, which registers the model.
+ROOMS = [{"model"}, {"btlm"}, {"data"}, {"train"}, {"kernels"}, {"infer"}, {"serve", "evaluate"}, {"cli", "__main__"}]
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
+MODEL_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "transformers"}
+
+
+# Imports
+
+
+def room_of(module: str) -> str:
+    """The room of a module's full name: its second part, or `btlm` for a name that the package itself offers."""
+    second = module.split(".")[1:2]
+    return second[0] if second and second[0] in RANK else "btlm"
+
+
+def imports_of(path: Path, module: str) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
+    """Full name of everything a file imports, wherever in the file: also in functions and by `import_module`."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        match node:
+            case ast.Import():
+                yield from ((node, alias.name) for alias in node.names)
+            case ast.ImportFrom():
+                base = package[: len(package) - node.level + 1] if node.level else []
+                source = ".".join([*base, *([node.module] if node.module else [])])
+                yield from ((node, f"{source}.{alias.name}") for alias in node.names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node, name
+
+
+def import_problems(package: Path) -> list[str]:
+    """What breaks the order of the rooms in a source tree of btlm, a line each."""
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        parts = ["btlm", *path.relative_to(package).with_suffix("").parts]
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        room = room_of(module)
+        if room == "btlm" and module != "btlm":
+            problems.append(f"{module}: in no room")
+            continue
+        for node, name in imports_of(path, module):
+            where = f"{module}:{node.lineno}: {name}"
+            if room == "model" and isinstance(node, ast.ImportFrom) and node.level:
+                if node.level > 1 or not node.module or "." in node.module:
+                    problems.append(f"{where}: not of the form `from .x import y`, which travels in a checkpoint")
+            elif room == "model" and name.split(".")[0] not in MODEL_MAY_IMPORT:
+                problems.append(f"{where}: model imports torch, transformers and its own files")
+            elif name.split(".")[0] == "btlm" and room_of(name) != room and RANK[room_of(name)] >= RANK[room]:
+                problems.append(f"{where}: {room} imports from a room that is not before it")
+    return problems
+
+
+def test_rooms_import_only_from_earlier_rooms():
+    assert import_problems(ROOT / "src/btlm") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("data/a.py", "import btlm.train"),
+        ("data/a.py", "from btlm import train"),
+        ("data/a.py", "from btlm.train.loop import train"),
+        ("data/a.py", "from ..train import loop"),
+        ("data/deep/a.py", "from ...infer import engine"),
+        ("data/__init__.py", "from ..cli import main"),
+        ("data/a.py", "def lazy():\n    from btlm.infer import Engine"),
+        ("data/a.py", "import importlib\nimportlib.import_module('btlm.infer')"),
+        ("kernels/a.py", "import btlm.infer"),
+        ("serve/a.py", "import btlm.evaluate"),
+        ("train/a.py", "if TYPE_CHECKING:\n    import btlm.cli"),
+        ("__init__.py", "from btlm.data import TokenShards"),
+        ("utils.py", "import math"),
+        ("model/a.py", "from btlm.model.alibi import alibi_slopes"),
+        ("model/a.py", "from btlm import __version__"),
+        ("model/a.py", "from ..data import TokenShards"),
+        ("model/a.py", "from . import alibi"),
+        ("model/a.py", "from .deep.alibi import alibi_slopes"),
+        ("model/a.py", "import numpy"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert len(import_problems(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("model/a.py", "import math\nimport torch\nfrom transformers.utils import logging\nfrom .alibi import slopes"),
+        ("__init__.py", "from btlm.model import BTLMConfig"),
+        ("data/a.py", "from btlm import __version__\nfrom .shards import TokenShards\nimport btlm.data.documents"),
+        ("infer/a.py", "import btlm.kernels"),
+        ("cli.py", "from btlm.serve import app\nfrom .evaluate import report"),
+    ],
+)
+def test_an_allowed_import_is_no_problem(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert import_problems(tmp_path) == []
+
+
+# Exported names
+
+
+def packages() -> list[str]:
+    return ["btlm", *(m.name for m in pkgutil.walk_packages(btlm.__path__, "btlm.") if m.ispkg)]
+
+
+def test_btlm_exports_exactly_its_public_names():
+    assert btlm.__all__ == ["BTLMConfig", "BTLMLMHeadModel", "BTLMModel", "__version__"]
+
+
+@pytest.mark.parametrize("name", packages())
+def test_all_lists_what_a_package_offers(name):
+    package = importlib.import_module(name)
+    exported = getattr(package, "__all__", [])
+    own = {
+        key
+        for key, value in vars(package).items()
+        if not key.startswith("_")
+        and not isinstance(value, ModuleType)
+        and (getattr(value, "__module__", None) or "").startswith("btlm")
+    }
+    assert exported == sorted(set(exported))
+    assert own <= set(exported), "public in the package and missing from its __all__"
+    for key in exported:
+        assert hasattr(package, key)
+        assert not isinstance(getattr(package, key), ModuleType), "modules are imported by their path"
+        assert not key.startswith("_") or key == "__version__"
+
+
+# Files
+
+# Put together here so that this file does not contain what it looks for.
+HOMES = "|".join(["work", "root", "Users"])
+SOURCES = "|".join("-".join(words) for words in [("index", "url"), ("find", "links"), ("trusted", "host")])
+LEAK = re.compile(rf"(?<![\w.-])/(?:(?:{HOMES})/|home/\w)|--(?:extra-)?(?:{SOURCES})".encode())
+
+
+def leaks(content: bytes) -> list[str]:
+    """Paths of one person's machine, and package sources that others do not have."""
+    return [match.group().decode() for match in LEAK.finditer(content)]
+
+
+def test_no_file_names_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    files = [ROOT / name.decode() for name in listed.split(b"\0") if name]
+    if not files:
+        pytest.skip("nothing is tracked yet")
+    found = {str(path.relative_to(ROOT)): leaks(path.read_bytes()) for path in files if path.is_file()}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("see /", "work/main"),
+        ('open("/', 'root/model")'),
+        ("/", "home/alice/btlm"),
+        ("pip install --", "index-url https://example.org"),
+        ("pip install --extra-", "index-url https://example.org"),
+        ("pip install --find", "-links wheels"),
+    ],
+)
+def test_a_machine_name_is_found(parts):
+    assert leaks("".join(parts).encode())
+
+
+@pytest.mark.parametrize("text", ["https://example.org/work/1", "net/work/x", "~/models", "/home/", "--find links"])
+def test_other_text_is_no_machine_name(text):
+    assert leaks(text.encode()) == []
+
+
+def test_changelog_covers_this_version():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings
+    assert headings[0] in {"Unreleased", btlm.__version__}
