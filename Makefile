@@ -9,8 +9,9 @@ ARGS ?=
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-# $(call install,EXTRAS,STAMPS): the stamps come last, so that an interrupted install is done again.
+# $(call install,EXTRAS,STAMPS): the stamps go first and come back last, so that an interrupted install is done again.
 define install
+@rm -f $(2)
 @$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"BTLM needs Python 3.11 or newer, $(PYTHON) is {v}: name another one, as in make PYTHON=python3.12")'
 $(PYTHON) -m venv .venv
 $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.$(1)'

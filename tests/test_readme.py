@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +20,8 @@ README = ROOT / "README.md"
 
 SHELLS = {"bash", "sh", "console"}
 FENCE = re.compile(
-    r"(?:^<!--\s*(?P<exempt>not run\b.*?)\s*-->\n)?^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$",
+    r"(?:^ *<!-- *(?P<exempt>not run\b[^\n]*?) *-->\n)?"
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 ASSIGNMENTS = re.compile(r"^(?:\w+=\S*\s+)*")
@@ -45,7 +47,7 @@ def runnable_blocks(text: str) -> list[Block]:
             if not re.fullmatch(r"not run: .*\w.*", exempt):
                 raise ValueError(f"Line {line - 1}: say why, as in <!-- not run: REASON -->, not {exempt!r}.")
         elif language in {*SHELLS, "python"}:
-            blocks.append(Block(line, language, body))
+            blocks.append(Block(line, language, dedent(body)))
     return blocks
 
 
@@ -107,6 +109,11 @@ def test_readme_shows_how_to_generate():
         ("```\nbtlm --help\n```", []),
         ("<!-- not run: needs 6 GB -->\n```bash\nbtlm --help\n```", []),
         ("<!-- not run: needs 6 GB -->\n\n```sh\nbtlm\n```", [Block(5, "sh", "btlm\n")]),
+        (
+            "<!-- not run: a -->\n\n```sh\nbtlm\n```\n<!-- not run: b -->\n```sh\nbtlm b\n```",
+            [Block(5, "sh", "btlm\n")],
+        ),
+        ("- item\n\n  ```sh\n  btlm\n  ```", [Block(5, "sh", "btlm\n")]),
         ("<!-- a comment -->\n```sh\nbtlm\n```", [Block(4, "sh", "btlm\n")]),
     ],
 )

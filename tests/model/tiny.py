@@ -7,13 +7,14 @@ from torch import Tensor
 
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
-# Six heads (no power of two) of size 8, an inner width that is no multiple of 8, and muP multipliers all different.
+# Twelve heads (no power of two, and slopes that bf16 cannot hold) of size 4, an inner width that is no multiple of 8,
+# and muP multipliers all different.
 TINY: dict[str, Any] = {
     "vocab_size": 101,
     "n_positions": 64,
     "n_embd": 48,
     "n_layer": 3,
-    "n_head": 6,
+    "n_head": 12,
     "n_inner": 52,
     "activation_function": "swiglu",
     "position_embedding_type": "alibi",

@@ -3,9 +3,9 @@
 A shard is cut into rows of any length when it is read: :meth:`TokenShards.rows` gives the order of a whole run.
 """
 
+import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,8 +26,9 @@ def write_shards(
 ) -> dict[str, Any]:
     """Tokenize documents into ``folder``: a training and a held-out stream for every source.
 
-    Line ends become ``\\n`` and exact copies of a document are dropped. The held-out documents of a source are those with the smallest SHA-256, at
-    least one, so that the choice depends on neither their order nor a seed.
+    Line ends become ``\\n`` and exact copies of a document are dropped. The held-out documents of a source are those
+    with the smallest SHA-256, at least one, so that the choice depends on neither their order nor a seed. A special
+    token that a text spells out is encoded as text.
 
     Args:
         documents: With their sources.
@@ -40,7 +41,7 @@ def write_shards(
         The manifest.
 
     Raises:
-        ValueError: ``folder`` exists, or there are no documents.
+        ValueError: ``folder`` exists, there are no documents, or the name of a source is no file name.
     """
     folder = Path(folder)
     if folder.exists():
@@ -51,11 +52,16 @@ def write_shards(
         by_source.setdefault(document.source, {})[hashlib.sha256(text.encode()).digest()] = text
     if not by_source:
         raise ValueError("The input holds no documents.")
+    if bad := sorted(source for source in by_source if Path(source).name != source):
+        raise ValueError(f"{', '.join(map(repr, bad))}: not usable in a file name; rename the source.")
+    tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.encode_special_tokens = True
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     manifest: dict[str, Any] = {
-        "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256,
         "holdout": holdout,
         "sources": {},
     }
@@ -73,7 +79,7 @@ def write_shards(
             entry[split] = {"documents": len(digests), "bytes": size, "tokens": tokens}
         manifest["sources"][source] = entry
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    os.rename(partial, folder)
+    partial.rename(folder)
     return manifest
 
 
@@ -123,12 +129,16 @@ class TokenShards:
             For each stage, int64 ``[rows, 2]`` of source index (in ``sources``) and offset of the first token.
 
         Raises:
-            ValueError: A source is unknown or has fewer tokens than its share.
+            ValueError: A source is unknown or has fewer tokens than its share, or a length does not divide the longest.
         """
         stages = list(stages)
         if unknown := sorted(set(weights) - set(self.sources)):
-            raise ValueError(f"No source named {', '.join(unknown)} in the shards; they have {', '.join(self.sources)}.")
+            raise ValueError(
+                f"No source named {', '.join(unknown)} in the shards; they have {', '.join(self.sources)}."
+            )
         unit = max(length for length, _ in stages)
+        if uneven := sorted({length for length, _ in stages if unit % length}):
+            raise ValueError(f"Rows of {unit} tokens cannot be cut into rows of {', '.join(map(str, uneven))}.")
         rng = np.random.default_rng(seed)
         order = {source: rng.permutation(len(self.tokens(source, "train")) // unit) for source in self.sources}
         taken = dict.fromkeys(self.sources, 0)
@@ -136,8 +146,13 @@ class TokenShards:
         result = []
         for length, tokens in stages:
             parts = []
-            for index, source in enumerate(self.sources):
-                num_rows = round(tokens / length * weights.get(source, 0.0) / total_weight)
+            shares = [tokens / length * weights.get(source, 0.0) / total_weight for source in self.sources]
+            counts = [round(share) for share in shares]
+            # Where rounding leaves the stage short, those that it cut most have one row more.
+            by_cut = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+            for index in by_cut[: max(0, tokens // length - sum(counts))]:
+                counts[index] += 1
+            for index, (source, num_rows) in enumerate(zip(self.sources, counts, strict=True)):
                 num_units = -(-num_rows * length // unit)
                 if taken[source] + num_units > len(order[source]):
                     raise ValueError(

@@ -1,4 +1,4 @@
-"""The network. Imports torch and Transformers and nothing else of btlm, so that its files can travel with a checkpoint."""
+"""The network. Imports torch, Transformers and nothing else of btlm, so that its files can travel in a checkpoint."""
 
 from .configuration_btlm import BTLMConfig
 from .modeling_btlm import BTLMLMHeadModel, BTLMModel

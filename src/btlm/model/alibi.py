@@ -52,7 +52,8 @@ def alibi_scaling_problem(alibi_scaling: object) -> str | None:
 
 def train_seq_len(alibi_scaling: dict[str, Any] | None) -> int | None:
     """Training length of dynamic interpolation; ``None`` where it is off or fixed."""
-    return (alibi_scaling or {}).get("train_seq_len")
+    length: int | None = (alibi_scaling or {}).get("train_seq_len")
+    return length
 
 
 def interpolated_slopes(slopes_H: Tensor, alibi_scaling: dict[str, Any] | None, key_lengths_B: Tensor) -> Tensor:
@@ -73,9 +74,10 @@ def interpolated_slopes(slopes_H: Tensor, alibi_scaling: dict[str, Any] | None, 
         return slopes_H[None]
     trained = train_seq_len(alibi_scaling)
     if trained is None:
-        return slopes_H[None] / alibi_scaling["factor"]
+        return slopes_H[None] / float(alibi_scaling["factor"])
     factor_B = (key_lengths_B.to(torch.float32) / trained).clamp(min=1.0)
-    return slopes_H[None] / factor_B[:, None]
+    slopes_BH: Tensor = slopes_H[None] / factor_B[:, None]
+    return slopes_BH
 
 
 def attention_bias(

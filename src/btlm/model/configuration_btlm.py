@@ -1,5 +1,6 @@
 """Configuration of BTLM: every key of the released ``config.json``, validated, with structure-derived estimates."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,7 +137,7 @@ class BTLMConfig(PreTrainedConfig):
         """What query-key products are multiplied by before ALiBi and softmax (without the inverse layer index)."""
         if not self.scale_attn_weights:
             return 1.0
-        return self.head_dim ** (-1.0 if self.mup_scale_qk_dot_by_d else -0.5)
+        return 1.0 / self.head_dim if self.mup_scale_qk_dot_by_d else 1.0 / math.sqrt(self.head_dim)
 
     @property
     def logits_scale(self) -> float:

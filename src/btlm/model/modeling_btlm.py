@@ -2,16 +2,16 @@
 
 Module and tensor names, and the ``[in, out]`` layout of projections, are those of the released checkpoints.
 
-Letters: B batch, H heads, Q queries, K keys, D head dimension, C width (``n_embd``), F folded features.
+Letters: B batch, H heads, Q queries, K keys, C width (``n_embd``).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -21,115 +21,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .alibi import alibi_slopes, attention_bias, fold_attention_bias, interpolated_slopes, train_seq_len
+from .alibi import alibi_slopes, train_seq_len
+from .attention_btlm import AttentionPlan, BTLMAttention, plan_attention
 from .configuration_btlm import BTLMConfig
 from .mup import init_weights, mup_param_groups, name_layers, scale_embeddings, scale_logits
 from .quantization_btlm import BTLMQuantizer  # noqa: F401 - importing it lets eight-bit folders load
 from .tokenization_btlm import VOCABULARY, VOCABULARY_SIZE, load_tokenizer
 
 logger = logging.get_logger(__name__)
-
-# Queries that are attended at once when new tokens follow cached ones: bounds the [queries, keys] causal mask.
-QUERY_BLOCK = 512
-
-
-class AttentionPlan(NamedTuple):
-    """What every block needs to attend, made once a forward pass: an explicit bias, folded features, or neither."""
-
-    num_keys: int
-    query_positions_Q: Tensor
-    scale: float
-    is_causal: bool
-    slopes_BH: Tensor | None = None
-    key_mask_BK: Tensor | None = None
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    features: tuple[Tensor, Tensor] | None = None
-    output_attentions: bool = False
-
-    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Features for queries and keys of ``dtype``; made anew where a block computes in another one."""
-        if self.features is not None and self.features[0].dtype == dtype:
-            return self.features
-        return fold_attention_bias(
-            self.slopes_BH,
-            self.query_positions_Q,
-            self.num_keys,
-            self.key_mask_BK,
-            scale=self.scale,
-            dtype=dtype,
-        )
-
-
-class BTLMAttention(nn.Module):
-    """Multi-head attention; ALiBi and padding come folded into head dimensions (see :mod:`btlm.model.alibi`)."""
-
-    def __init__(self, config: BTLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.n_head = config.n_head
-        self.head_dim = config.head_dim
-        self.scale = config.attention_scale
-        self.query_scale = 1.0 / (layer_idx + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.attn_dropout = nn.Dropout(config.attn_pdrop)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
-        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities ``[B, H, Q, K]`` where the plan asks for them."""
-        heads = (*hidden_states.shape[:-1], self.n_head, self.head_dim)
-        query, key, value = (x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
-        if self.query_scale != 1.0:
-            query = query * self.query_scale
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-            key, value = key[:, :, : plan.num_keys], value[:, :, : plan.num_keys]
-        if plan.bias is not None:
-            output, probabilities = self._attend_with_bias(query, key, value, plan)
-        else:
-            output, probabilities = self._attend_folded(query, key, value, plan), None
-        output = output.transpose(1, 2).reshape(hidden_states.shape)
-        return self.resid_dropout(self.c_proj(output)), probabilities
-
-    def _attend_with_bias(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
-    ) -> tuple[Tensor, Tensor | None]:
-        """Explicit scores: for a single query, where it is the fastest form, and for returned probabilities."""
-        assert plan.bias is not None
-        scores_BHQK = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + plan.bias
-        probabilities = scores_BHQK.softmax(dim=-1)
-        weights = self.attn_dropout(probabilities).to(value.dtype)
-        return torch.matmul(weights, value), probabilities if plan.output_attentions else None
-
-    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-        """Fused attention over queries and keys that carry ALiBi and padding in extra head dimensions."""
-        if plan.features is not None:
-            query_features, key_features = plan.folded(query.dtype)
-            batch = query.shape[0]
-            query_features = query_features.expand(batch, self.n_head, -1, -1)
-            key_features = key_features.expand(batch, self.n_head, -1, -1)
-            # Fused kernels want equal head sizes, a multiple of 8, for queries, keys and values.
-            width = self.head_dim + query_features.shape[-1]
-            padding = -width % 8
-            query = F.pad(torch.cat((query_features, query), dim=-1), (0, padding))
-            key = F.pad(torch.cat((key_features, key), dim=-1), (0, padding))
-            value = F.pad(value, (0, width - self.head_dim + padding))
-        dropout = self.attn_dropout.p if self.training else 0.0
-
-        def attend(query: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-            )
-
-        if plan.mask is not None or plan.is_causal:
-            output = attend(query, plan.mask, plan.is_causal)
-        else:
-            key_positions_K = torch.arange(plan.num_keys, device=key.device)
-            blocks = zip(query.split(QUERY_BLOCK, dim=2), plan.query_positions_Q.split(QUERY_BLOCK), strict=True)
-            outputs = [attend(block, positions[:, None] >= key_positions_K, False) for block, positions in blocks]
-            output = torch.cat(outputs, dim=2)
-        return output[..., : self.head_dim]
 
 
 class BTLMMLP(nn.Module):
@@ -175,20 +74,18 @@ class BTLMBlock(GradientCheckpointingLayer):
 
 
 class RelativePositions(nn.Module):
-    """Holds the ALiBi slopes under their released name.
+    """Carries the ALiBi slopes under their released name.
 
-    Checkpoints store them in bf16, whose rounding moves scores by several tenths at long distance. They are derived
-    from the number of heads alone, so attention computes them in fp32 and the stored copy is only carried along.
+    Checkpoints store them in bf16, whose rounding moves scores by several tenths at long distance. They follow from the
+    number of heads alone, so attention computes them in fp32 and this copy is only for the original code.
     """
+
+    slopes: Tensor
 
     def __init__(self, config: BTLMConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.register_buffer("slopes", alibi_slopes(config.n_head))
-
-    def forward(self, device: torch.device) -> Tensor:
-        """Exact slopes, fp32 ``[H]``."""
-        return alibi_slopes(self.n_head, device)
 
 
 class BTLMPreTrainedModel(PreTrainedModel):
@@ -213,7 +110,9 @@ class BTLMPreTrainedModel(PreTrainedModel):
             with torch.no_grad():
                 module.slopes.copy_(alibi_slopes(module.n_head, module.slopes.device))
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, save_code: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, save_code: bool = False, **kwargs: Any
+    ) -> None:
         """Write a checkpoint folder that the original code loads too, with the tokenizer where it fits the vocabulary.
 
         Args:
@@ -259,7 +158,7 @@ class BTLMModel(BTLMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token table."""
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]  # any module that maps ids to embeddings
 
     def forward(
         self,
@@ -314,7 +213,7 @@ class BTLMModel(BTLMPreTrainedModel):
         if cache is not None and train_seq_len(config.alibi_scaling) is not None:
             embeds_BQC = self._recompute_if_rescaled(embeds_BQC, cache)
 
-        plan = self._plan(embeds_BQC, cache, attention_mask, output_attentions=bool(output_attentions))
+        plan = plan_attention(config, embeds_BQC, cache, attention_mask, output_attentions=bool(output_attentions))
         hidden_states = self.drop(embeds_BQC)
         all_hidden_states: tuple[Tensor, ...] = ()
         all_attentions: tuple[Tensor | None, ...] = ()
@@ -328,64 +227,11 @@ class BTLMModel(BTLMPreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=all_hidden_states or None,
-            attentions=all_attentions or None,
+            hidden_states=all_hidden_states or None,  # type: ignore[arg-type]  # annotated with legacy tensor types
+            attentions=all_attentions or None,  # type: ignore[arg-type]
         )
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    def _plan(
-        self, embeds_BQC: Tensor, cache: Cache | None, attention_mask: Tensor | None, *, output_attentions: bool
-    ) -> AttentionPlan:
-        config = self.config
-        batch, num_queries, _ = embeds_BQC.shape
-        device = embeds_BQC.device
-        past = cache.get_seq_length() if cache is not None else 0
-        # A static cache counts its tokens in a tensor, once it holds any; then all its slots are keys.
-        static = isinstance(past, Tensor)
-        num_keys = cache.get_max_length() if static and cache is not None else past + num_queries
-        query_positions_Q = torch.arange(num_queries, device=device) + past
-        full_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
-        key_mask_BK = None
-        if attention_mask is not None and full_mask is None:
-            key_mask_BK = attention_mask.to(device=device, dtype=torch.bool)
-            if not static and key_mask_BK.shape[-1] < num_keys:
-                raise ValueError(
-                    f"attention_mask covers {key_mask_BK.shape[-1]} tokens but {num_keys} are attended to; "
-                    "include the cached ones."
-                )
-            key_mask_BK = F.pad(key_mask_BK[:, :num_keys], (0, max(0, num_keys - key_mask_BK.shape[-1])))
-
-        slopes_BH = None
-        if config.position_embedding_type == "alibi":
-            if key_mask_BK is not None:
-                visible_BK = key_mask_BK & (torch.arange(num_keys, device=device) <= query_positions_Q[-1])
-                key_lengths_B = visible_BK.sum(dim=-1)
-            else:
-                key_lengths_B = query_positions_Q[-1:] + 1
-            slopes_BH = interpolated_slopes(self.relative_pe(device), config.alibi_scaling, key_lengths_B)
-
-        plan = AttentionPlan(
-            num_keys,
-            query_positions_Q,
-            scale=config.attention_scale,
-            is_causal=not static and past == 0 and full_mask is None,
-            slopes_BH=slopes_BH,
-            key_mask_BK=key_mask_BK,
-            output_attentions=output_attentions,
-        )
-        if num_queries == 1 or output_attentions or config._attn_implementation == "eager":
-            bias = attention_bias(slopes_BH, query_positions_Q, num_keys, key_mask_BK, causal=full_mask is None)
-            return plan._replace(bias=bias if full_mask is None else bias + _additive(full_mask[..., :num_keys]))
-        if slopes_BH is not None or key_mask_BK is not None:
-            autocast = torch.is_autocast_enabled(device.type)
-            plan = plan._replace(
-                features=plan.folded(torch.get_autocast_dtype(device.type) if autocast else embeds_BQC.dtype)
-            )
-        if full_mask is not None:
-            mask = full_mask[..., :num_keys]
-            plan = plan._replace(mask=mask if mask.dtype == torch.bool else mask.to(embeds_BQC.dtype))
-        return plan
 
     def _position_embeddings(
         self, embeds_BQC: Tensor, cache: Cache | None, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -418,7 +264,8 @@ class BTLMModel(BTLMPreTrainedModel):
         trained = train_seq_len(self.config.alibi_scaling)
         assert trained is not None
         past = int(cache.get_seq_length())
-        layers, n_layer = cache.layers, self.config.n_layer
+        layers: list[Any] = cache.layers
+        n_layer = self.config.n_layer
         if past == 0:
             del layers[n_layer:]
         if len(layers) < n_layer:  # a dynamic cache adds its layers on first use
@@ -456,7 +303,8 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
-        return self.lm_head
+        head: nn.Module = self.lm_head
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
@@ -532,9 +380,3 @@ def _carry_code(model: BTLMPreTrainedModel) -> Iterator[None]:
     finally:
         model_class._auto_class, config_class._auto_class = before
         model.config.__dict__.pop("auto_map", None)
-
-
-def _additive(mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)

@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -66,11 +65,11 @@ def init_std(layer: str, config: BTLMConfig) -> float:
 
 
 def name_layers(model: nn.Module) -> None:
-    """Tell each weight matrix of ``model`` its row: Transformers initializes modules one by one, without their names."""
+    """Tell each weight matrix its row: Transformers initializes modules one by one, without their names."""
     for name, module in model.named_modules():
         layer = name.rpartition(".")[2]
         if layer in MUP_TABLE:
-            module.mup_layer = layer  # type: ignore[assignment]
+            module.mup_layer = layer
 
 
 def init_weights(module: nn.Module, config: BTLMConfig) -> None:
@@ -83,8 +82,9 @@ def init_weights(module: nn.Module, config: BTLMConfig) -> None:
         assert isinstance(module.weight, Tensor)
         std = init_std(layer, config) / _TRUNCATED_STD
         init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        if isinstance(getattr(module, "bias", None), Tensor):
-            init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            init.zeros_(bias)
     if isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)

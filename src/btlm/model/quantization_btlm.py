@@ -1,14 +1,15 @@
 """Eight-bit storage of checkpoints: int8 weights with one scale an output channel, decoded while loading.
 
-A folder whose ``config.json`` says ``"quantization_config": {"quant_method": "btlm", "bits": 8}`` holds, for every weight
-matrix, int8 ``weight`` and fp32 ``weight_scale``, and loads through ``from_pretrained`` as a plain model. Half the bytes
-of bf16 on disk; nothing of it is left in memory, and what is saved from the model is a plain checkpoint again.
+A folder whose ``config.json`` says ``"quantization_config": {"quant_method": "btlm", "bits": 8}`` holds, for every
+weight matrix, int8 ``weight`` and fp32 ``weight_scale``, and loads through ``from_pretrained`` as a plain model: half
+the bytes of bf16 on disk, nothing of it left in memory, and a plain checkpoint again when the model is saved.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -18,7 +19,7 @@ from .mup import MUP_TABLE
 QUANT_METHOD = "btlm"
 
 
-class BTLMQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BTLMQuantizationConfig(QuantizationConfigMixin):
     """How the weights of a folder are stored.
 
     Raises:
@@ -35,13 +36,13 @@ class BTLMQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f'quantization_config is {given}; this version reads {{"quant_method": "{QUANT_METHOD}", "bits": 8}}.'
             )
         self.bits = bits
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # Transformers lists its own methods in an enum
 
 
-class BTLMQuantizer(HfQuantizer):  # type: ignore[misc]
+class BTLMQuantizer(HfQuantizer):
     """Lets ``from_pretrained`` read eight-bit folders."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Give each weight matrix the shape it has in the file: int8, beside its scales."""
         for module in _weight_modules(model):
             weight = module.weight
@@ -51,14 +52,16 @@ class BTLMQuantizer(HfQuantizer):  # type: ignore[misc]
             scale = torch.empty(_channels(module), dtype=torch.float32, device=weight.device)
             module.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Decode to the dtype of the model and restore plain parameters."""
         for module in _weight_modules(model):
-            assert isinstance(module.weight, Tensor) and isinstance(module.weight_scale, Tensor)
-            weight = dequantize(module.weight, module.weight_scale, module).to(model.dtype)
+            stored, scale = module.weight, module.weight_scale
+            assert isinstance(stored, Tensor)
+            assert isinstance(scale, Tensor)
+            weight = dequantize(stored, scale, module).to(model.dtype)
             module.weight = nn.Parameter(weight)
             del module.weight_scale
-        model.tie_weights()  # type: ignore[operator]
+        model.tie_weights()
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -91,10 +94,10 @@ def dequantize(weight: Tensor, scale: Tensor, module: nn.Module) -> Tensor:
     return weight.float() * scale.unsqueeze(1 if _rows_are_channels(module) else 0)
 
 
-def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def quantized_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Tensors of an eight-bit folder; a tied head is left to its token table."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    tied = model.config.tie_word_embeddings
     if tied:
         state.pop("lm_head.weight", None)
     for name, module in model.named_modules():
@@ -103,8 +106,8 @@ def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _weight_modules(model: nn.Module) -> list[nn.Module]:
-    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+def _weight_modules(model: PreTrainedModel) -> list[nn.Module]:
+    tied = model.config.tie_word_embeddings
     layers = MUP_TABLE.keys() - ({"lm_head"} if tied else set())
     return [module for module in model.modules() if getattr(module, "mup_layer", None) in layers]
 

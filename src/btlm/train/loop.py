@@ -41,7 +41,7 @@ def evaluate_bits_per_byte(
     tokens_per_source: int,
     token_bytes: NDArray[np.int64],
 ) -> dict[str, float]:
-    """Held-out loss in bits per byte of text, for each source and their mean (key ``mean``).
+    """Held-out loss in bits per byte of text, for each source and their mean (key ``mean``); empty without any text.
 
     Args:
         model: On the device to compute on.
@@ -64,7 +64,7 @@ def evaluate_bits_per_byte(
         if size:
             result[source] = nats / math.log(2) / size
     model.train(was_training)
-    return {**result, "mean": sum(result.values()) / len(result)}
+    return {**result, "mean": sum(result.values()) / len(result)} if result else {}
 
 
 def train(
@@ -80,13 +80,15 @@ def train(
     resumed from and is replaced as a whole.
 
     Raises:
-        ValueError: The shards do not hold the tokens that the recipe asks for.
+        ValueError: The shards do not hold the tokens that the recipe asks for, or the model lacks some of their tokens.
         FloatingPointError: The loss or the gradient is not finite; the weights are those before that step.
     """
+    if recipe.config.vocab_size < len(token_bytes):
+        raise ValueError(f"vocab_size is {recipe.config.vocab_size}; the shards need at least {len(token_bytes)}.")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    model = BTLMLMHeadModel(recipe.config).to(device).train()
+    model = BTLMLMHeadModel(recipe.config).to(device).train()  # type: ignore[arg-type]
     options = recipe.optimizer
     groups = model.get_mup_param_groups(options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
@@ -115,7 +117,7 @@ def train(
             loss = 0.0
             for part in torch.from_numpy(batch).to(device).split(rows_per_pass):
                 part_loss = token_loss(model, part) / valid
-                part_loss.backward()  # type: ignore[no-untyped-call]
+                part_loss.backward()
                 loss += float(part_loss.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -133,9 +135,10 @@ def train(
             }
             last = step == recipe.total_steps
             if last or tokens // recipe.eval_every_tokens > (tokens - stage.batch_tokens) // recipe.eval_every_tokens:
-                record["bits_per_byte"] = evaluate_bits_per_byte(
+                held_out = evaluate_bits_per_byte(
                     model, shards, stage.sequence_length, recipe.eval_tokens_per_source, token_bytes
                 )
+                record |= {"bits_per_byte": held_out} if held_out else {}
             with (output / METRICS).open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if last or step % recipe.checkpoint_every_steps == 0:
@@ -149,16 +152,21 @@ def _save_model(output: Path, model: BTLMLMHeadModel) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     shutil.rmtree(output / "model", ignore_errors=True)
-    os.rename(partial, output / "model")
+    partial.rename(output / "model")
 
 
 def _save_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     partial = output / f"{STATE}.partial"
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
     torch.save(state, partial)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    os.rename(partial, output / STATE)
+    partial.rename(output / STATE)
 
 
 def _load_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer) -> int:
@@ -173,8 +181,10 @@ def _load_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.opti
 
 
 def _truncate_metrics(output: Path, step: int) -> None:
-    """Drop what steps after the checkpoint recorded: they run again."""
+    """Drop what steps after the checkpoint recorded: they run again. The last line may be half written."""
     metrics = output / METRICS
     if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(f"{line}\n" for line in kept))
+        lines = metrics.read_text().rpartition("\n")[0].splitlines()
+        partial = output / f"{METRICS}.partial"
+        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        partial.rename(metrics)

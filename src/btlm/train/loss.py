@@ -28,9 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.split(rows), labels.split(rows), *((grad_hidden.split(rows),) if with_grad else ()), strict=True
         ):
             logits = torch.mm(part, head.T, out=logits_buffer[: len(part)])
-            log_probs = torch.log_softmax(
-                logits, dim=-1, dtype=torch.float32, out=log_probs_buffer[: len(part)]
-            )
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs_buffer[: len(part)])
             counted = target != -100
             index = target.clamp(min=0)[:, None]
             loss -= torch.where(counted, log_probs.gather(1, index)[:, 0], 0.0).sum()
@@ -65,7 +63,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Returns:
         fp32 scalar in nats, differentiable in ``hidden`` and ``weight``.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
     return loss
 
 

@@ -1,6 +1,7 @@
 """A training run as data: one YAML file over these dataclasses."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Recipe:
         model: Keys of :class:`btlm.BTLMConfig`.
         optimizer: Learning rate, schedule and decay.
         stages: In order.
-        source_weights: Share of tokens for each source of the shards; equal shares of each token where empty.
+        source_weights: Share of tokens for each source of the shards; equal shares where empty.
         micro_batch_tokens: Tokens that a forward pass holds at once; bounds memory.
         seed: Of initialization and data order.
         eval_every_tokens: Held-out loss at this interval, and at the end.
@@ -95,58 +96,104 @@ def load_recipe(path: Path | str) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a readable recipe: {' '.join(str(error).split())}.") from error
     problems: list[str] = []
-    raw = raw if isinstance(raw, dict) else {}
-    values = _known(Recipe, raw, "", problems)
-    if isinstance(raw.get("optimizer"), dict):
-        values["optimizer"] = _build(Optimizer, raw["optimizer"], "optimizer.", problems)
-    if isinstance(raw.get("stages"), list):
-        built = [_build(Stage, stage, f"stages[{i}].", problems) for i, stage in enumerate(raw["stages"])]
-        values["stages"] = built
-        if not built:
-            problems.append("stages is empty")
-        for i, stage in enumerate(s for s in built if s is not None):
-            for name, part in (
-                ("sequence_length", stage.sequence_length),
-                ("micro_batch_tokens", raw.get("micro_batch_tokens", Recipe.micro_batch_tokens)),
-            ):
-                if not part or stage.batch_tokens % part:
-                    problems.append(f"stages[{i}].batch_tokens ({stage.batch_tokens}) is no multiple of {name} ({part})")
-    if isinstance(raw.get("model"), dict):
-        known = {f.name for f in dataclasses.fields(BTLMConfig)}
-        problems += [f"model.{key} is not a key of BTLM's configuration" for key in raw["model"] if key not in known]
-        try:
-            BTLMConfig(**raw["model"])
-        except ValueError as error:
-            problems.append(str(error).rstrip("."))
+    recipe = _build(Recipe, raw, "", problems)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
-    return Recipe(**values)
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
-def _known(kind: Any, raw: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    problems += [f"{prefix}{key} is not a key of a recipe" for key in raw if key not in fields]
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in raw
-    ]
-    problems += [f"{prefix}{name} is missing" for name in required]
-    return {key: value for key, value in raw.items() if key in fields}
+# Least value of the whole numbers; the other numbers are at least 0. A row of one token has nothing to predict.
+_WHOLE_NUMBERS = {
+    "sequence_length": 2,
+    "batch_tokens": 1,
+    "tokens": 1,
+    "warmup_tokens": 0,
+    "micro_batch_tokens": 1,
+    "seed": 0,
+    "eval_every_tokens": 1,
+    "eval_tokens_per_source": 1,
+    "checkpoint_every_steps": 1,
+}
 
 
-def _build(kind: Any, raw: Any, prefix: str, problems: list[str]) -> Any:
+def _build(kind: Any, raw: object, prefix: str, problems: list[str]) -> Any:
+    """One of the dataclasses above from what YAML holds; adds to ``problems``, and is ``None`` where it did."""
     if not isinstance(raw, dict):
-        problems.append(f"{prefix.rstrip('.')} is {raw!r}, not a mapping")
+        problems.append(f"{prefix.rstrip('.') or 'the content'} is {raw!r}, not a mapping")
         return None
     before = len(problems)
-    values = _known(kind, raw, prefix, problems)
-    for key, value in values.items():
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in numbers):
-            problems.append(f"{prefix}{key} is {value!r}, not a number of at least 0")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    problems += [f"{prefix}{key} is not a key of a recipe" for key in raw if key not in fields]
+    for name, part in fields.items():
+        if part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING and name not in raw:
+            problems.append(f"{prefix}{name} is missing")
+    values = {name: _value(name, raw[name], prefix + name, problems) for name in fields if name in raw}
+    if kind is Recipe:
+        stages = values.get("stages") or []
+        problems += _stage_problems(stages, values.get("micro_batch_tokens", Recipe.micro_batch_tokens))
     return kind(**values) if len(problems) == before else None
+
+
+def _value(name: str, value: Any, where: str, problems: list[str]) -> Any:
+    """The value of a key in its type; adds to ``problems``, and is ``None`` where it did."""
+    if name == "optimizer":
+        return _build(Optimizer, value, f"{where}.", problems)
+    if name == "stages" and isinstance(value, list) and value:
+        return [_build(Stage, stage, f"{where}[{i}].", problems) for i, stage in enumerate(value)]
+    if name == "model" and isinstance(value, dict):
+        known = {f.name for f in dataclasses.fields(BTLMConfig)}
+        problems += [f"{where}.{key} is not a key of BTLM's configuration" for key in value if key not in known]
+        try:
+            BTLMConfig(**{key: item for key, item in value.items() if key in known})
+        except ValueError as error:
+            problems.append(str(error).rstrip("."))
+        return value
+    if wanted := _not_as_wanted(name, value):
+        problems.append(f"{where} is {value!r}, not {wanted}")
+        return None
+    return tuple(value) if name == "betas" else value
+
+
+def _not_as_wanted(name: str, value: Any) -> str:
+    """What the value of a key should be; empty where it is."""
+    if name == "model":
+        return "a mapping"
+    if name == "stages":
+        return "a list of stages"
+    if name == "source_weights":
+        right = isinstance(value, dict) and all(map(_is_number, value.values())) and sum(value.values() or [1]) > 0
+        return "" if right else "a mapping to numbers of at least 0, one of them above 0"
+    if name == "betas":
+        right = isinstance(value, list) and len(value) == 2 and all(_is_number(beta) and beta < 1 for beta in value)
+        return "" if right else "two numbers in [0, 1)"
+    if name in _WHOLE_NUMBERS:
+        right = type(value) is int and value >= _WHOLE_NUMBERS[name]
+        return "" if right else f"a whole number of at least {_WHOLE_NUMBERS[name]}"
+    text = " (YAML takes 1e-3 for text: write 1.0e-3)" if isinstance(value, str) else ""
+    return "" if _is_number(value) else f"a number of at least 0{text}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _stage_problems(stages: list[Stage | None], micro_batch_tokens: int | None) -> list[str]:
+    problems = []
+    longest = max((stage.sequence_length for stage in stages if stage), default=0)
+    for i, stage in enumerate(stages):
+        if stage is None:
+            continue
+        batch = f"stages[{i}].batch_tokens ({stage.batch_tokens})"
+        for name, part in (("sequence_length", stage.sequence_length), ("micro_batch_tokens", micro_batch_tokens)):
+            if part and stage.batch_tokens % part:
+                problems.append(f"{batch} is no multiple of {name} ({part})")
+        if stage.tokens < stage.batch_tokens:
+            problems.append(f"{batch} is more than its tokens ({stage.tokens})")
+        if longest % stage.sequence_length:
+            problems.append(f"stages[{i}].sequence_length ({stage.sequence_length}) does not divide {longest}")
+    return problems

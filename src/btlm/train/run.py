@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from btlm.data import TokenShards
 from btlm.model.tokenization_btlm import load_tokenizer
 
-from .loop import METRICS, train
+from .loop import METRICS, STATE, train
 from .recipe import load_recipe
 
 
@@ -32,11 +33,17 @@ def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, 
     recipe_path, output = Path(recipe_path), Path(output)
     recipe = load_recipe(recipe_path)
     shards = TokenShards(data)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
     kept = output / "recipe.yaml"
-    if kept.exists() and load_recipe(kept) != recipe:
+    begun = kept.exists() and ((output / STATE).exists() or (output / "model").exists())
+    if begun and load_recipe(kept) != recipe:
         raise ValueError(f"{output} holds a run of another recipe ({kept}); give a new output folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe_path, kept)
+    if not begun and not (kept.exists() and kept.samefile(recipe_path)):
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recipe_path, kept)
 
     console = Console(stderr=True)
     config = recipe.config
@@ -55,8 +62,8 @@ def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=recipe.total_steps, status="")
         for record in train(recipe, shards, output, token_bytes(), device):
-            mfu_free = f"{record['tokens_per_s']:,.0f} tok/s"
-            status = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  {mfu_free}"
+            speed = f"{record['tokens_per_s']:,.0f} tok/s"
+            status = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  {speed}"
             progress.update(task, completed=record["step"], status=status)
             if "bits_per_byte" in record:
                 held_out = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
@@ -96,14 +103,28 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
         if lengths[i] != lengths[i - 1]:
             for axis in (left, right):
                 axis.axvline(tokens[i - 1], color="0.4", linestyle=":", linewidth=1)
-            left.annotate(f"{lengths[i]:,} tokens a row", (tokens[i - 1], 0.5), xycoords=("data", "axes fraction"),
-                          rotation=90, ha="right", va="center", color="0.4", fontsize=8)
+            left.annotate(
+                f"{lengths[i]:,} tokens a row",
+                (tokens[i - 1], 0.5),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="center",
+                color="0.4",
+                fontsize=8,
+            )
     left.legend(frameon=False)
     for source in evaluated[-1]["bits_per_byte"] if evaluated else ():
         values = [record["bits_per_byte"][source] for record in evaluated]
         bold = source == "mean"
-        right.plot([r["tokens"] / 1e6 for r in evaluated], values, label=source.removeprefix("RedPajama"),
-                   color="black" if bold else None, linewidth=2 if bold else 1, marker=".")
+        right.plot(
+            [r["tokens"] / 1e6 for r in evaluated],
+            values,
+            label=source.removeprefix("RedPajama"),
+            color="black" if bold else None,
+            linewidth=2 if bold else 1,
+            marker=".",
+        )
     right.set(xlabel="tokens (millions)", ylabel="held-out loss (bits a byte)")
     if evaluated:
         right.legend(frameon=False, fontsize=8)

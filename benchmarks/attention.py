@@ -1,0 +1,120 @@
+"""One BTLM-3B block: ALiBi folded into head dimensions against an additive mask, forward and forward + backward.
+
+    python benchmarks/attention.py [--tokens 2048 8192] [--repeats 5]
+
+Both are this package's block; the peer passes ALiBi and causality to the same fused attention as a mask tensor
+``[1, heads, tokens, tokens]`` in bf16, as Transformers' ALiBi models do. Each measurement is a process of its own, in
+turn A B A B, so that peak memory is told apart. Prints medians, ratios and peak resident memory.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+SHAPE = {
+    "n_embd": 2560,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_inner": 6826,
+    "n_positions": 8192,
+    "activation_function": "swiglu",
+    "position_embedding_type": "alibi",
+    "mup_width_scale": 0.1,
+    "mup_embeddings_scale": 14.6,
+    "mup_output_alpha": 2.22,
+    "mup_scale_qk_dot_by_d": True,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+
+
+def measure(form: str, tokens: int, backward: bool) -> dict[str, float]:
+    """Seconds and peak memory beyond the block's own of one pass in this process, after a short one."""
+    from btlm import BTLMConfig
+    from btlm.model.alibi import alibi_slopes, attention_bias, fold_attention_bias
+    from btlm.model.attention_btlm import AttentionPlan
+    from btlm.model.modeling_btlm import BTLMBlock
+
+    torch.manual_seed(0)
+    config = BTLMConfig(**SHAPE)
+    block = BTLMBlock(config, layer_idx=0).to(torch.bfloat16)
+    hidden = torch.randn(1, tokens, config.n_embd, dtype=torch.bfloat16, requires_grad=backward)
+
+    def plan(tokens: int) -> AttentionPlan:
+        positions = torch.arange(tokens)
+        slopes = alibi_slopes(config.n_head)[None]
+        common = {"num_keys": tokens, "query_positions_Q": positions, "scale": config.attention_scale}
+        if form == "mask":
+            mask = attention_bias(slopes, positions, tokens, None, causal=True).to(torch.bfloat16)
+            return AttentionPlan(**common, is_causal=False, mask=mask)
+        features = fold_attention_bias(
+            slopes, positions, tokens, None, scale=config.attention_scale, dtype=torch.bfloat16
+        )
+        return AttentionPlan(**common, is_causal=True, slopes_BH=slopes, features=features)
+
+    warm_up, _ = block(hidden[:, :128], plan(128))
+    if backward:
+        warm_up.sum().backward()
+        block.zero_grad()
+        hidden.grad = None
+    base = resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the block
+    started = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        output, _ = block(hidden, plan(tokens))
+    if backward:
+        output.sum().backward()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_mb": resident_mb("VmHWM") - base}
+
+
+def resident_mb(field: str) -> float:
+    """Resident memory of this process now (``VmRSS``) or at its peak (``VmHWM``); Linux."""
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def main() -> None:
+    """Run both forms in turn and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", nargs=3, metavar=("FORM", "TOKENS", "BACKWARD"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        form, tokens, backward = args.one
+        print(json.dumps(measure(form, int(tokens), backward == "1")))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16, batch 1, medians of {args.repeats}\n")
+    print("| tokens | pass | folded s | mask s | time ratio | folded MB | mask MB |")
+    print("|---|---|---|---|---|---|---|")
+    for tokens in args.tokens:
+        for backward in (False, True):
+            runs: dict[str, list[dict[str, float]]] = {"folded": [], "mask": []}
+            for _ in range(args.repeats):
+                for form, results in runs.items():
+                    command = [sys.executable, __file__, "--one", form, str(tokens), str(int(backward))]
+                    done = subprocess.run(command, capture_output=True, text=True, check=True)
+                    results.append(json.loads(done.stdout))
+            seconds = {form: statistics.median(r["seconds"] for r in results) for form, results in runs.items()}
+            ratio = statistics.median(
+                b["seconds"] / a["seconds"] for a, b in zip(runs["folded"], runs["mask"], strict=True)
+            )
+            peak = {form: statistics.median(r["peak_mb"] for r in results) for form, results in runs.items()}
+            name = "forward + backward" if backward else "forward"
+            print(
+                f"| {tokens:,} | {name} | {seconds['folded']:.3f} | {seconds['mask']:.3f} | {ratio:.2f} "
+                f"| {peak['folded']:,.0f} | {peak['mask']:,.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

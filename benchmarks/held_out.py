@@ -1,0 +1,37 @@
+"""Held-out loss of checkpoints in bits a byte of text, by source.
+
+    python benchmarks/held_out.py MODEL [MODEL ...] --data shards/ [--tokens 65536] [--context 2048]
+
+``--data`` is what ``btlm data tokenize`` wrote; every source counts the same in the mean.
+"""
+
+import argparse
+
+import torch
+
+from btlm.data import TokenShards
+from btlm.infer import load_model
+from btlm.train import evaluate_bits_per_byte
+from btlm.train.run import token_bytes
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--data", required=True, help="folder of token shards")
+    parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens of each source, at most")
+    parser.add_argument("--context", type=int, default=2048, help="tokens a row")
+    args = parser.parse_args()
+    shards = TokenShards(args.data)
+    print(f"torch {torch.__version__}, up to {args.tokens:,} tokens a source in rows of {args.context:,}\n")
+    for i, name in enumerate(args.models):
+        model, _ = load_model(name)
+        result = evaluate_bits_per_byte(model, shards, args.context, args.tokens, token_bytes())
+        if i == 0:
+            print(f"| | {' | '.join(result)} |\n|---{'|---' * len(result)}|")
+        print(f"| {name} | {' | '.join(f'{value:.4f}' for value in result.values())} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Attention of BTLM: ALiBi and padding without a bias tensor, whatever is cached.
+
+Letters: B batch, H heads, Q queries, K keys, D head dimension, C width (``n_embd``), F folded features.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+
+from .alibi import alibi_slopes, attention_bias, fold_attention_bias, interpolated_slopes
+from .configuration_btlm import BTLMConfig
+
+# Queries that are attended at once when new tokens follow cached ones: bounds the [queries, keys] causal mask.
+QUERY_BLOCK = 512
+
+
+class AttentionPlan(NamedTuple):
+    """What every block needs to attend, made once a forward pass: an explicit bias, folded features, or neither."""
+
+    num_keys: int
+    query_positions_Q: Tensor
+    scale: float
+    is_causal: bool
+    slopes_BH: Tensor | None = None
+    key_mask_BK: Tensor | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    features: tuple[Tensor, Tensor] | None = None
+    output_attentions: bool = False
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Features for queries and keys of ``dtype``; made anew where a block computes in another one."""
+        if self.features is not None and self.features[0].dtype == dtype:
+            return self.features
+        return fold_attention_bias(
+            self.slopes_BH,
+            self.query_positions_Q,
+            self.num_keys,
+            self.key_mask_BK,
+            scale=self.scale,
+            dtype=dtype,
+        )
+
+
+def plan_attention(
+    config: BTLMConfig,
+    embeds_BQC: Tensor,
+    cache: Cache | None,
+    attention_mask: Tensor | None,
+    *,
+    output_attentions: bool,
+) -> AttentionPlan:
+    """The plan of one forward pass.
+
+    Args:
+        config: Of the model.
+        embeds_BQC: What the first block gets; tells number, device and dtype of the queries.
+        cache: Before any block has added to it.
+        attention_mask: ``[B, K]`` or ``[B, 1, Q, K]``, as :class:`btlm.BTLMModel` takes it.
+        output_attentions: Plan for explicit probabilities.
+
+    Raises:
+        ValueError: A two-dimensional mask covers fewer tokens than are attended to.
+    """
+    num_queries = embeds_BQC.shape[1]
+    device = embeds_BQC.device
+    past = cache.get_seq_length() if cache is not None else 0
+    # A static cache counts its tokens in a tensor, once it holds any; then all its slots are keys.
+    static = isinstance(past, Tensor)
+    num_keys = cache.get_max_length() if static and cache is not None else past + num_queries
+    query_positions_Q = torch.arange(num_queries, device=device) + past
+    full_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+    key_mask_BK = None
+    if attention_mask is not None and full_mask is None:
+        key_mask_BK = attention_mask.to(device=device, dtype=torch.bool)
+        if not static and key_mask_BK.shape[-1] < num_keys:
+            raise ValueError(
+                f"attention_mask covers {key_mask_BK.shape[-1]} tokens but {num_keys} are attended to; "
+                "include the cached ones."
+            )
+        key_mask_BK = F.pad(key_mask_BK[:, :num_keys], (0, max(0, num_keys - key_mask_BK.shape[-1])))
+
+    slopes_BH = None
+    if config.position_embedding_type == "alibi":
+        if key_mask_BK is not None:
+            visible_BK = key_mask_BK & (torch.arange(num_keys, device=device) <= query_positions_Q[-1])
+            key_lengths_B = visible_BK.sum(dim=-1)
+        else:
+            key_lengths_B = query_positions_Q[-1:] + 1
+        slopes_BH = interpolated_slopes(alibi_slopes(config.n_head, device), config.alibi_scaling, key_lengths_B)
+
+    plan = AttentionPlan(
+        num_keys,
+        query_positions_Q,
+        scale=config.attention_scale,
+        is_causal=not static and past == 0 and full_mask is None,
+        slopes_BH=slopes_BH,
+        key_mask_BK=key_mask_BK,
+        output_attentions=output_attentions,
+    )
+    if num_queries == 1 or output_attentions or config._attn_implementation == "eager":
+        bias = attention_bias(slopes_BH, query_positions_Q, num_keys, key_mask_BK, causal=full_mask is None)
+        return plan._replace(bias=bias if full_mask is None else bias + _additive(full_mask[..., :num_keys]))
+    if slopes_BH is not None or key_mask_BK is not None:
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else embeds_BQC.dtype
+        plan = plan._replace(features=plan.folded(dtype))
+    return plan if full_mask is None else plan._replace(mask=full_mask[..., :num_keys])
+
+
+class BTLMAttention(nn.Module):
+    """Multi-head attention; ALiBi and padding come folded into head dimensions (see :mod:`btlm.model.alibi`)."""
+
+    def __init__(self, config: BTLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_head = config.n_head
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale
+        self.query_scale = 1.0 / (layer_idx + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities ``[B, H, Q, K]`` where the plan asks for them."""
+        heads = (*hidden_states.shape[:-1], self.n_head, self.head_dim)
+        query, key, value = (x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
+        if self.query_scale != 1.0:
+            query = query * self.query_scale
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            key, value = key[:, :, : plan.num_keys], value[:, :, : plan.num_keys]
+        if plan.bias is not None:
+            output, probabilities = self._attend_with_bias(query, key, value, plan)
+        else:
+            output, probabilities = self._attend_folded(query, key, value, plan), None
+        output = output.transpose(1, 2).reshape(hidden_states.shape)
+        return self.resid_dropout(self.c_proj(output)), probabilities
+
+    def _attend_with_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit scores: for a single query, where it is the fastest form, and for returned probabilities."""
+        assert plan.bias is not None
+        scores_BHQK = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + plan.bias
+        probabilities = scores_BHQK.softmax(dim=-1)
+        weights = self.attn_dropout(probabilities).to(value.dtype)
+        return torch.matmul(weights, value), probabilities if plan.output_attentions else None
+
+    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        """Fused attention over queries and keys that carry ALiBi and padding in extra head dimensions."""
+        if plan.features is not None:
+            query_features, key_features = plan.folded(query.dtype)
+            batch = query.shape[0]
+            query_features = query_features.expand(batch, self.n_head, -1, -1)
+            key_features = key_features.expand(batch, self.n_head, -1, -1)
+            # Fused kernels want equal head sizes, a multiple of 8, for queries, keys and values.
+            width = self.head_dim + query_features.shape[-1]
+            padding = -width % 8
+            query = F.pad(torch.cat((query_features, query), dim=-1), (0, padding))
+            key = F.pad(torch.cat((key_features, key), dim=-1), (0, padding))
+            value = F.pad(value, (0, width - self.head_dim + padding))
+        dropout = self.attn_dropout.p if self.training else 0.0
+
+        def attend(query: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            )
+
+        if plan.mask is not None:
+            output = attend(query, plan.mask if plan.mask.dtype == torch.bool else plan.mask.to(query.dtype), False)
+        elif plan.is_causal:
+            output = attend(query, None, True)
+        else:
+            key_positions_K = torch.arange(plan.num_keys, device=key.device)
+            blocks = zip(query.split(QUERY_BLOCK, dim=2), plan.query_positions_Q.split(QUERY_BLOCK), strict=True)
+            outputs = [attend(block, positions[:, None] >= key_positions_K, False) for block, positions in blocks]
+            output = torch.cat(outputs, dim=2)
+        return output[..., : self.head_dim]
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)

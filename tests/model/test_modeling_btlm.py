@@ -1,0 +1,518 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
+
+from btlm.model import BTLMLMHeadModel, attention_btlm
+from tests.model import reference
+from tests.model.tiny import TINY, tiny_config, tiny_model, tokens
+
+FIXED = {"type": "linear", "factor": 2.5}
+DYNAMIC = {"type": "linear", "train_seq_len": 11}
+LEFT = torch.tensor([[0] * 9 + [1] * 15, [1] * 24, [0] * 1 + [1] * 23])
+RIGHT = LEFT.flip(1)
+HOLES = (tokens(3, 24, seed=9) % 3 > 0).long()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def expected_logits(model: BTLMLMHeadModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    """Of the reference, in fp64 whatever the dtype of the model."""
+    with torch.no_grad():
+        return reference.forward(model.state_dict(), model.config.to_dict(), input_ids, **kwargs).logits
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+# The network
+
+
+@both_attentions
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"activation_function": "relu", "n_inner": 36},
+        {"tie_word_embeddings": False},
+    ],
+    ids=repr,
+)
+@torch.no_grad()
+def test_equals_gpt2_in_standard_parametrization(variant: dict[str, Any], attention: str) -> None:
+    shape = {"n_embd": 48, "n_layer": 3, "n_head": 6, "vocab_size": 101, "n_positions": 40}
+    shape |= {"activation_function": "gelu_new", "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.15}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**{**shape, **dropout, **variant}, attn_implementation="eager")).eval()
+    ours = tiny_model(
+        **{
+            **shape,
+            "n_inner": None,
+            **dict.fromkeys(("mup_width_scale", "mup_embeddings_scale", "mup_output_alpha"), 1.0),
+            "mup_scale_qk_dot_by_d": False,
+            "position_embedding_type": "learned",
+            "attn_implementation": attention,
+            **variant,
+        }
+    )
+    for parameter in gpt2.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    assert ours.load_state_dict(gpt2.state_dict()) == ([], [])
+
+    input_ids = tokens(2, 40)
+    labels = input_ids.masked_fill(input_ids % 5 == 0, -100)
+    expected, actual = gpt2(input_ids, labels=labels), ours(input_ids, labels=labels)
+    assert expected.logits.std() > 0.5
+    assert_near(actual.logits, expected.logits, 1e-5)
+    assert_near(actual.loss, expected.loss, 1e-5)
+    # Positions that count real tokens, as generation gives them to GPT-2, are what a padding mask implies here.
+    mask = torch.ones_like(input_ids)
+    mask[0, :7] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = gpt2(input_ids, attention_mask=mask, position_ids=position_ids).logits[mask.bool()]
+    assert_near(ours(input_ids, attention_mask=mask).logits[mask.bool()], expected, 1e-5)
+    assert_near(ours(input_ids, attention_mask=mask, position_ids=position_ids).logits[mask.bool()], expected, 1e-5)
+
+
+@both_attentions
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"n_head": 6},
+        {"n_head": 8},
+        {"n_head": 3},
+        {"n_head": 1},
+        {"tie_word_embeddings": False},
+        {"mup_scale_qk_dot_by_d": False},
+        {"n_inner": None, "layer_norm_epsilon": 1e-2},
+        {"alibi_scaling": FIXED},
+        {"alibi_scaling": DYNAMIC},
+    ],
+    ids=repr,
+)
+@torch.no_grad()
+def test_equals_the_fp64_reference(variant: dict[str, Any], attention: str) -> None:
+    model = tiny_model(attn_implementation=attention, **variant)
+    input_ids = tokens(2, 45)
+    expected = expected_logits(model, input_ids)
+    assert expected.std() > 0.5
+    assert_near(model(input_ids).logits, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"n_head": 6, "alibi_scaling": FIXED}, {"alibi_scaling": {**DYNAMIC, "train_seq_len": 600}}],
+    ids=repr,
+)
+@torch.no_grad()
+def test_equals_the_fp64_reference_at_length(variant: dict[str, Any]) -> None:
+    model = tiny_model(n_layer=2, **variant)
+    input_ids = tokens(1, 1500)
+    assert_near(model(input_ids).logits, expected_logits(model, input_ids), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_position_bias_holds_at_eight_thousand_tokens(dtype: torch.dtype) -> None:
+    """The last tokens of a long text, against the explicit bias that one query at a time gets."""
+    model = tiny_model(n_layer=1, n_head=2, n_embd=16).to(dtype)
+    input_ids = tokens(1, 8192)
+    logits = model(input_ids, use_cache=False, logits_to_keep=1).logits
+    cache = model(input_ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    single = model(input_ids[:, -1:], past_key_values=cache).logits
+    assert_near(logits, single, {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype])
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_head": 32, "n_embd": 64, "n_layer": 2}, {"n_head": 2, "n_embd": 160}], ids=repr
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both_attentions
+@torch.no_grad()
+def test_closer_to_fp64_than_the_plain_formulation(dtype: torch.dtype, shape: dict[str, int], attention: str) -> None:
+    model = tiny_model(attn_implementation=attention, **shape).to(dtype)
+    input_ids = tokens(1, 300)
+    exact = expected_logits(model, input_ids)
+    plain = expected_logits(model, input_ids, dtype=dtype)
+    ours = model(input_ids).logits
+    assert ours.dtype == dtype
+    assert ours.isfinite().all()
+
+    def error(logits: Tensor) -> Tensor:
+        return (logits.double() - exact).square().mean().sqrt()
+
+    assert error(ours) < error(plain)
+    assert error(ours) < exact.std() * {torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+
+
+@torch.no_grad()
+def test_autocast_keeps_the_position_bias() -> None:
+    model = tiny_model()
+    input_ids, mask = tokens(3, 24), LEFT
+    exact = expected_logits(model, input_ids, key_mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = (model(input_ids, attention_mask=mask).logits.double() - exact)[mask.bool()]
+    assert error.square().mean().sqrt() < exact.std() * 2**-5
+
+
+def test_embedding_multiplier_is_not_applied_in_place() -> None:
+    model = tiny_model()
+    input_ids = tokens(2, 9)
+    inputs_embeds = model.get_input_embeddings()(input_ids).detach()
+    before = inputs_embeds.clone()
+    looked_up: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: looked_up.append(output))
+    by_ids = model(input_ids, output_hidden_states=True)
+    by_embeds = model(inputs_embeds=inputs_embeds, output_hidden_states=True)
+    assert torch.equal(inputs_embeds, before)
+    assert torch.equal(looked_up[0], before)
+    assert torch.equal(by_ids.hidden_states[0], before * TINY["mup_embeddings_scale"])
+    assert torch.equal(by_ids.logits, by_embeds.logits)
+
+
+@torch.no_grad()
+def test_output_multiplier() -> None:
+    model = tiny_model()
+    output = model(tokens(2, 9), output_hidden_states=True)
+    scale = TINY["mup_output_alpha"] * TINY["mup_width_scale"]
+    assert_near(output.logits, model.lm_head(output.hidden_states[-1]) * scale, 1e-5)
+
+
+@torch.no_grad()
+def test_query_key_products_are_divided_by_the_head_dimension() -> None:
+    by_d, by_root = tiny_model(), tiny_model(mup_scale_qk_dot_by_d=False)
+    for block in by_root.transformer.h:  # queries smaller by sqrt(d) make up for the difference
+        for tensor in (block.attn.c_attn.weight, block.attn.c_attn.bias):
+            tensor[..., : TINY["n_embd"]] *= 4**-0.5
+    assert_near(by_root(tokens(1, 20)).logits, by_d(tokens(1, 20)).logits, 1e-5)
+
+
+def test_wrong_inputs_are_named() -> None:
+    model, input_ids = tiny_model(), tokens(1, 4)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(input_ids, inputs_embeds=torch.zeros(1, 4, 48))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="attention_mask covers 3 tokens but 4"):
+        model(input_ids, attention_mask=torch.ones(1, 3))
+    learned = tiny_model(position_embedding_type="learned", n_positions=4)
+    with pytest.raises(ValueError, match=r"5 tokens do not fit the 4 learned positions \(n_positions\)"):
+        learned(tokens(1, 5))
+
+
+@both_attentions
+def test_mask_of_three_dimensions_is_an_error(attention: str) -> None:
+    model = tiny_model(attn_implementation=attention)
+    with pytest.raises(ValueError, match=r"attention_mask.*\(1, 9, 9\)"):
+        model(tokens(1, 9), attention_mask=torch.ones(1, 9, 9).tril())
+
+
+@torch.no_grad()
+def test_outputs() -> None:
+    model, input_ids = tiny_model(), tokens(2, 9)
+    output = model(input_ids, labels=input_ids, output_hidden_states=True)
+    as_tuple = model(input_ids, labels=input_ids, output_hidden_states=True, return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss)
+    assert torch.equal(as_tuple[1], output.logits)
+    assert len(output.hidden_states) == TINY["n_layer"] + 1
+    assert torch.equal(output.hidden_states[-1], model.transformer(input_ids).last_hidden_state)
+    assert_near(output.loss, reference.loss(expected_logits(model, input_ids), input_ids), 1e-5)
+    assert model(input_ids, use_cache=False).past_key_values is None
+    assert_near(model(input_ids, logits_to_keep=2).logits, output.logits[:, -2:], 1e-6)
+    assert_near(model(input_ids, logits_to_keep=torch.tensor([1, 5])).logits, output.logits[:, [1, 5]], 1e-6)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@both_attentions
+@pytest.mark.parametrize("mask", [None, LEFT, RIGHT, HOLES], ids=["no mask", "left", "right", "holes"])
+@torch.no_grad()
+def test_a_token_never_changes_logits_before_it(dtype: torch.dtype, attention: str, mask: Tensor | None) -> None:
+    model = tiny_model(attn_implementation=attention).to(dtype)
+    input_ids = tokens(3, 24)
+    logits = model(input_ids, attention_mask=mask).logits
+    for changed in (1, 13, 23):
+        other = input_ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % TINY["vocab_size"]
+        other_logits = model(other, attention_mask=mask).logits
+        assert torch.equal(other_logits[:, :changed], logits[:, :changed])
+        assert not torch.equal(other_logits[:, changed:], logits[:, changed:])
+
+
+@both_attentions
+def test_no_gradient_reaches_later_tokens(attention: str) -> None:
+    model = tiny_model(attn_implementation=attention)
+    inputs_embeds = torch.randn(1, 12, 48, requires_grad=True)
+    logits = model(inputs_embeds=inputs_embeds).logits
+    for position in (0, 5, 11):
+        (gradient,) = torch.autograd.grad(logits[:, position].sum(), inputs_embeds, retain_graph=True)
+        reached = gradient[0].abs().sum(-1)
+        assert (reached[: position + 1] > 0).all()
+        assert (reached[position + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@both_attentions
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, HOLES], ids=["left", "right", "holes"])
+@pytest.mark.parametrize("scaling", [None, DYNAMIC], ids=["plain", "dynamic"])
+@torch.no_grad()
+def test_padding_is_not_attended_to(
+    dtype: torch.dtype, attention: str, mask: Tensor, scaling: dict[str, Any] | None
+) -> None:
+    model = tiny_model(attn_implementation=attention, alibi_scaling=scaling).to(dtype)
+    input_ids, real = tokens(3, 24), mask.bool()
+    logits = model(input_ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    exact = expected_logits(model, input_ids, key_mask=mask)
+    error = (logits.double() - exact)[real]
+    if dtype == torch.float32:
+        assert error.abs().max() < 1e-4
+    assert (
+        error.square().mean().sqrt()
+        < exact.std() * {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype]
+    )
+    others = torch.where(real, input_ids, (input_ids + 1) % TINY["vocab_size"])
+    assert torch.equal(model(others, attention_mask=mask).logits[real], logits[real])
+
+
+@both_attentions
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", [{}, {"alibi_scaling": DYNAMIC}, {"position_embedding_type": "learned"}], ids=repr)
+@torch.no_grad()
+def test_batch_of_unequal_texts_equals_each_alone(side: str, attention: str, variant: dict[str, Any]) -> None:
+    model = tiny_model(attn_implementation=attention, **variant)
+    texts = [tokens(1, length, seed=length)[0] for length in (1, 6, 17, 24)]
+    input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(text) for text in texts], batch_first=True, padding_side=side
+    )
+    batch = model(input_ids, attention_mask=mask).logits
+    for text, row, real in zip(texts, batch, mask.bool(), strict=True):
+        assert_near(row[real], model(text[None]).logits[0], 1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, LEFT, HOLES], ids=["no mask", "left", "holes"])
+@pytest.mark.parametrize("scaling", [None, FIXED, DYNAMIC], ids=["plain", "fixed", "dynamic"])
+@torch.no_grad()
+def test_attention_probabilities(mask: Tensor | None, scaling: dict[str, Any] | None) -> None:
+    model, input_ids = tiny_model(alibi_scaling=scaling), tokens(3, 24)
+    output = model(input_ids, attention_mask=mask, output_attentions=True)
+    assert_near(output.logits, model(input_ids, attention_mask=mask).logits, 1e-5 if mask is None else float("inf"))
+    expected = reference.forward(model.state_dict(), model.config.to_dict(), input_ids, key_mask=mask).probabilities
+    real = torch.ones(3, 24, dtype=torch.bool) if mask is None else mask.bool()
+    assert len(output.attentions) == TINY["n_layer"]
+    for probabilities, exact in zip(output.attentions, expected, strict=True):
+        assert probabilities.shape == (3, TINY["n_head"], 24, 24)
+        assert_near(probabilities.sum(-1), torch.ones(3, TINY["n_head"], 24), 1e-5)
+        assert_near(probabilities.transpose(1, 2)[real], exact.transpose(1, 2)[real], 1e-5)
+
+
+def additive(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+@both_attentions
+@pytest.mark.parametrize("form", [torch.bool, torch.float32, torch.float64], ids=["bool", "fp32", "fp64"])
+@pytest.mark.parametrize("scaling", [None, FIXED], ids=["plain", "fixed"])
+@torch.no_grad()
+def test_packed_documents_equal_each_alone(attention: str, form: torch.dtype, scaling: dict[str, Any] | None) -> None:
+    model = tiny_model(attn_implementation=attention, alibi_scaling=scaling)
+    lengths, input_ids = [5, 1, 11, 7], tokens(2, 24)
+    visible = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().expand(2, 1, 24, 24)
+    packed = model(input_ids, attention_mask=visible if form == torch.bool else additive(visible, form)).logits
+    alone = [model(document).logits for document in input_ids.split(lengths, dim=1)]
+    assert_near(packed, torch.cat(alone, dim=1), 1e-5)
+
+
+@both_attentions
+@pytest.mark.parametrize("form", [torch.bool, torch.float32])
+@torch.no_grad()
+def test_complete_mask_equals_padding_mask(attention: str, form: torch.dtype) -> None:
+    model, input_ids = tiny_model(attn_implementation=attention), tokens(3, 24)
+    visible = (torch.ones(24, 24).tril() * HOLES[:, None, None, :]).bool()
+    complete = model(input_ids, attention_mask=visible if form == torch.bool else additive(visible)).logits
+    assert_near(complete[HOLES.bool()], model(input_ids, attention_mask=HOLES).logits[HOLES.bool()], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@both_attentions
+@pytest.mark.parametrize("form", [torch.bool, torch.float32, "the model's"], ids=str)
+@torch.no_grad()
+def test_complete_mask_with_rows_that_see_nothing(dtype: torch.dtype, attention: str, form: Any) -> None:
+    """Padding rows of an additive mask hold its lowest value throughout; they must not spread NaN to real tokens."""
+    model, input_ids = tiny_model(attn_implementation=attention).to(dtype), tokens(3, 24)
+    visible = (torch.ones(24, 24).tril() * LEFT[:, None, None, :]).bool()
+    mask = visible if form == torch.bool else additive(visible, dtype if form == "the model's" else form)
+    logits = model(input_ids, attention_mask=mask).logits
+    expected = model(input_ids, attention_mask=LEFT).logits
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
+    assert_near(logits[LEFT.bool()], expected[LEFT.bool()], tolerance)
+
+
+@both_attentions
+@torch.no_grad()
+def test_mask_that_sees_both_ways(attention: str) -> None:
+    """Distances count in both directions where a complete mask lets a token see later ones."""
+    model, input_ids = tiny_model(attn_implementation=attention), tokens(1, 24)
+    visible = torch.ones(24, 24).tril().bool()
+    visible[:10, :10] = True
+    expected = expected_logits(model, input_ids, visible=visible)
+    assert_near(model(input_ids, attention_mask=visible[None, None]).logits, expected, 1e-4)
+
+
+# Gradients
+
+
+def gradients(model: BTLMLMHeadModel, **inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_gradients_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= tolerance * (gradient.norm() + 1e-3), name
+
+
+def real_labels(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """A token is predicted from the one before it: neither may be padding."""
+    return input_ids if mask is None else input_ids.masked_fill(mask * mask.roll(1, dims=1) == 0, -100)
+
+
+@both_attentions
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["no mask", "left"])
+def test_gradients_equal_those_of_the_reference(attention: str, mask: Tensor | None) -> None:
+    model, input_ids = tiny_model(attn_implementation=attention), tokens(3, 24)
+    labels = real_labels(input_ids, mask)
+    actual = gradients(model, input_ids=input_ids, attention_mask=mask, labels=labels)
+    leaves = {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
+    state = {**leaves, "lm_head.weight": leaves["transformer.wte.weight"]}
+    logits = reference.forward(state, model.config.to_dict(), input_ids, key_mask=mask).logits
+    expected = torch.autograd.grad(reference.loss(logits, labels), list(leaves.values()))
+    assert_gradients_near(actual, {name: g.float() for name, g in zip(leaves, expected, strict=True)}, 1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@both_attentions
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["no mask", "left"])
+def test_checkpointed_gradients_keep_the_position_bias(
+    use_reentrant: bool, attention: str, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(attn_implementation=attention).train()
+    input_ids = tokens(3, 24)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": real_labels(input_ids, mask)}
+    expected = gradients(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls: list[int] = []
+    model.transformer.h[0].ln_1.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpointed = gradients(model, **inputs)
+    assert len(calls) == 2, "the block did not run again in the backward pass"
+    assert_gradients_near(checkpointed, expected, 1e-6)
+    zeros = torch.zeros(TINY["n_head"])
+    monkeypatch.setattr(attention_btlm, "alibi_slopes", lambda n_head, device: zeros)
+    without_alibi = gradients(model, **inputs)
+    name = "transformer.h.1.attn.c_attn.weight"
+    assert (without_alibi[name] - expected[name]).norm() > 0.1 * expected[name].norm()
+
+
+def test_checkpointing_leaves_caching_out() -> None:
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    assert model.train()(tokens(1, 5), use_cache=True).past_key_values is None
+    assert model.eval()(tokens(1, 5), use_cache=True).past_key_values.get_seq_length() == 5
+
+
+# Compilation
+
+
+@pytest.fixture
+def compile_fullgraph() -> Any:
+    """Compile without graph breaks; the counter says how often."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    yield lambda model: (torch.compile(model, fullgraph=True, backend=counter), counter)
+    torch._dynamo.reset()
+
+
+@both_attentions
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["no mask", "left"])
+@torch.no_grad()
+def test_compiles_to_one_graph(compile_fullgraph: Any, mask: Tensor | None, attention: str) -> None:
+    model, input_ids = tiny_model(attn_implementation=attention), tokens(3, 24)
+    compiled, counter = compile_fullgraph(model)
+    actual = compiled(input_ids, attention_mask=mask, use_cache=False).logits
+    assert_near(actual, model(input_ids, attention_mask=mask).logits, 1e-5)
+    assert counter.frame_count == 1
+
+
+def test_compiled_training_step(compile_fullgraph: Any) -> None:
+    model, input_ids = tiny_model().train(), tokens(3, 24)
+    expected = gradients(model, input_ids=input_ids, labels=input_ids, use_cache=False)
+    compiled, counter = compile_fullgraph(model)
+    model.zero_grad()
+    compiled(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradients_near(actual, expected, 1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["no mask", "left"])
+@torch.no_grad()
+def test_decoding_compiles_once_with_a_static_cache(compile_fullgraph: Any, mask: Tensor | None) -> None:
+    model, input_ids = tiny_model(), tokens(3, 24)
+    cache = StaticCache(model.config, max_cache_len=30)
+    model(input_ids[:, :20], attention_mask=None if mask is None else mask[:, :20], past_key_values=cache)
+    full_mask = None if mask is None else torch.nn.functional.pad(mask, (0, 6), value=1)
+    compiled, counter = compile_fullgraph(model)
+    expected = model(input_ids, attention_mask=mask).logits
+    for step in range(20, 24):
+        logits = compiled(input_ids[:, step, None], attention_mask=full_mask, past_key_values=cache).logits
+        assert_near(logits[:, 0], expected[:, step], 1e-5)
+    assert counter.frame_count == 1
+
+
+# Building and changing a model
+
+
+@torch.no_grad()
+def test_attention_is_set_later() -> None:
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_attention_other_than_ours_is_refused() -> None:
+    with pytest.raises(ValueError, match="flash_attention_2|Flash Attention"):
+        BTLMLMHeadModel(tiny_config(attn_implementation="flash_attention_2"))
+
+
+@torch.no_grad()
+def test_resized_vocabulary() -> None:
+    model, input_ids = tiny_model(), tokens(1, 9)
+    before = model(input_ids).logits
+    model.resize_token_embeddings(120)
+    after = model(input_ids).logits
+    assert after.shape[-1] == model.config.vocab_size == 120
+    assert_near(after[..., :101], before, 1e-6)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, input_ids = tiny_model(attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2), tokens(1, 9)
+    assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.train()
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
