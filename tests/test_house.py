@@ -17,7 +17,7 @@ import btlm
 ROOT = Path(__file__).parents[1]
 
 # A room imports from the rooms left of it. `btlm` is the package itself, which registers the model.
-ROOMS = [{"model"}, {"btlm"}, {"data"}, {"train"}, {"kernels"}, {"infer"}, {"serve", "evaluate"}, {"cli", "__main__"}]
+ROOMS = [{"model"}, {"btlm"}, {"data"}, {"train"}, {"kernels"}, {"infer"}, {"serve", "evaluate"}, {"cli"}, {"__main__"}]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MODEL_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "transformers"}
 

@@ -125,7 +125,7 @@ def _generate_parser() -> ArgumentParser:
   btlm generate "Albert Einstein was known for"
   btlm generate --temperature 0.8 --top-p 0.95 --seed 1 "Once upon a time"
   btlm generate --model runs/tiny/model --num-beams 4 "The capital of France is"
-  btlm generate --prompt-file report.txt --context-scaling dynamic > continued.txt""",
+  btlm generate --prompt-file report.txt --context-scaling dynamic > out.txt""",
     )
     parser.add_argument(
         "prompt", nargs="*", metavar="PROMPT", help="words, joined by spaces; standard input if none or -"

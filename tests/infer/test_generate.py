@@ -69,7 +69,7 @@ def test_streamed_text_is_that_of_generate(model, tokenizer):
 @pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, load_tokenizer])
 def test_text_comes_as_soon_as_a_character_is_whole(make_tokenizer):
     tokenizer = make_tokenizer()
-    text = " naïve 你好, 🙂\nnot\ttoo  late — \N{REPLACEMENT CHARACTER} é"
+    text = " naïve 你好, 🙂\nnot\ttoo  late — é"
     ids = tokenizer(text).input_ids
     pieces, _ = run(Script(ids), tokenizer)
     assert "".join(pieces) == text
@@ -78,6 +78,11 @@ def test_text_comes_as_soon_as_a_character_is_whole(make_tokenizer):
     assert set(itertools.accumulate(map(len, pieces))) <= boundaries
     assert max(map(len, pieces)) <= max(len(tokenizer.decode([token])) for token in ids)
     assert len(pieces) > len(text.split())
+
+
+def test_the_replacement_character_is_a_character(tokenizer):
+    text = "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+    assert "".join(run(Script(tokenizer(text).input_ids), tokenizer)[0]) == text
 
 
 def test_a_character_that_stays_incomplete_is_written_at_the_end(tokenizer):

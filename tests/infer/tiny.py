@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "attn_pdrop": 0.0,
     "initializer_range": 0.4,
     "mup_width_scale": 0.5,
-    "mup_embeddings_scale": 3.0,
+    "mup_embeddings_scale": 0.3,
     "mup_output_alpha": 1.2,
     "mup_scale_qk_dot_by_d": True,
     "bos_token_id": END,

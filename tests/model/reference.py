@@ -100,6 +100,12 @@ def forward(
     return Reference(logits * (config["mup_output_alpha"] * config["mup_width_scale"]), probabilities)
 
 
+def logits_of(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    """What a model should answer, in fp64 whatever its own dtype; arguments as for :func:`forward`."""
+    with torch.no_grad():
+        return forward(model.state_dict(), model.config.to_dict(), input_ids, **kwargs).logits
+
+
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of every label given the tokens before it; -100 is not counted."""
     log_probabilities = logits[:, :-1] - logits[:, :-1].logsumexp(-1, keepdim=True)

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ STD = {
 
 
 @pytest.fixture(scope="module")
-def block() -> Iterator[nn.Module]:
+def block() -> nn.Module:
     """The token table and one of the 32 blocks of BTLM-3B, initialized as the model would."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -45,7 +45,7 @@ def block() -> Iterator[nn.Module]:
     modules.to_empty(device="cpu")
     for module in modules.modules():
         init_weights(module, BTLM_3B)
-    yield modules
+    return modules
 
 
 @pytest.mark.parametrize("name", STD)
@@ -116,7 +116,7 @@ def test_parameter_groups(variant: dict[str, object], decoupled: bool) -> None:
     groups = model.get_mup_param_groups(lr=2e-3, weight_decay=0.1, decoupled_wd=decoupled)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     members = {group["name"]: sorted(names[id(parameter)] for parameter in group["params"]) for group in groups}
-    assert sorted(sum(members.values(), [])) == sorted(names.values()), "each parameter once, the tied one too"
+    assert sorted(chain(*members.values())) == sorted(names.values()), "each parameter once, the tied one too"
 
     tables = [name for name in names.values() if name.split(".")[-2] in ("wte", "wpe", "lm_head")]
     vectors = [name for name in names.values() if name.endswith("bias") or ".ln_" in name]

@@ -23,6 +23,15 @@ from tests.train.tiny import MODEL, TOKEN_BYTES, VOCAB_SIZE, tiny_recipe, tiny_s
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs that are compared bit for bit use the same number; for tensors this small one is also the fastest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     return tiny_shards(tmp_path_factory.mktemp("data") / "shards")
@@ -167,7 +176,7 @@ def plain_run(recipe: Recipe, shards: TokenShards) -> Iterator[tuple[float, floa
                 first[name] = beta1 * first[name] + (1 - beta1) * grad
                 second[name] = beta2 * second[name] + (1 - beta2) * grad**2
                 direction = first[name] / (1 - beta1**step) / ((second[name] / (1 - beta2**step)).sqrt() + options.eps)
-                p -= lr * (direction + decay * p)
+                p.sub_(lr * (direction + decay * p))
         yield float(loss.detach()), norm, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -345,6 +354,7 @@ def run(kill_at):
             with open(path, "ab" if i else "wb") as file:
                 file.write(content[i * len(content) // 4 : (i + 1) * len(content) // 4])
 
+    torch.set_num_threads(1)
     torch.save = save_in_four_parts
     sys.addaudithook(touch)
     for record in train(tiny_recipe(DROPOUT), TokenShards(data), output, TOKEN_BYTES):

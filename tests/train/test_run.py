@@ -1,8 +1,8 @@
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.axes
 import matplotlib.image
 import numpy as np
 import pytest
@@ -172,9 +172,22 @@ def test_plot(tmp_path: Path, num: int, evaluated: bool, stages: bool) -> None:
     write_metrics(tmp_path / "metrics.jsonl", num, evaluated=evaluated, stages=stages)
     plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     picture = matplotlib.image.imread(tmp_path / "loss.png")
-    assert picture.shape[0] > 300
-    assert picture.shape[1] > 2 * picture.shape[0]
-    dark = (picture[..., :3].mean(-1) < 0.9).mean(0)
-    left, right = np.array_split(dark, 2)
-    assert left.mean() > 0.01, "something is drawn on the left"
-    assert right.mean() > 0.01, "something is drawn on the right"
+    height, width = picture.shape[:2]
+    assert height > 300
+    assert width > (2.5 if evaluated else 1.3) * height, "a panel each for training and held-out loss"
+    for panel in np.array_split(picture[..., :3].mean(-1), 2 if evaluated else 1, axis=1):
+        assert (panel < 0.9).mean() > 0.01, "something is drawn in it"
+
+
+def test_plot_shows_where_the_rows_become_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[tuple[float, str]] = []
+    original = matplotlib.axes.Axes.text
+
+    def text(self: matplotlib.axes.Axes, x: float, y: float, s: str, **kwargs: Any) -> Any:
+        texts.append((x, s))
+        return original(self, x, y, s, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "text", text)
+    write_metrics(tmp_path / "metrics.jsonl", 560)
+    plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert texts == [(420 * 8192 / 1e6, "8,192 tokens a row")]

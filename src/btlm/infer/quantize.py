@@ -1,6 +1,5 @@
 """`btlm quantize`: a checkpoint in eight bits, half the size of bf16."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def quantize(model: str, output: Path | str) -> None:
     tokenizer.save_pretrained(partial)
     state = quantized_state_dict(network)
     save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
-    os.rename(partial, output)
+    partial.rename(output)
     size = sum(tensor.nbytes for tensor in state.values())
     bits = 8 * size / network.config.num_parameters()
     Console(stderr=True).print(f"Wrote {output}: {size / 1e6:,.1f} MB of weights, {bits:.2f} bits a parameter")

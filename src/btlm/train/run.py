@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,43 +93,45 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     tokens = np.array([record["tokens"] for record in records]) / 1e6
     loss = np.array([record["loss"] for record in records])
     evaluated = [record for record in records if "bits_per_byte" in record]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(tokens, loss, color="0.75", linewidth=0.8, label="each step")
-    window = min(25, len(loss))
-    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    left.plot(tokens[window - 1 :], smooth, color="C0", label=f"mean of {window} steps")
-    left.set(xlabel="tokens (millions)", ylabel="training loss (nats a token)", ylim=(None, min(loss.max(), 12.0)))
-    lengths = [record["sequence_length"] for record in records]
-    for i in range(1, len(lengths)):
-        if lengths[i] != lengths[i - 1]:
-            for axis in (left, right):
-                axis.axvline(tokens[i - 1], color="0.4", linestyle=":", linewidth=1)
-            left.annotate(
-                f"{lengths[i]:,} tokens a row",
-                (tokens[i - 1], 0.5),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                ha="right",
-                va="center",
-                color="0.4",
-                fontsize=8,
-            )
-    left.legend(frameon=False)
-    for source in evaluated[-1]["bits_per_byte"] if evaluated else ():
-        values = [record["bits_per_byte"][source] for record in evaluated]
-        bold = source == "mean"
-        right.plot(
-            [r["tokens"] / 1e6 for r in evaluated],
-            values,
-            label=source.removeprefix("RedPajama"),
-            color="black" if bold else None,
-            linewidth=2 if bold else 1,
-            marker=".",
-        )
-    right.set(xlabel="tokens (millions)", ylabel="held-out loss (bits a byte)")
+    panels = 2 if evaluated else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.8), layout="constrained", squeeze=False)
+    window = 25
+    averaged = len(loss) > window
+    left = axes[0, 0]
+    left.plot(tokens, loss, color="0.75", linewidth=0.8, marker="" if averaged else ".", label="each step")
+    if averaged:
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        left.plot(tokens[window // 2 :][: len(smooth)], smooth, color="C0", label=f"mean of {window} steps")
+    left.set_ylabel("training loss (nats a token)")
+    # The first steps, whose loss can be several times the others', would flatten the rest of the curve.
+    left.set_ylim(top=min(left.get_ylim()[1], 12.0))
+    left.legend(edgecolor="none", fontsize=8, loc="upper right")
     if evaluated:
-        right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
+        right = axes[0, 1]
+        for source in evaluated[-1]["bits_per_byte"]:
+            mean = source == "mean"
+            right.plot(
+                [record["tokens"] / 1e6 for record in evaluated],
+                [record["bits_per_byte"][source] for record in evaluated],
+                label=source.removeprefix("RedPajama"),
+                color="black" if mean else None,
+                linewidth=2 if mean else 1,
+                marker=".",
+            )
+        right.set_ylabel("held-out loss (bits a byte)")
+        right.legend(edgecolor="none", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+    for before, after in pairwise(records):
+        if before["sequence_length"] != after["sequence_length"]:
+            boundary = before["tokens"] / 1e6
+            for axis in axes.flat:
+                axis.axvline(boundary, color="0.4", linestyle=":", linewidth=1)
+            label = f"{after['sequence_length']:,} tokens a row"
+            at = left.get_xaxis_transform()
+            left.text(boundary, 0.6, label, transform=at, rotation=90, ha="right", va="center", color="0.4", size=8)
+    for axis in axes.flat:
+        axis.set(xlabel="tokens (millions)", xlim=(0, tokens[-1] * 1.05))
         axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.93")
     figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -1,0 +1,264 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import btlm
+import btlm.data.run
+import btlm.infer.generate
+import btlm.infer.info
+import btlm.infer.quantize
+import btlm.infer.run
+import btlm.train.run
+from btlm.cli import main
+from btlm.infer import BUNDLED_MODEL, GenerationOptions
+from tests.infer.tiny import save_tiny
+
+COMMANDS = ["generate", "info", "quantize", "train", "data", "data tokenize"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def error_of(capsys):
+    """The one line that a command line ends in."""
+
+    def run(*argv):
+        status = main([str(argument) for argument in argv])
+        out, err = capsys.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.startswith("btlm: error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Replaces the stages, and keeps what they were called with."""
+    calls = []
+    for module, name in (
+        (btlm.infer.run, "run_generate"),
+        (btlm.infer.info, "run_info"),
+        (btlm.infer.quantize, "quantize"),
+        (btlm.train.run, "run_training"),
+        (btlm.data.run, "tokenize"),
+    ):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **options: calls.append((name, args, options)))
+    return calls
+
+
+def start(*argv, **options):
+    environment = {**os.environ, "PYTHONPATH": str(Path(btlm.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen([sys.executable, "-m", "btlm", *argv], env=environment, text=True, **options)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as done:
+        main([*command.split(), "--help"])
+    out, err = capsys.readouterr()
+    assert done.value.code == 0
+    assert err == ""
+    assert out.startswith(f"usage: btlm {command}".rstrip())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_nothing_asked_is_answered_with_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        main([])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("generate", "info", "quantize", "train", "data"):
+        assert f"\n    {command} " in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"btlm {btlm.__version__}\n"
+
+
+# What the stages receive
+
+
+def test_generate_by_default(called):
+    assert main(["generate", "Once", "upon"]) == 0
+    assert called == [("run_generate", (), {"prompt": ["Once", "upon"], "options": GenerationOptions()})]
+
+
+def test_generate_with_every_option(called):
+    given = "--model m --dtype float32 --device cpu --context-scaling 2 --prompt-file p --max-new-tokens 3"
+    sampling = "--temperature 0.5 --top-p 0.9 --top-k 7 --seed 1 --no-repeat-ngram-size 2"
+    assert main(["generate", *given.split(), *sampling.split()]) == 0
+    ((_, _, options),) = called
+    assert options == {
+        "prompt": [],
+        "model": "m",
+        "dtype": "float32",
+        "device": "cpu",
+        "context_scaling": "2",
+        "prompt_file": "p",
+        "options": GenerationOptions(
+            max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, no_repeat_ngram_size=2
+        ),
+    }
+
+
+def test_generate_with_beams(called):
+    assert main(["generate", "-", "--num-beams", "4"]) == 0
+    assert called[0][2] == {"prompt": ["-"], "options": GenerationOptions(num_beams=4)}
+
+
+@pytest.mark.parametrize("prompt", ["null", "12", "[1, 2]", "{a: b}", "", "--not-an-option"])
+def test_a_prompt_is_never_read_as_anything_else(called, prompt):
+    assert main(["generate", "--", prompt]) == 0
+    assert called[0][2]["prompt"] == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("info", ("run_info", (BUNDLED_MODEL,), {"as_json": False})),
+        ("info recipe.yaml --json", ("run_info", ("recipe.yaml",), {"as_json": True})),
+        ("quantize m --output o", ("quantize", ("m", "o"), {})),
+        ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "cpu"), {})),
+        ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda"), {})),
+        ("data tokenize a b --output o", ("tokenize", (["a", "b"], "o", 0.01), {})),
+        ("data tokenize a --output o --holdout 0.2", ("tokenize", (["a"], "o", 0.2), {})),
+    ],
+)
+def test_the_other_commands(called, line, expected):
+    assert main(line.split()) == 0
+    assert called == [expected]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("nonsense", "'nonsense'"),
+        ("--nonsense", "--nonsense"),
+        ("generate x --temprature 1", "--temprature"),
+        ("generate x --temp 1", "--temp"),  # no guessing
+        ("generate x --model", "--model: expected one argument"),
+        ("generate x --max-new-tokens many", "--max-new-tokens: 'many' is not a whole number"),
+        ("generate x --max-new-tokens 1.5", "'1.5' is not a whole number"),
+        ("generate x --temperature hot", "--temperature: 'hot' is not a number"),
+        ("generate x --max-new-tokens 0", "--max-new-tokens is 0"),
+        ("generate x --max-new-tokens -1", "--max-new-tokens is -1"),
+        ("generate x --num-beams 0", "--num-beams is 0"),
+        ("generate x --temperature 0", "--temperature is 0.0"),
+        ("generate x --temperature nan", "--temperature is nan"),
+        ("generate x --top-p 0", "--top-p is 0.0"),
+        ("generate x --top-p 1.01", "--top-p is 1.01"),
+        ("generate x --top-k 0", "--top-k is 0"),
+        ("generate x --num-beams 4 --temperature 1", "use one or the other"),
+        ("generate x --seed 1", "--seed needs sampling"),
+        ("generate x --model ./absent", "There is no folder './absent'"),
+        ("generate x --model owner/absent", "owner/absent is neither a folder here"),
+        ("generate x --prompt-file y", "The prompt is given twice"),
+        ("generate --prompt-file /absent/file", "/absent/file cannot be read"),
+        ("info ./absent", "There is no folder './absent'"),
+        ("info absent.yaml", "absent.yaml"),
+        ("data", "tokenize"),
+        ("data tokenize", "required"),
+        ("train", "required"),
+    ],
+)
+def test_a_mistake_is_one_line(error_of, line, expected):
+    assert expected in error_of(*line.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--dtype", "float7"], "'float7' is unknown"),
+        (["--device", "abacus"], "'abacus' is unknown"),
+        (["--device", "cuda:99"], "cuda:99 is not available here"),
+        (["--context-scaling", "0.5"], "The context scaling is 0.5"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(error_of, checkpoint, options, expected):
+    assert expected in error_of("generate", "x", "--model", checkpoint, *options)
+
+
+def test_no_prompt_is_one_line(error_of, checkpoint):
+    assert "The prompt is empty" in error_of("generate", "", "--model", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ValueError("two\nlines"), "two lines"),
+        (PermissionError(13, "Permission denied", "/some/folder"), "/some/folder: Permission denied"),
+        (OSError("no space"), "no space"),
+        (MemoryError(), "MemoryError"),
+        (ModuleNotFoundError("No module named 'zstandard'", name="zstandard"), "zstandard is not installed"),
+    ],
+)
+def test_what_a_stage_raises_is_one_line(error_of, monkeypatch, raised, expected):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(btlm.infer.info, "run_info", fail)
+    assert error_of("info").startswith(f"btlm: error: {expected}")
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(btlm.infer.info, "run_info", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError):
+        main(["info"])
+
+
+def test_interruption_is_quiet(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(btlm.infer.info, "run_info", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+# As a process
+
+
+def test_a_reader_that_goes_away_is_quiet():
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start("--help", stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+def test_a_mistake_ends_the_process_with_2():
+    process = start("generate", "--nonsense", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.communicate() == ("", "btlm: error: unrecognized arguments: --nonsense (see --help)\n")
+    assert process.returncode == 2
+
+
+@pytest.mark.slow
+def test_a_prompt_through_a_pipe(checkpoint):
+    options = ["--model", str(checkpoint), "--max-new-tokens", "4", "--device", "cpu"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start("generate", *options, **pipes)
+    out, err = process.communicate("Grüße\n")
+    assert process.returncode == 0
+    assert out.startswith("Grüße")
+    assert [line.split(":")[0] for line in err.splitlines()] == ["btlm", "btlm"]
