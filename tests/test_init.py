@@ -41,11 +41,11 @@ def test_names_are_those_of_the_model_package():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import btlm; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM; import btlm",
-        "from btlm.model import BTLMConfig; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
-        "from btlm import *; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
-        "import transformers.modeling_utils, btlm; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM",
+        "import btlm, transformers",
+        "from transformers import AutoModelForCausalLM; import btlm",
+        "import transformers.modeling_utils, btlm",
+        "from btlm.model import BTLMConfig; import transformers",
+        "from btlm import *; import transformers",
     ],
 )
 def test_auto_classes_know_btlm_in_any_order_of_imports(tmp_path, imports):
@@ -53,6 +53,7 @@ def test_auto_classes_know_btlm_in_any_order_of_imports(tmp_path, imports):
     program = f"""
 import sys
 {imports}
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 logging.disable_progress_bar()
 for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):

@@ -28,7 +28,11 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"part.jsonl": bytes, "part.jsonl.gz": gzip.compress, "part.jsonl.zst": zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "part.jsonl": bytes,
+    "part.jsonl.gz": gzip.compress,
+    "part.jsonl.zst": zstd,
+}
 
 
 @pytest.mark.parametrize("name", PACK)
@@ -150,9 +154,11 @@ def test_a_file_that_is_not_compressed_is_named(tmp_path: Path, name: str) -> No
 
 
 @compressed
-def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("start", [10, 10_000], ids=["first block", "middle"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, start: int) -> None:
     packed = bytearray(PACK[name](MANY))
-    packed[len(packed) // 2 : len(packed) // 2 + 64] = b"\xff" * 64
+    assert len(packed) > 2 * start
+    packed[start : start + 64] = b"\xff" * 64
     file = tmp_path / name
     file.write_bytes(packed)
     with pytest.raises(ValueError, match=r"^\S+, line \d+: ") as caught:

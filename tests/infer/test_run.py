@@ -1,6 +1,7 @@
 import io
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def continuation(prompt, model=None, length=6):
     """By Transformers' own interface."""
     tokenizer = byte_tokenizer()
     ids = torch.tensor([tokenizer(prompt).input_ids])
-    output = (model or tiny_model()).generate(
+    network: Any = model or tiny_model()
+    output = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, pad_token_id=256
     )
     return prompt + tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) + "\n"

@@ -39,7 +39,9 @@ TINY: dict[str, Any] = {
 def tiny_model(**overrides: Any) -> BTLMLMHeadModel:
     """Always the same weights for the same configuration."""
     torch.manual_seed(0)
-    return BTLMLMHeadModel(BTLMConfig(**{**TINY, **overrides})).eval()
+    model = BTLMLMHeadModel(BTLMConfig(**{**TINY, **overrides}))
+    model.eval()
+    return model
 
 
 def byte_tokenizer() -> GPT2Tokenizer:

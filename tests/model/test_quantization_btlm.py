@@ -1,14 +1,15 @@
 """Eight-bit folders load as plain models, within half a step of every weight."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from btlm.model import BTLMLMHeadModel
 from btlm.model.quantization_btlm import BTLMQuantizationConfig, dequantize, quantize, quantized_state_dict
 from tests.model.tiny import tiny_model, tokens
 
@@ -46,7 +47,8 @@ def test_a_channel_of_zeros_stays_zero():
 def test_an_eight_bit_folder_loads_as_a_plain_model(tmp_path, tied):
     original = tiny_model(tie_word_embeddings=tied)
     write_eight_bit(original, tmp_path / "eight")
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "eight", output_loading_info=True)
+    result: Any = BTLMLMHeadModel.from_pretrained(tmp_path / "eight", output_loading_info=True)
+    loaded, report = result
     assert not any(report.values())
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -58,7 +60,7 @@ def test_an_eight_bit_folder_loads_as_a_plain_model(tmp_path, tied):
 
     loaded.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    again = BTLMLMHeadModel.from_pretrained(tmp_path / "plain")
     assert torch.equal(again(tokens(2, 20)).logits, loaded(tokens(2, 20)).logits)
 
 

@@ -54,7 +54,7 @@ def test_a_folder_with_its_code_loads_where_btlm_is_not_installed(tmp_path):
     assert torch.equal(result["generated"], model.generate(ids, max_new_tokens=5))
     # The code goes on travelling, and the folder still loads as btlm's own class here.
     assert {file.name for file in again.glob("*.py")} == {file.name for file in (tmp_path / "with-code").glob("*.py")}
-    assert type(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)) is BTLMLMHeadModel
+    assert isinstance(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True), BTLMLMHeadModel)
 
 
 def test_code_is_saved_only_where_asked(tmp_path):

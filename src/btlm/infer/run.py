@@ -42,7 +42,7 @@ def run_generate(
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
         config = loaded.config
         note(
-            f"{Path(model).name if Path(model).is_dir() else model}, {config.num_parameters():,} parameters, "
+            f"{Path(model).resolve().name if Path(model).is_dir() else model}, {config.num_parameters():,} parameters, "
             f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
         )
         if warning := length_warning(config, encode(tokenizer, text).shape[1] + options.max_new_tokens):

@@ -104,7 +104,7 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
         left.plot(tokens[window // 2 :][: len(smooth)], smooth, color="C0", label=f"mean of {window} steps")
     left.set_ylabel("training loss (nats a token)")
     # The first steps, whose loss can be several times the others', would flatten the rest of the curve.
-    left.set_ylim(top=min(left.get_ylim()[1], 12.0))
+    left.set_ylim(top=min(left.get_ylim()[1], 2 * np.median(loss)))
     left.legend(edgecolor="none", fontsize=8, loc="upper right")
     if evaluated:
         right = axes[0, 1]
