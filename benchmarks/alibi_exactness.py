@@ -49,14 +49,14 @@ def folded(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, *, before:
 def masked(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     """The same fused attention with ALiBi and causality as a mask tensor."""
     tokens = query.shape[2]
-    bias = attention_bias(slopes[None], torch.arange(tokens), tokens, None, causal=True)
+    bias = attention_bias(slopes[None], torch.arange(tokens), tokens, None)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), scale=SCALE)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     """Explicit scores, bias and softmax in the dtype of the model, as in the original code."""
     tokens = query.shape[2]
-    bias = attention_bias(slopes[None], torch.arange(tokens), tokens, None, causal=True)
+    bias = attention_bias(slopes[None], torch.arange(tokens), tokens, None)
     scores = query @ key.transpose(-1, -2) * SCALE + bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     return scores.softmax(-1) @ value
 

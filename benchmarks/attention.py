@@ -52,7 +52,7 @@ def measure(form: str, tokens: int, backward: bool) -> dict[str, float]:
         slopes = alibi_slopes(config.n_head)[None]
         common = {"num_keys": tokens, "query_positions_Q": positions, "scale": config.attention_scale}
         if form == "mask":
-            mask = attention_bias(slopes, positions, tokens, None, causal=True).to(torch.bfloat16)
+            mask = attention_bias(slopes, positions, tokens, None).to(torch.bfloat16)
             return AttentionPlan(**common, is_causal=False, mask=mask)
         features = fold_attention_bias(
             slopes, positions, tokens, None, scale=config.attention_scale, dtype=torch.bfloat16

@@ -30,13 +30,14 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
     from btlm.model import BTLMConfig, BTLMLMHeadModel, BTLMModel
 
     AutoConfig.register("btlm", BTLMConfig)
     AutoModel.register(BTLMConfig, BTLMModel)
     AutoModelForCausalLM.register(BTLMConfig, BTLMLMHeadModel)
+    AutoTokenizer.register(BTLMConfig, tokenizer_class=GPT2Tokenizer)
 
 
 class _AfterImport(MetaPathFinder):

@@ -81,7 +81,7 @@ def interpolated_slopes(slopes_H: Tensor, alibi_scaling: dict[str, Any] | None, 
 
 
 def attention_bias(
-    slopes_BH: Tensor | None, query_positions_Q: Tensor, num_keys: int, key_mask_BK: Tensor | None, *, causal: bool
+    slopes_BH: Tensor | None, query_positions_Q: Tensor, num_keys: int, key_mask_BK: Tensor | None
 ) -> Tensor:
     """The explicit bias ``-slope * |i - j|`` with causality and padding, for one query or for eager attention.
 
@@ -90,7 +90,6 @@ def attention_bias(
         query_positions_Q: Slots of the queries among the keys.
         num_keys: Number of keys, in slots ``0 .. num_keys - 1``.
         key_mask_BK: False where a key is padding.
-        causal: Hide keys after the query.
 
     Returns:
         fp32 tensor broadcastable to ``[B, H, Q, K]``, to be added to the scaled scores.
@@ -100,11 +99,11 @@ def attention_bias(
     bias = torch.zeros((), dtype=torch.float32, device=distance_QK.device).expand(1, 1, *distance_QK.shape)
     if slopes_BH is not None:
         bias = -slopes_BH[:, :, None, None] * distance_QK.abs()
-    if causal:
-        bias = bias.masked_fill(distance_QK < 0, torch.finfo(torch.float32).min)
+    # Later keys lie below padding, so that a row which sees padding only does not see them instead.
+    lowest = torch.finfo(torch.float32).min
     if key_mask_BK is not None:
-        bias = bias.masked_fill(~key_mask_BK[:, None, None, :], torch.finfo(torch.float32).min)
-    return bias
+        bias = bias.masked_fill(~key_mask_BK[:, None, None, :], lowest / 2)
+    return bias.masked_fill(distance_QK < 0, lowest)
 
 
 def fold_attention_bias(

@@ -64,8 +64,13 @@ def plan_attention(
         output_attentions: Plan for explicit probabilities.
 
     Raises:
-        ValueError: A two-dimensional mask covers fewer tokens than are attended to.
+        ValueError: The mask has neither two nor four dimensions, or covers fewer tokens than are attended to.
     """
+    if attention_mask is not None and attention_mask.ndim not in (2, 4):
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; give [batch, keys] or "
+            "[batch, 1, queries, keys]."
+        )
     num_queries = embeds_BQC.shape[1]
     device = embeds_BQC.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -103,13 +108,18 @@ def plan_attention(
         output_attentions=output_attentions,
     )
     if num_queries == 1 or output_attentions or config._attn_implementation == "eager":
-        bias = attention_bias(slopes_BH, query_positions_Q, num_keys, key_mask_BK, causal=full_mask is None)
+        bias = attention_bias(slopes_BH, query_positions_Q, num_keys, key_mask_BK)
         return plan._replace(bias=bias if full_mask is None else bias + _additive(full_mask[..., :num_keys]))
     if slopes_BH is not None or key_mask_BK is not None:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else embeds_BQC.dtype
         plan = plan._replace(features=plan.folded(dtype))
-    return plan if full_mask is None else plan._replace(mask=full_mask[..., :num_keys])
+    if full_mask is not None:
+        visible_QK = query_positions_Q[:, None] >= torch.arange(num_keys, device=device)
+        mask = full_mask[..., :num_keys]
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        plan = plan._replace(mask=mask.masked_fill(~visible_QK, hidden))
+    return plan
 
 
 class BTLMAttention(nn.Module):
@@ -148,6 +158,8 @@ class BTLMAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Explicit scores: for a single query, where it is the fastest form, and for returned probabilities."""
         assert plan.bias is not None
+        if query.shape[2] > 1:  # in fp32, except while decoding, where that would copy the whole cache
+            query, key = query.float(), key.float()
         scores_BHQK = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + plan.bias
         probabilities = scores_BHQK.softmax(dim=-1)
         weights = self.attn_dropout(probabilities).to(value.dtype)

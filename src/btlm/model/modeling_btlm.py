@@ -178,8 +178,8 @@ class BTLMModel(BTLMPreTrainedModel):
         Args:
             input_ids: int64 ``[B, Q]``, the tokens that are not in the cache.
             past_key_values: Keys and values of the tokens before them.
-            attention_mask: ``[B, K]`` with 0 at padding, anywhere in the row; or a complete mask ``[B, 1, Q, K]``,
-                boolean or additive, that includes causality.
+            attention_mask: ``[B, K]`` with 0 at padding, anywhere in the row; or ``[B, 1, Q, K]``, boolean or additive,
+                to hide more, for example the other documents of a packed row. Later keys are hidden in any case.
             position_ids: int64 ``[B, Q]``, used by learned positions. ALiBi is relative to the slots of the tokens.
             inputs_embeds: ``[B, Q, C]`` instead of ``input_ids``, before the embedding multiplier.
             use_cache: Return a cache; ``config.use_cache`` by default, never while checkpointing gradients.
