@@ -251,7 +251,7 @@ OLDER_KEYS = {
     "embeddings_scale": ("mup_embeddings_scale",),
     "scale_qk_dot_by_d": ("mup_scale_qk_dot_by_d",),
     "width_scale": ("mup_width_scale", "mup_output_alpha"),
-    "output_logits_scale": ("mup_width_scale", "mup_output_alpha"),
+    "output_logits_scale": ("mup_output_alpha",),
 }
 
 

@@ -211,16 +211,16 @@ class BTLMModel(BTLMPreTrainedModel):
             embeds_BQC = embeds_BQC + self._position_embeddings(embeds_BQC, cache, attention_mask, position_ids)
         num_new = embeds_BQC.shape[1]
         if cache is not None and train_seq_len(config.alibi_scaling) is not None:
-            embeds_BQC = self._recompute_if_rescaled(embeds_BQC, cache)
+            embeds_BQC = self._recompute_if_rescaled(embeds_BQC, cache, attention_mask)
 
         plan = plan_attention(config, embeds_BQC, cache, attention_mask, output_attentions=bool(output_attentions))
         hidden_states = self.drop(embeds_BQC)
         all_hidden_states: tuple[Tensor, ...] = ()
         all_attentions: tuple[Tensor | None, ...] = ()
         for block in self.h:
-            all_hidden_states += (hidden_states,) if output_hidden_states else ()
+            all_hidden_states += (hidden_states[:, -num_new:],) if output_hidden_states else ()
             hidden_states, probabilities = block(hidden_states, plan, past_key_values=cache)
-            all_attentions += (probabilities,) if output_attentions else ()
+            all_attentions += (probabilities[:, :, -num_new:],) if output_attentions else ()
         hidden_states = self.ln_f(hidden_states[:, -num_new:])
         all_hidden_states += (hidden_states,) if output_hidden_states else ()
 
@@ -250,7 +250,7 @@ class BTLMModel(BTLMPreTrainedModel):
         positions: Tensor = self.wpe(position_ids)
         return positions
 
-    def _recompute_if_rescaled(self, embeds_BQC: Tensor, cache: Cache) -> Tensor:
+    def _recompute_if_rescaled(self, embeds_BQC: Tensor, cache: Cache, attention_mask: Tensor | None) -> Tensor:
         """Under dynamic interpolation, replay the whole text once its length changes the slopes.
 
         The slopes depend on the total length, so past the training length every token changes the keys and values that
@@ -260,10 +260,20 @@ class BTLMModel(BTLMPreTrainedModel):
 
         Returns:
             The embeddings that the blocks have to process: the new ones, or those of the whole text.
+
+        Raises:
+            ValueError: The mask has rows for the new tokens alone.
         """
         trained = train_seq_len(self.config.alibi_scaling)
         assert trained is not None
         past = int(cache.get_seq_length())
+        total = past + embeds_BQC.shape[1]
+        replay = past > 0 and total > trained
+        if replay and attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError(
+                f"attention_mask has rows for the new tokens alone, but past train_seq_len ({trained}) dynamic "
+                "interpolation runs over the whole text; give a mask [batch, keys], or no cache."
+            )
         layers: list[Any] = cache.layers
         n_layer = self.config.n_layer
         if past == 0:
@@ -274,8 +284,7 @@ class BTLMModel(BTLMPreTrainedModel):
             static = isinstance(layers[0], StaticLayer)
             layers.append(StaticLayer(max_cache_len=layers[0].max_cache_len) if static else DynamicLayer())
         all_embeds, _ = layers[n_layer].update(embeds_BQC[:, None], embeds_BQC[:, None, :, :0])
-        total = past + embeds_BQC.shape[1]
-        if past == 0 or total <= trained:
+        if not replay:
             return embeds_BQC
         logger.warning_once(
             f"The text exceeds train_seq_len ({trained}): dynamic interpolation changes with every token, so each "
