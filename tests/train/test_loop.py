@@ -74,6 +74,8 @@ def assert_same_run(output: Path, expected: Path) -> None:
     assert optimizer["param_groups"] == wanted_optimizer["param_groups"]
     assert state(output)["step"] == state(expected)["step"]
     assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "model", "state.pt"]
+    files, wanted_files = ({path.name for path in (folder / "model").iterdir()} for folder in (output, expected))
+    assert files == wanted_files
 
 
 # What a run does
@@ -191,7 +193,9 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
 
 # A decay that shows in one step, and an eps that keeps Adam from blowing up what rounding in bf16 leaves of gradients
 # that are zero, such as those of the biases of keys.
-PLAIN = Optimizer(lr=0.02, warmup_tokens=128, final_lr_ratio=0.1, clip_norm=0.5, weight_decay=2.0, eps=1e-3)
+PLAIN = Optimizer(
+    lr=0.02, warmup_tokens=128, final_lr_ratio=0.1, clip_norm=0.5, weight_decay=2.0, betas=(0.6, 0.7), eps=1e-3
+)
 
 
 def test_steps_are_those_of_a_plain_implementation(tmp_path: Path, shards: TokenShards) -> None:
@@ -301,8 +305,26 @@ def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uni
     (tmp_path / "metrics.jsonl.partial").write_text('{"step": 9')
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "model.partial" / "leftover").touch()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tok')
+    run(recipe, shards, tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_metrics_survive_an_end_while_they_are_shortened(
+    tmp_path: Path, shards: TokenShards, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, text: str) -> int:
+        path.open("w").close()
+        raise KeyboardInterrupt
+
+    recipe = tiny_recipe(DROPOUT)
+    run(recipe, shards, tmp_path, steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, shards, tmp_path)
     run(recipe, shards, tmp_path)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -361,8 +383,8 @@ def run(kill_at):
         pass
 
 rng = random.Random(0)
-code = None
-while code != 0:
+code = -signal.SIGKILL
+while code == -signal.SIGKILL:
     kill_at = rng.randint(1, 18)
     if not (child := os.fork()):
         try:

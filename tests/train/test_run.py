@@ -92,10 +92,12 @@ def test_one_call_from_recipe_to_model(tmp_path: Path, data: Path, capsys: pytes
 
 def test_a_recipe_may_be_corrected_before_there_is_a_checkpoint(tmp_path: Path, data: Path) -> None:
     output = tmp_path / "run"
-    with pytest.raises(ValueError, match="No source named poems"):
-        run_training(write_recipe(tmp_path, source_weights={"poems": 1}), data, output)
-    run_training(write_recipe(tmp_path, source_weights={"tales": 1}), data, output)
-    assert "tales" in (output / "recipe.yaml").read_text()
+    for source in ("poems", "songs"):
+        with pytest.raises(ValueError, match=f"No source named {source}"):
+            run_training(write_recipe(tmp_path, source_weights={source: 1}), data, output)
+        assert source in (output / "recipe.yaml").read_text()
+    # In its own output folder, too.
+    run_training(write_recipe(tmp_path, source_weights={"tales": 1}).rename(output / "recipe.yaml"), data, output)
     assert steps(output) == [1, 2, 3]
 
 
