@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from btlm.model import BTLMLMHeadModel
+from btlm.model.attention_btlm import BTLMAttention, plan_attention
 from tests.model import reference
 from tests.model.tiny import TINY, assert_near, tiny_config, tiny_model, tokens
 
@@ -23,17 +25,37 @@ both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 # Precision
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("num_keys", "head_dim"), [(8192, 80), (70_000, 16)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_position_bias_holds_at_eight_thousand_tokens(dtype: torch.dtype) -> None:
-    """The last tokens of a long text, against the explicit bias that one query at a time gets."""
-    model = tiny_model(n_layer=1, n_head=2, n_embd=16).to(dtype)
-    input_ids = tokens(1, 8192)
-    logits = model(input_ids, use_cache=False, logits_to_keep=1).logits
-    cache = model(input_ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    single = model(input_ids[:, -1:], past_key_values=cache).logits
-    assert_near(logits, single, {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype])
+def test_exact_at_length(num_keys: int, head_dim: int, dtype: torch.dtype) -> None:
+    """A few queries after a long random cache: softmax feels what the position bias loses to rounding."""
+    torch.manual_seed(0)
+    n_head, num_queries = 12, 4
+    config = tiny_config(n_embd=n_head * head_dim, n_head=n_head, n_layer=1)
+    attention = BTLMAttention(config, 0).eval()
+    attention.c_attn.weight.normal_(std=config.n_embd**-0.5)
+    attention.c_proj.weight.copy_(torch.eye(config.n_embd))
+    attention.to(dtype)
+    cache: Any = DynamicCache(config=config)
+    cache.update(*torch.randn(2, 1, n_head, num_keys - num_queries, head_dim).to(dtype), 0)
+    hidden = torch.randn(1, num_queries, config.n_embd).to(dtype)
+    query = attention.c_attn(hidden)[..., : config.n_embd].view(1, num_queries, n_head, head_dim).transpose(1, 2)
+    actual, _ = attention(hidden, plan_attention(config, hidden, cache, None, output_attentions=False), cache)
+
+    key, value = cache.layers[0].keys.double(), cache.layers[0].values.double()
+    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
+    slopes = torch.tensor(reference.press_slopes(n_head), dtype=torch.float64)[:, None, None]
+    scores = query.double() @ key.transpose(-1, -2) / head_dim - slopes * distance
+    probabilities = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    exact = (probabilities @ value).transpose(1, 2).reshape(actual.shape)
+    error = (actual.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    # fp32 shows whether scores are exact; the shorter dtypes add the rounding of values and output.
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+    cache.crop(-num_queries)
+    _, explicit = attention(hidden, plan_attention(config, hidden, cache, None, output_attentions=True), cache)
+    assert_near(explicit, probabilities, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +238,13 @@ def test_mask_of_three_dimensions_is_an_error(attention: str) -> None:
     model = tiny_model(attn_implementation=attention)
     with pytest.raises(ValueError, match=r"attention_mask.*\(1, 9, 9\)"):
         model(tokens(1, 9), attention_mask=torch.ones(1, 9, 9).tril())
+
+
+@both_attentions
+def test_mask_for_another_batch_is_an_error(attention: str) -> None:
+    model = tiny_model(attn_implementation=attention)
+    with pytest.raises(ValueError, match="a batch of 2, and the input for one of 3"):
+        model(tokens(3, 9), attention_mask=torch.ones(2, 9))
 
 
 @torch.no_grad()

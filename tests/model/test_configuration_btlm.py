@@ -250,3 +250,11 @@ def test_names_that_transformers_asks_for() -> None:
     assert config.num_attention_heads == TINY["n_head"]
     assert config.num_hidden_layers == TINY["n_layer"]
     assert config.max_position_embeddings == TINY["n_positions"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("scale_qk_dot_by_d", 3.7), ("embeddings_scale", True), ("width_scale", "x")]
+)
+def test_impossible_older_keys_are_an_error(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key} is {value!r}"):
+        BTLMConfig(**{key: value})

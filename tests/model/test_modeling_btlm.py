@@ -213,6 +213,14 @@ def test_checkpointing_leaves_caching_out() -> None:
     assert model.eval()(tokens(1, 5), use_cache=True).past_key_values.get_seq_length() == 5
 
 
+def test_cached_keys_while_checkpointing_are_an_error() -> None:
+    model = tiny_model()
+    cache = model(tokens(1, 5), use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="cannot use cached keys"):
+        model.train()(tokens(1, 3), past_key_values=cache)
+
+
 # Compilation
 
 

@@ -64,12 +64,18 @@ def plan_attention(
         output_attentions: Plan for explicit probabilities.
 
     Raises:
-        ValueError: The mask has neither two nor four dimensions, or covers fewer tokens than are attended to.
+        ValueError: The mask has neither two nor four dimensions, is for another batch, or covers fewer tokens than are
+            attended to.
     """
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}; give [batch, keys] or "
             "[batch, 1, queries, keys]."
+        )
+    if attention_mask is not None and attention_mask.shape[0] not in (1, embeds_BQC.shape[0]):
+        raise ValueError(
+            f"attention_mask is for a batch of {attention_mask.shape[0]}, and the input for one of "
+            f"{embeds_BQC.shape[0]}; give a row of the mask for each text."
         )
     num_queries = embeds_BQC.shape[1]
     device = embeds_BQC.device

@@ -185,7 +185,13 @@ class BTLMConfig(PreTrainedConfig):
         return self.num_parameters() * dtype.itemsize
 
     def _adopt_older_keys(self, older: Mapping[str, Any]) -> list[str]:
-        problems = [f"{key} is {older[key]!r}, not a number" for key in older if not _is_number(older[key])]
+        problems = []
+        for key, value in older.items():
+            if key == "scale_qk_dot_by_d":
+                if value not in (True, False):
+                    problems.append(f"{key} is {value!r}, neither true nor false")
+            elif not _is_number(value):
+                problems.append(f"{key} is {value!r}, not a number")
         if problems:
             return problems
         if "embeddings_scale" in older:
@@ -260,4 +266,4 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -189,8 +189,8 @@ class BTLMModel(BTLMPreTrainedModel):
             **kwargs: Ignored keys that generation passes along.
 
         Raises:
-            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, or the text is longer than
-                a learned position table.
+            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, the mask does not fit, the text
+                is longer than a learned position table, or keys are cached while gradients are checkpointed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -199,6 +199,8 @@ class BTLMModel(BTLMPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if self.gradient_checkpointing and self.training:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError("Gradient checkpointing cannot use cached keys; turn it off, or pass the whole text.")
             use_cache = False
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
@@ -276,8 +278,6 @@ class BTLMModel(BTLMPreTrainedModel):
             )
         layers: list[Any] = cache.layers
         n_layer = self.config.n_layer
-        if past == 0:
-            del layers[n_layer:]
         if len(layers) < n_layer:  # a dynamic cache adds its layers on first use
             layers.extend(DynamicLayer() for _ in range(n_layer - len(layers)))
         if len(layers) == n_layer:
