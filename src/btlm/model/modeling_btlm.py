@@ -189,8 +189,8 @@ class BTLMModel(BTLMPreTrainedModel):
             **kwargs: Ignored keys that generation passes along.
 
         Raises:
-            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, the mask does not fit, the text
-                is longer than a learned position table, or keys are cached while gradients are checkpointed.
+            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, the mask does not fit, the
+                text is longer than a learned position table, or keys are cached while gradients are checkpointed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
