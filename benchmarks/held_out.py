@@ -1,8 +1,8 @@
 """Held-out loss of checkpoints in bits a byte of text, by source.
 
-    python benchmarks/held_out.py MODEL [MODEL ...] --data shards/ [--tokens 65536] [--context 2048]
+    python benchmarks/held_out.py [MODEL ...] --data shards/ [--tokens 65536] [--context 2048]
 
-``--data`` is what ``btlm data tokenize`` wrote; every source counts the same in the mean.
+``--data`` is the folder of shards that ``btlm data prepare`` wrote; every source counts the same in the mean.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from btlm.data import TokenShards
-from btlm.infer import load_model
+from btlm.infer import BUNDLED_MODEL, load_model
 from btlm.train import evaluate_bits_per_byte
 from btlm.train.run import token_bytes
 
@@ -18,11 +18,14 @@ from btlm.train.run import token_bytes
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--data", required=True, help="folder of token shards")
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=[BUNDLED_MODEL])
+    parser.add_argument("--data", help="folder of token shards")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens of each source, at most")
     parser.add_argument("--context", type=int, default=2048, help="tokens a row")
     args = parser.parse_args()
+    if not args.data:
+        print("Nothing is measured without documents: give --data.")
+        return
     shards = TokenShards(args.data)
     print(f"torch {torch.__version__}, up to {args.tokens:,} tokens a source in rows of {args.context:,}\n")
     for i, name in enumerate(args.models):

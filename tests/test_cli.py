@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import btlm
+import btlm.data.inspect
 import btlm.data.run
 import btlm.infer.generate
 import btlm.infer.info
@@ -13,10 +14,12 @@ import btlm.infer.quantize
 import btlm.infer.run
 import btlm.train.run
 from btlm.cli import main
+from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from btlm.infer import BUNDLED_MODEL, GenerationOptions
 from tests.infer.tiny import save_tiny
 
-COMMANDS = ["generate", "info", "quantize", "train", "data", "data tokenize"]
+DATA_STEPS = ["prepare", "clean", "dedup", "mix", "tokenize", "inspect"]
+COMMANDS = ["generate", "info", "quantize", "train", "data", *(f"data {step}" for step in DATA_STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,8 @@ def called(monkeypatch):
         (btlm.infer.info, "run_info"),
         (btlm.infer.quantize, "quantize"),
         (btlm.train.run, "run_training"),
-        (btlm.data.run, "tokenize"),
+        *((btlm.data.run, f"run_{step}") for step in DATA_STEPS[:-1]),
+        (btlm.data.inspect, "run_inspect"),
     ):
         monkeypatch.setattr(module, name, lambda *args, name=name, **options: calls.append((name, args, options)))
     return calls
@@ -137,8 +141,33 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
         ("quantize m --output o", ("quantize", ("m", "o"), {})),
         ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "cpu"), {})),
         ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda"), {})),
-        ("data tokenize a b --output o", ("tokenize", (["a", "b"], "o", 0.01), {})),
-        ("data tokenize a --output o --holdout 0.2", ("tokenize", (["a"], "o", 0.2), {})),
+        ("data prepare a b --output o", ("run_prepare", (["a", "b"], "o", DataRecipe(), Execution()), {})),
+        (
+            "data prepare a --output o --mix.holdout 0.2 --workers 3 --memory-gb 4 --force",
+            (
+                "run_prepare",
+                (["a"], "o", DataRecipe(mix=Mix(holdout=0.2)), Execution(workers=3, memory_gb=4.0, force=True)),
+                {},
+            ),
+        ),
+        ("data clean a --output o", ("run_clean", (["a"], "o", Read(), Clean(), Execution()), {})),
+        (
+            "data dedup a --output o --dedup.threshold 0.5 --executor slurm --slurm-partition p",
+            (
+                "run_dedup",
+                (["a"], "o", Read(), Dedup(threshold=0.5), Execution(executor="slurm", slurm_partition="p")),
+                {},
+            ),
+        ),
+        (
+            'data mix a --output o --mix.weights {"Web":1.5}',
+            ("run_mix", (["a"], "o", Read(), Mix(weights={"Web": 1.5}), Execution()), {}),
+        ),
+        (
+            "data tokenize a --output o --read.text_field content",
+            ("run_tokenize", (["a"], "o", Read(text_field="content"), Execution()), {}),
+        ),
+        ("data inspect d", ("run_inspect", ("d",), {"stage": None, "examples": 3, "seed": 1})),
     ],
 )
 def test_the_other_commands(called, line, expected):
@@ -176,8 +205,9 @@ def test_the_other_commands(called, line, expected):
         ("generate --prompt-file /absent/file", "/absent/file cannot be read"),
         ("info ./absent", "There is no folder './absent'"),
         ("info absent.yaml", "absent.yaml"),
-        ("data", "tokenize"),
+        ("data nonsense", "'nonsense'"),
         ("data tokenize", "required"),
+        ("data mix x --output y --dedup.bands 2", "dedup.bands"),
         ("train", "required"),
     ],
 )

@@ -1,9 +1,11 @@
 """The command `btlm`: reads the command line, calls the stage that was asked for, and reports errors in one line."""
 
+import dataclasses
 import os
 import sys
 from argparse import ArgumentError, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -23,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         try:
-            arguments = _parser().parse_args(argv or ["--help"])
-            _COMMANDS[arguments.command](arguments[arguments.command])
+            command, arguments = _parse(argv or ["--help"])
+            _COMMANDS[command](arguments)
         finally:
             sys.stdout.flush()  # while a reader that went away can still be told from an error
     except KeyboardInterrupt:
@@ -84,9 +86,28 @@ def _train(arguments: Namespace) -> None:
 
 
 def _data(arguments: Namespace) -> None:
-    from btlm.data.run import tokenize
+    step = arguments.step
+    given = arguments[step]
+    if step == "inspect":
+        from btlm.data.inspect import run_inspect
 
-    tokenize(arguments.tokenize.input, arguments.tokenize.output, arguments.tokenize.holdout)
+        run_inspect(given.folder, stage=given.stage, examples=given.examples, seed=given.seed)
+        return
+    from btlm.data import recipe, run
+
+    settings = {name: cls(**given[name].as_dict()) for name, cls in _settings_of(step, recipe).items()}
+    names = [field.name for field in dataclasses.fields(recipe.Execution)]
+    execution = recipe.Execution(**{name: given[name] for name in names if given[name] is not None})
+    if step == "prepare":
+        run.run_prepare(given.input, given.output, recipe.DataRecipe(**settings), execution)
+    else:
+        getattr(run, f"run_{step}")(given.input, given.output, *settings.values(), execution)
+
+
+def _settings_of(step: str, recipe: ModuleType) -> dict[str, type]:
+    """The settings that a step of `data` takes, in the order of its parameters."""
+    every = {"read": recipe.Read, "clean": recipe.Clean, "dedup": recipe.Dedup, "mix": recipe.Mix}
+    return {name: cls for name, cls in every.items() if step in ("prepare", name) or name == "read"}
 
 
 _COMMANDS: dict[str, Callable[[Namespace], None]] = {
@@ -101,6 +122,14 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {
 # The command line
 
 
+def _parse(argv: list[str]) -> tuple[str, Namespace]:
+    """The command and its arguments. `data` is parsed by itself: jsonargparse loses errors of commands of commands."""
+    if argv[0] == "data":
+        return "data", _data_parser().parse_args(argv[1:] or ["--help"])
+    arguments = _parser().parse_args(argv)
+    return arguments.command, arguments[arguments.command]
+
+
 def _parser() -> ArgumentParser:
     parser = _new_parser(
         "COMMAND ...", "Train, run and inspect language models of the BTLM family.", version=__version__
@@ -110,10 +139,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("info", _info_parser(), help="show the shape, muP and cost of a model or a recipe")
     commands.add_subcommand("quantize", _quantize_parser(), help="write a copy of a model in eight bits")
     commands.add_subcommand("train", _train_parser(), help="train a model by a recipe")
-    data = _new_parser("data COMMAND ...", "Prepare training data.")
-    commands.add_subcommand("data", data, help="prepare training data")
-    steps = data.add_subcommands(dest="step", title="commands", metavar="COMMAND", description=None)
-    steps.add_subcommand("tokenize", _tokenize_parser(), help="turn documents into token shards")
+    commands.add_subcommand("data", _new_parser("data COMMAND ...", ""), help="turn documents into training data")
     return parser
 
 
@@ -196,24 +222,97 @@ def _train_parser() -> ArgumentParser:
   btlm train recipes/btlm-tiny.yaml --data shards --output runs/tiny""",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
-    parser.add_argument("--data", metavar="FOLDER", required=True, help="token shards, see btlm data tokenize")
+    parser.add_argument("--data", metavar="FOLDER", required=True, help="token shards, see btlm data prepare")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="receives the model, metrics and loss curve")
     parser.add_argument("--device", metavar="D", default="cpu", help="device of torch (default: cpu)")
     return parser
 
 
-def _tokenize_parser() -> ArgumentParser:
+def _data_parser() -> ArgumentParser:
+    parser = _new_parser("data COMMAND ...", "Turn documents into training data, one stage at a time or all at once.")
+    steps = parser.add_subcommands(dest="step", title="commands", metavar="COMMAND", description=None)
+    for step, (description, _) in _DATA_STEPS.items():
+        steps.add_subcommand(step, _data_step_parser(step), help=description)
+    steps.add_subcommand("inspect", _inspect_parser(), help="show examples of what each stage did")
+    return parser
+
+
+_DATA_STEPS = {
+    "prepare": (
+        "run all stages: clean, dedup, mix, tokenize",
+        """
+  btlm data prepare corpus/ --output data
+  btlm data prepare hf://cerebras/SlimPajama-627B --output data --executor ray
+  btlm data prepare corpus/ --output data --recipe recipes/data/btlm-tiny.yaml""",
+    ),
+    "clean": (
+        "normalize, and leave out short documents",
+        """
+  btlm data clean corpus/ --output clean --clean.min_characters 500""",
+    ),
+    "dedup": (
+        "leave out near-duplicates",
+        """
+  btlm data dedup clean --output dedup
+  btlm data dedup web.parquet --output dedup --dedup.threshold 0.7""",
+    ),
+    "mix": (
+        "hold out, weight and shuffle documents",
+        """
+  btlm data mix dedup --output mix --mix.weights '{Books: 2}' --mix.holdout 0.01""",
+    ),
+    "tokenize": (
+        "turn documents into token shards",
+        """
+  btlm data tokenize mix --output shards""",
+    ),
+}
+
+
+def _data_step_parser(step: str) -> ArgumentParser:
+    from btlm.data import recipe
+
+    description, examples = _DATA_STEPS[step]
     parser = _new_parser(
-        "data tokenize INPUT ... --output FOLDER [options]",
-        "Turn documents into token shards.",
-        epilog="""example:
-  btlm data tokenize corpus/*.jsonl.zst --output shards --holdout 0.01""",
+        f"data {step} INPUT ... --output FOLDER [options]",
+        f"{description[0].upper()}{description[1:]}.\nThe same command continues an interrupted run.",
+        epilog=f"examples:{examples}",
     )
-    parser.add_argument("input", nargs="+", metavar="INPUT", help="files of documents")
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="receives the shards; must not exist")
     parser.add_argument(
-        "--holdout", type=_number, metavar="F", default=0.01, help="share of the documents held out (default: 0.01)"
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt files, folders of them, hf://DATA_SET, or the output "
+        "of another stage",
     )
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="receives the result, reports and a log")
+    parser.add_argument("--recipe", action="config", metavar="FILE", help="YAML with any of the settings below")
+    execution = parser.add_argument_group("execution (does not change the result)")
+    execution.add_argument("--executor", metavar="E", default="local", help="local processes (default), slurm or ray")
+    execution.add_argument("--workers", type=_whole, metavar="N", help="tasks at a time (default: every core)")
+    execution.add_argument(
+        "--memory-gb", type=_number, metavar="GB", default=2.0, help="memory of a worker (default: 2)"
+    )
+    execution.add_argument("--slurm-partition", metavar="P", help="partition of the jobs")
+    execution.add_argument("--slurm-time", metavar="T", default="24:00:00", help="time limit of a job (default: 24 h)")
+    execution.add_argument("--slurm-setup", metavar="CMD", default="", help="shell command that a job starts with")
+    execution.add_argument(
+        "--force", action="store_true", help="start stages over whose settings or input have changed"
+    )
+    for name, cls in _settings_of(step, recipe).items():
+        parser.add_class_arguments(cls, name)
+    return parser
+
+
+def _inspect_parser() -> ArgumentParser:
+    parser = _new_parser(
+        "data inspect FOLDER [options]",
+        "Show examples of what the stages in a folder left out, and of clusters of\nduplicates.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="output of btlm data prepare or of one stage")
+    parser.add_argument("--stage", metavar="S", help="clean, dedup, mix or tokenize (default: all there are)")
+    parser.add_argument("--examples", type=_whole, metavar="N", default=3, help="of each kind (default: 3)")
+    parser.add_argument("--seed", type=_whole, metavar="N", default=1, help="of the choice (default: 1)")
     return parser
 
 

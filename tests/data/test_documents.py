@@ -1,186 +1,208 @@
 import gzip
 import json
-import random
 from collections.abc import Callable
-from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from btlm.data import Document, read_documents
+from btlm.data.documents import Document, Problem, list_units, read_unit
+from btlm.data.recipe import Read
 
-RECORDS = [
-    {"text": "first\nline two", "meta": {"redpajama_set_name": "RedPajamaBook"}},
-    {"text": "zweitens: ä, 🙂, \u2028 is no end of a line", "meta": {}},
-    {"text": "third", "meta": None, "id": 3},
-    {"text": ""},
+LINES = [
+    {"text": "first", "meta": {"redpajama_set_name": "Web"}},
+    {"text": "second\nline", "id": 7, "source": "Books"},
+    {"text": "third é"},
 ]
-JSONL = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress}
 DOCUMENTS = [
-    Document("first\nline two", "RedPajamaBook"),
-    Document("zweitens: ä, 🙂, \u2028 is no end of a line", "part"),
-    Document("third", "part"),
-    Document("", "part"),
+    Document("first", "a.b{suffix}:1", "Web"),
+    Document("second\nline", "7", "Books"),
+    Document("third é", "a.b{suffix}:3", "a"),
 ]
 
 
-def zstd(content: bytes) -> bytes:
-    return zstandard.ZstdCompressor(write_checksum=True).compress(content)
+def read(*inputs, **settings):
+    options = Read(**settings)
+    return [item for unit in list_units(inputs, options) for item in read_unit(unit, options)]
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {
-    "part.jsonl": bytes,
-    "part.jsonl.gz": gzip.compress,
-    "part.jsonl.zst": zstd,
-}
+def jsonl(*rows):
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-@pytest.mark.parametrize("name", PACK)
-@pytest.mark.parametrize("end", [b"", b"\n"], ids=["no end of the last line", "ends of all lines"])
-def test_every_form_of_jsonl_holds_the_same_documents(tmp_path: Path, name: str, end: bytes) -> None:
-    file = tmp_path / name
-    file.write_bytes(PACK[name](JSONL.rstrip(b"\n") + end))
-    assert list(read_documents([file])) == DOCUMENTS
-    assert list(read_documents([str(file)])) == DOCUMENTS
+def problems(items):
+    return [item for item in items if isinstance(item, Problem)]
 
 
-def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
-    file = tmp_path / "part.jsonl"
-    file.write_bytes(JSONL.replace(b"\n", b"\r\n"))
-    assert list(read_documents([file])) == DOCUMENTS
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".jsonl", bytes),
+        (".jsonl.gz", gzip.compress),
+        (".jsonl.zst", zstandard.compress),
+        (".jsonl.gz", lambda raw: gzip.compress(raw[:20]) + gzip.compress(raw[20:])),
+        (".jsonl.zst", lambda raw: zstandard.compress(raw[:20]) + zstandard.compress(raw[20:])),
+        (".jsonl", lambda raw: raw.rstrip(b"\n")),
+        (".jsonl", lambda raw: raw.replace(b"\n", b"\r\n")),
+    ],
+)
+def test_json_lines(tmp_path, suffix, compress):
+    (tmp_path / f"a.b{suffix}").write_bytes(compress(jsonl(*LINES)))
+    expected = [document._replace(id=document.id.format(suffix=suffix)) for document in DOCUMENTS]
+    assert read(tmp_path / f"a.b{suffix}") == expected
 
 
-def test_a_file_of_several_zstandard_frames_is_read_to_its_end(tmp_path: Path) -> None:
-    file = tmp_path / "part.jsonl.zst"
-    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
-    cut = len(JSONL) // 3  # within a line
-    file.write_bytes(skippable + zstd(JSONL[:cut]) + zstd(b"") + skippable + zstd(JSONL[cut:]))
-    assert list(read_documents([file])) == DOCUMENTS
+def test_lines_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm.data.documents._CHUNK", 7)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*LINES))
+    assert [document.text for document in read(tmp_path / "a.jsonl")] == ["first", "second\nline", "third é"]
 
 
-def test_files_larger_than_a_buffer(tmp_path: Path) -> None:
-    noise = random.Random(0)
-    texts = [noise.randbytes(500_000 if i == 7 else i % 500).hex() for i in range(1000)]
-    file = tmp_path / "large.jsonl.zst"
-    file.write_bytes(zstd("\n".join(json.dumps({"text": text}) for text in texts).encode()))
-    assert file.stat().st_size > 4 * 2**17
-    assert [document.text for document in read_documents([file])] == texts
+def test_parquet(tmp_path):
+    columns = {"text": ["first", "second"], "meta": [{"redpajama_set_name": "Web", "other": 1}, None], "unused": [1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [
+        Document("first", "a.parquet:1", "Web"),
+        Document("second", "a.parquet:2", "a"),
+    ]
 
 
-def test_a_text_file_is_one_document_with_plain_line_ends(tmp_path: Path) -> None:
-    file = tmp_path / "Moby Dick.old.txt"
-    file.write_bytes("Call me\r\nIshmaël.\n".encode())
-    assert list(read_documents([file])) == [Document("Call me\nIshmaël.\n", "Moby Dick")]
+def test_a_folder_of_text_files(tmp_path):
+    folder = tmp_path / "novels"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("second")
+    (folder / "a.txt").write_text("first")
+    (folder / "deep/c.txt").write_text("third")
+    (folder / "notes.pdf").write_bytes(b"ignored")
+    assert read(folder) == [
+        Document("first", "novels/a.txt", "novels"),
+        Document("second", "novels/b.txt", "novels"),
+        Document("third", "novels/deep/c.txt", "deep"),
+    ]
+    assert read(folder / "a.txt") == [Document("first", "a.txt", "a")]
 
 
-def test_a_folder_is_read_in_the_order_of_names_at_any_depth(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-    (folder / "b.jsonl").mkdir(parents=True)  # a folder in spite of its name
-    (folder / "b.jsonl" / "x.txt").write_text("x")
-    (folder / "c.txt").write_text("c")
-    (folder / "a.txt").write_text("a")
-    (folder / "README.md").write_text("no document")
-    last = tmp_path / "last.txt"
-    last.write_text("last")
-    texts = [document.text for document in read_documents([folder, last])]
-    assert texts == ["a", "x", "c", "last"]
+def test_a_hugging_face_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for i in range(2):
+        (tmp_path / f"set/data-{i}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"set/data-{i}.jsonl").write_bytes(
+            jsonl({"text": f"text {i}", "meta": {"redpajama_set_name": "Web"}})
+        )
+    given = f"hf://{tmp_path}/set"
+    assert len(list_units([given], Read())) == 2
+    assert [(document.text, document.source) for document in read(given)] == [("text 0", "Web"), ("text 1", "Web")]
+    assert len({document.id for document in read(given)}) == 2
+    with pytest.raises(ValueError, match="not a data set that can be read"):
+        read(f"hf://{tmp_path}/nowhere")
 
 
-def test_documents_are_read_one_at_a_time(tmp_path: Path) -> None:
-    file = tmp_path / "part.jsonl"
-    file.write_bytes(JSONL + b"{broken\n")
-    documents = read_documents([file])
-    assert [next(documents) for _ in DOCUMENTS] == DOCUMENTS
-    with pytest.raises(ValueError, match=r"line 5"):
-        next(documents)
+def test_fields_can_be_chosen(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"content": {"body": "text"}, "url": "u", "set": "s"}))
+    settings = {"text_field": "content.body", "id_field": "url", "source_fields": ["none", "set"]}
+    assert read(tmp_path, **settings) == [Document("text", "u", "s")]
 
 
-# What cannot be read
-
-BAD_LINES = {
-    "cut off": b'{"text": "a',
-    "no JSON": b"text",
-    "empty line": b"",
-    "no text": b'{"meta": {}}',
-    "list": b'["text"]',
-    "string": b'"text"',
-    "number": b"1",
-    "null": b"null",
-    "text is null": b'{"text": null}',
-    "text is a number": b'{"text": 1}',
-    "text is a list": b'{"text": ["a"]}',
-    "source is a number": b'{"text": "a", "meta": {"redpajama_set_name": 1}}',
-    "not UTF-8": b'{"text": "\xff"}',
-    "UTF-16": '{"text": "a"}'.encode("utf-16-le"),
-    "half a surrogate pair": b'{"text": "\\ud83d"}',
-}
+def test_the_order_of_the_inputs_has_no_influence(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl({"text": name}))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    assert read(*paths) == read(*paths[::-1]) == read(*paths, *paths)
 
 
-@pytest.mark.parametrize("name", PACK)
-@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_line_is_named(tmp_path: Path, name: str, line: bytes) -> None:
-    file = tmp_path / name
-    file.write_bytes(PACK[name](b'{"text": "good"}\n' * 2 + line + b'\n{"text": "good"}\n'))
-    with pytest.raises(ValueError, match=r'^\S+, line 3: not a JSON object in UTF-8 with a string "text"\.$') as caught:
-        list(read_documents([file]))
-    assert str(file) in str(caught.value)
-    assert type(caught.value) is ValueError
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "no JSON in UTF-8"),
+        (b'{"text": "\xff"}', "no JSON in UTF-8"),
+        (b'{"text": "\\ud800"}', "no JSON in UTF-8"),
+        (b'["text"]', "no JSON object"),
+        (b"", "no JSON in UTF-8"),
+        (b"{}", "no text in the field 'text'"),
+        (b'{"text": null}', "no text in the field 'text'"),
+        (b'{"text": 3}', "no text in the field 'text'"),
+        (b'{"text": "a\\u0000b"}', "a null byte in the text"),
+        (b'{"text": "aaaaaaaaaa"}', "one character repeated 10 times"),
+        (json.dumps({"text": "ab" * 600}).encode(), "1,200 bytes of text, more than read.max_document_bytes"),
+    ],
+)
+def test_a_bad_line_is_told_with_its_place_and_the_rest_is_read(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "before"}, line, {"text": "after"}))
+    before, problem, after = read(tmp_path / "a.jsonl", max_document_bytes=1000)
+    assert (before.text, after.text) == ("before", "after")
+    assert (problem.file, problem.line) == ("a.jsonl", 2)
+    assert problem.reason.startswith(reason)
 
 
-MANY = "".join(json.dumps({"text": f"{i} {i * i}"}) + "\n" for i in range(10_000)).encode()
-compressed = pytest.mark.parametrize("name", ["part.jsonl.gz", "part.jsonl.zst"])
+def test_a_line_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm.data.documents._CHUNK", 100)
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "before"}, b"x" * 100_000, {"text": "after"}))
+    before, problem, after = read(tmp_path / "a.jsonl", max_document_bytes=1000)
+    assert (before.text, after.text) == ("before", "after")
+    assert problem == Problem("a.jsonl", 2, "a line of more than 6,100 bytes")
 
 
-@compressed
-@pytest.mark.parametrize("kept", [0.01, 0.5, 0.9, "all but the checksum"])
-def test_a_file_that_was_cut_off_is_named(tmp_path: Path, name: str, kept: float | str) -> None:
-    packed = PACK[name](MANY)
-    file = tmp_path / name
-    file.write_bytes(packed[: int(len(packed) * kept)] if isinstance(kept, float) else packed[:-3])
-    read: list[Document] = []
-    with pytest.raises(ValueError, match=r"damaged or cut off \(.+\)\.$") as caught:
-        read.extend(read_documents([file]))
-    assert str(caught.value).startswith(f"{file}, line {len(read) + 1}: ")
-    assert read == [Document(json.loads(line)["text"], "part") for line in MANY.splitlines()[: len(read)]]
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_an_empty_file(tmp_path, name):
+    compress = COMPRESS.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(compress(b""))
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / name)
+    assert read(tmp_path / name) == [Problem(name, 0, "an empty file")]
 
 
-@compressed
-def test_a_file_that_is_not_compressed_is_named(tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(JSONL)
-    with pytest.raises(ValueError, match=r"line 1: damaged") as caught:
-        list(read_documents([file]))
-    assert str(file) in str(caught.value)
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_file_that_was_cut_off(tmp_path, suffix, compress, share):
+    rows = [{"text": f"{i} {i * 7919 % 1000003}"} for i in range(3000)]
+    raw = compress(jsonl(*rows))
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(raw[: int(len(raw) * share)])
+    *documents, problem = read(tmp_path / f"a.jsonl{suffix}")
+    assert [document.text for document in documents] == [row["text"] for row in rows[: len(documents)]]
+    assert problem.line == len(documents) + 1
+    assert problem.reason.startswith("the rest of the file is damaged or cut off")
 
 
-@compressed
-@pytest.mark.parametrize("start", [10, 10_000], ids=["first block", "middle"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, start: int) -> None:
-    packed = bytearray(PACK[name](MANY))
-    assert len(packed) > 2 * start
-    packed[start : start + 64] = b"\xff" * 64
-    file = tmp_path / name
-    file.write_bytes(packed)
-    with pytest.raises(ValueError, match=r"^\S+, line \d+: ") as caught:
-        list(read_documents([file]))
-    assert str(file) in str(caught.value)
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_of_another_format(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is something else entirely " * 9)
+    (problem,) = read(tmp_path / name)
+    assert problem.reason.startswith("the rest of the file is damaged or cut off")
 
 
-def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "latin.txt"
-    file.write_bytes("eins\r\nzwei\r\ndrei ä\r\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"^\S+latin\.txt, line 3: not UTF-8\.$") as caught:
-        list(read_documents([file]))
-    assert type(caught.value) is ValueError
+def test_text_that_is_no_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
+    assert read(tmp_path / "a.txt") == [Problem("a.txt", 2, "no UTF-8")]
 
 
-def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl does not exist; give"):
-        list(read_documents([tmp_path / "nowhere.jsonl"]))
+def test_text_that_is_too_long(tmp_path):
+    (tmp_path / "a.txt").write_text("ab" * 600)
+    (problem,) = read(tmp_path / "a.txt", max_document_bytes=1000)
+    assert problem.reason == "1,200 bytes of text, more than read.max_document_bytes"
 
 
-@pytest.mark.parametrize("name", ["data.parquet", "data.json", "data", "data.txt.zst"])
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=rf"{name} is not \.jsonl"):
-        list(read_documents([tmp_path / name]))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing.jsonl", "does not exist"), ("a.pdf", "is not one of .jsonl"), ("folder", "holds no file that ends in")],
+)
+def test_input_that_is_none(tmp_path, name, message):
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=message):
+        list_units([tmp_path / name], Read())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_progress_adds_up_to_the_size_of_the_file(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    rows = [{"text": f"document {i} {i * 7919 % 1000003}"} for i in range(3000)]
+    compress = COMPRESS.get(suffix.rpartition(".")[2], bytes)
+    path.write_bytes(compress(jsonl(*rows)))
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    (unit,) = list_units([path], Read())
+    steps: list[int] = []
+    list(read_unit(unit, Read(), steps.append))
+    assert sum(steps) == unit.bytes == path.stat().st_size

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from btlm.data import TokenShards
+from btlm.data.loader import TokenLoader
+from btlm.data.shards import TokenShards
 from btlm.model import BTLMLMHeadModel
 from btlm.train import Recipe, evaluate_bits_per_byte, loop, train
 from btlm.train.recipe import Optimizer, Stage
@@ -72,7 +73,7 @@ def assert_same_run(output: Path, expected: Path) -> None:
     optimizer, wanted_optimizer = state(output)["optimizer"], state(expected)["optimizer"]
     torch.testing.assert_close(optimizer["state"], wanted_optimizer["state"], rtol=0, atol=0)
     assert optimizer["param_groups"] == wanted_optimizer["param_groups"]
-    assert state(output)["step"] == state(expected)["step"]
+    assert all(state(output)[key] == state(expected)[key] for key in ("step", "loader"))
     assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "model", "state.pt"]
     files, wanted_files = ({path.name for path in (folder / "model").iterdir()} for folder in (output, expected))
     assert files == wanted_files
@@ -118,15 +119,22 @@ def test_runs_follow_their_seed(tmp_path: Path, shards: TokenShards) -> None:
     assert metrics(tmp_path / "three")[0]["loss"] != metrics(tmp_path / "one")[0]["loss"]
 
 
-def test_sources_have_equal_weights_where_the_recipe_names_none(tmp_path: Path, shards: TokenShards) -> None:
-    run(tiny_recipe(source_weights={}), shards, tmp_path / "none")
-    run(tiny_recipe(source_weights={"books": 2, "code": 2}), shards, tmp_path / "equal")
-    assert_same_run(tmp_path / "none", tmp_path / "equal")
+def test_shards_shorter_than_a_row_are_an_error(tmp_path: Path) -> None:
+    shards = write_streams(tmp_path / "shards", {"a": (range(31), [])})
+    with pytest.raises(ValueError, match="The train split has 31 tokens, fewer than one row of 32"):
+        run(tiny_recipe(), shards, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_shards_without_enough_tokens_are_an_error(tmp_path: Path, shards: TokenShards) -> None:
-    with pytest.raises(ValueError, match="books has 1,984 training tokens, fewer than its share"):
-        run(tiny_recipe(stages=[Stage(32, 64, 6400)]), shards, tmp_path)
+def test_a_run_may_take_several_epochs(tmp_path: Path) -> None:
+    shards = write_streams(tmp_path / "shards", {"a": (np.arange(100) % VOCAB_SIZE, [])})
+    assert len(run(tiny_recipe(), shards, tmp_path / "run")) == 7
+
+
+def test_parts_of_a_step_are_left_out(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path / "whole")
+    run(tiny_recipe(stages=[Stage(16, 64, 256 + 63), Stage(32, 64, 192 + 1)]), shards, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_model_that_lacks_tokens_of_the_shards_is_an_error(tmp_path: Path, shards: TokenShards) -> None:
@@ -140,10 +148,8 @@ def test_a_model_that_lacks_tokens_of_the_shards_is_an_error(tmp_path: Path, sha
 
 
 def batches(recipe: Recipe, shards: TokenShards) -> Iterator[Tensor]:
-    rows = shards.rows([(s.sequence_length, s.tokens) for s in recipe.stages], recipe.source_weights, recipe.seed)
-    for stage, part in zip(recipe.stages, rows, strict=True):
-        for chunk in np.split(part[: stage.steps * stage.batch_tokens // stage.sequence_length], stage.steps):
-            yield torch.from_numpy(shards.batch(chunk, stage.sequence_length))
+    for batch in TokenLoader(shards, recipe.stages, seed=recipe.seed):
+        yield torch.from_numpy(batch.input_ids)
 
 
 def plain_run(recipe: Recipe, shards: TokenShards) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
@@ -212,7 +218,7 @@ def test_steps_are_those_of_a_plain_implementation(tmp_path: Path, shards: Token
             assert wrong < 0.05, f"{name} in step {record['step']}"
 
 
-GOLDEN = {"loss": 5.4379, "grad_norm": 1.095, "update_rms": 0.004289}
+GOLDEN = {"loss": 5.5643, "grad_norm": 1.1215, "update_rms": 0.004279}
 
 
 def test_golden_step(tmp_path: Path, shards: TokenShards) -> None:
@@ -298,6 +304,21 @@ def test_a_run_goes_on_where_its_checkpoint_is(tmp_path: Path, shards: TokenShar
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, shards: TokenShards) -> None:
+    rng = np.random.default_rng(1)
+    other = write_streams(tmp_path / "other", {"books": (rng.integers(0, VOCAB_SIZE, 3000), [])})
+    run(tiny_recipe(), shards, tmp_path / "run", steps=2)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    message = rf"^{tmp_path}/run/state\.pt is of another run; give a new output folder\. .* \(data is \w+, was \w+\);"
+    with pytest.raises(ValueError, match=message) as caught:
+        run(tiny_recipe(), other, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    torch.save(state(tmp_path / "run") | {"loader": {}}, tmp_path / "run/state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is of another run"):
+        run(tiny_recipe(), shards, tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uninterrupted: Path) -> None:
     recipe = tiny_recipe(DROPOUT)
     run(recipe, shards, tmp_path, steps=5)
@@ -352,7 +373,7 @@ KILLED = """
 import io, os, random, signal, sys
 from pathlib import Path
 import torch
-from btlm.data import TokenShards
+from btlm.data.shards import TokenShards
 from btlm.train import train
 from tests.train.test_loop import DROPOUT
 from tests.train.tiny import TOKEN_BYTES, tiny_recipe
@@ -472,7 +493,7 @@ def test_bits_per_byte(shards: TokenShards) -> None:
     expected = {}
     # Of books 100 of 150 tokens: rows of 32, 32, 32 and 4; of code all 70: rows of 32, 32 and 6.
     for source, lengths in (("books", (32, 32, 32, 4)), ("code", (32, 32, 6))):
-        stream, bits, size = shards.tokens(source, "valid").tolist(), 0.0, 0
+        stream, bits, size = shards.source_tokens("validation", source, 1000).tolist(), 0.0, 0
         for length in lengths:
             row, stream = stream[:length], stream[length:]
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -498,6 +519,6 @@ def test_sources_without_held_out_text_are_left_out(tmp_path: Path) -> None:
 
 def test_a_run_without_held_out_text_has_no_bits_per_byte(tmp_path: Path) -> None:
     shards = write_streams(tmp_path / "shards", {"a": (np.arange(999) % VOCAB_SIZE, [])})
-    records = run(tiny_recipe(source_weights={}), shards, tmp_path / "run")
+    records = run(tiny_recipe(), shards, tmp_path / "run")
     assert len(records) == 7
     assert not any("bits_per_byte" in record for record in records)

@@ -43,7 +43,6 @@ def problems(folder: Path, raw: object) -> list[str]:
 
 def test_a_recipe_holds_what_the_file_says(tmp_path: Path) -> None:
     raw = RAW | {
-        "source_weights": {"books": 3, "code": 0.5},
         "seed": 0,
         "eval_every_tokens": 7,
         "eval_tokens_per_source": 8,
@@ -62,7 +61,6 @@ def test_a_recipe_holds_what_the_file_says(tmp_path: Path) -> None:
         model=MODEL,
         optimizer=Optimizer(0.01, 0, 0, (0.8, 0.9), 1e-6, 0.0, 2),
         stages=[Stage(16, 64, 640), Stage(32, 128, 640)],
-        source_weights={"books": 3, "code": 0.5},
         micro_batch_tokens=32,
         seed=0,
         eval_every_tokens=7,
@@ -74,7 +72,7 @@ def test_a_recipe_holds_what_the_file_says(tmp_path: Path) -> None:
 def test_defaults_are_those_of_the_paper(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, RAW))
     assert recipe.optimizer == Optimizer(0.01, 100, 0.0085, (0.9, 0.95), 1e-8, 0.1, 1.0)
-    assert (recipe.micro_batch_tokens, recipe.seed, recipe.source_weights) == (32, 1, {})
+    assert (recipe.micro_batch_tokens, recipe.seed) == (32, 1)
     assert recipe.config.n_embd == 32
 
 
@@ -193,14 +191,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("eval_every_tokens", 0, "eval_every_tokens is 0, not a whole number of at least 1"),
     ("eval_tokens_per_source", -5, "eval_tokens_per_source is -5, not a whole number of at least 1"),
     ("checkpoint_every_steps", 0, "checkpoint_every_steps is 0, not a whole number of at least 1"),
-    *(
-        (
-            "source_weights",
-            weights,
-            f"source_weights is {weights!r}, not a mapping to numbers of at least 0, one of them above 0",
-        )
-        for weights in (None, ["books"], {"books": -1}, {"books": "half"}, {"books": 0.0}, {"books": None})
-    ),
+    ("source_weights", {"books": 1}, "source_weights is not a key of a recipe"),
 ]
 
 
@@ -241,7 +232,6 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
             {"sequence_length": 64, "batch_tokens": 128, "tokens": 64, "lr": 1},
             {"sequence_length": 64, "batch_tokens": 128, "tokens": 64},
         ],
-        "source_weights": [],
         "micro_batch_tokens": 48,
         "seed": "one",
     }
@@ -262,7 +252,6 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
             "stages[3].lr is not a key of a recipe",
             "stages[4].batch_tokens (128) is no multiple of micro_batch_tokens (48)",
             "stages[4].batch_tokens (128) is more than its tokens (64)",
-            "source_weights is [], not a mapping to numbers of at least 0, one of them above 0",
             "seed is 'one', not a whole number of at least 0",
         ]
     )

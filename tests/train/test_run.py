@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from btlm.data.run import tokenize
+from btlm.data.shards import TokenShards, write_manifest, write_shard
 from btlm.model import BTLMLMHeadModel
 from btlm.model.tokenization_btlm import load_tokenizer
 from btlm.train.run import plot_metrics, run_training, token_bytes
@@ -31,11 +32,15 @@ RAW: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for source in ("tales", "essays"):
-        records = [{"text": f"Of {source} number {i} there is little to say. " * 3} for i in range(20)]
-        (folder / f"{source}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    tokenize([folder / "tales.jsonl", folder / "essays.jsonl"], folder / "shards", holdout=0.1)
-    return folder / "shards"
+    tokenizer, sources = load_tokenizer(), ["essays", "tales"]
+    texts = [(f"Of {sources[i % 2]} number {i} there is little to say. " * 3, i % 2) for i in range(40)]
+    documents = [(tokenizer(text)["input_ids"], source, len(text)) for text, source in texts]
+    shards = {
+        "train": [write_shard(folder, "train-00000", documents[:36])],
+        "validation": [write_shard(folder, "validation-00000", documents[36:])],
+    }
+    write_manifest(folder, shards, sources)
+    return folder
 
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
@@ -64,7 +69,9 @@ def test_one_call_from_recipe_to_model(tmp_path: Path, data: Path, capsys: pytes
     captured = capsys.readouterr()
     assert captured.out == ""
     flops = sum(model.config.flops_per_token(length, training=True) * n for length, n in ((16, 128), (32, 64)))
-    assert f"{model.num_parameters():,} parameters, 192 tokens in 3 steps, {flops:.3g} FLOPs" in captured.err
+    assert f"{model.num_parameters():,} parameters, 192 tokens in 3 steps, {flops:.3g} FLOPs; " in captured.err
+    available = TokenShards(data).num_tokens("train")
+    assert f"; {192 / available:.3g} epochs of {available:,} training tokens" in " ".join(captured.err.split())
     assert "step 2, 128 tokens, bits per byte: essays " in captured.err
     assert "step 3, 192 tokens, bits per byte: essays " in captured.err
 
@@ -87,17 +94,24 @@ def test_one_call_from_recipe_to_model(tmp_path: Path, data: Path, capsys: pytes
         assert (output / "metrics.jsonl").read_bytes() == metrics
 
     # The same recipe in other words is the same recipe.
-    run_training(write_recipe(tmp_path, seed=1, source_weights={}), data, output)
+    run_training(write_recipe(tmp_path, seed=1), data, output)
 
 
-def test_a_recipe_may_be_corrected_before_there_is_a_checkpoint(tmp_path: Path, data: Path) -> None:
+def test_a_recipe_may_be_corrected_before_there_is_a_checkpoint(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator[dict[str, Any]]:
+        raise KeyboardInterrupt
+
     output = tmp_path / "run"
-    for source in ("poems", "songs"):
-        with pytest.raises(ValueError, match=f"No source named {source}"):
-            run_training(write_recipe(tmp_path, source_weights={source: 1}), data, output)
-        assert source in (output / "recipe.yaml").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("btlm.train.run.train", interrupted)
+        for seed in (3, 4):
+            with pytest.raises(KeyboardInterrupt):
+                run_training(write_recipe(tmp_path, seed=seed), data, output)
+            assert f"seed: {seed}" in (output / "recipe.yaml").read_text()
     # In its own output folder, too.
-    run_training(write_recipe(tmp_path, source_weights={"tales": 1}).rename(output / "recipe.yaml"), data, output)
+    run_training(write_recipe(tmp_path, seed=5).rename(output / "recipe.yaml"), data, output)
     assert steps(output) == [1, 2, 3]
 
 
@@ -109,6 +123,8 @@ def test_what_cannot_be_used_is_an_error_that_leaves_no_folder(tmp_path: Path, d
         run_training(recipe, data, output, device="cuda:99")
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         run_training(recipe, tmp_path, output)
+    with pytest.raises(ValueError, match=r"The train split has [\d,]+ tokens, fewer than one row of 65,536"):
+        run_training(write_recipe(tmp_path, stages=[dict.fromkeys(RAW["stages"][0], 2**16)]), data, output)
     with pytest.raises(ValueError, match="seed is 'x'"):
         run_training(write_recipe(tmp_path, seed="x"), data, output)
     assert not output.exists()

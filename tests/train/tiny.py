@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from btlm.data import TokenShards
+from btlm.data.shards import TokenShards
 from btlm.train.recipe import Optimizer, Recipe, Stage
 from tests.data.tiny import write_streams
 
@@ -41,7 +41,6 @@ def tiny_recipe(model: dict[str, Any] | None = None, **overrides: Any) -> Recipe
         "model": MODEL | (model or {}),
         "optimizer": Optimizer(lr=0.02, warmup_tokens=128, final_lr_ratio=0.1, clip_norm=0.5),
         "stages": [Stage(16, 64, 256), Stage(32, 64, 192)],
-        "source_weights": {"books": 3.0, "code": 1.0},
         "micro_batch_tokens": 32,
         "seed": 5,
         "eval_every_tokens": 192,

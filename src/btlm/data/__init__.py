@@ -1,6 +1,7 @@
 """Documents to token shards to batches."""
 
-from .documents import Document, read_documents
-from .shards import TokenShards, write_shards
+from .loader import Batch, TokenLoader
+from .recipe import DataRecipe, Execution
+from .shards import TokenShards
 
-__all__ = ["Document", "TokenShards", "read_documents", "write_shards"]
+__all__ = ["Batch", "DataRecipe", "Execution", "TokenLoader", "TokenShards"]

@@ -1,173 +1,281 @@
-"""Token shards: one uint16 stream a source, documents ended by end-of-text, and a manifest that describes them.
+"""Token shards: streams of uint16 tokens on disk, from which rows of any length are read.
 
-A shard is cut into rows of any length when it is read: :meth:`TokenShards.rows` gives the order of a whole run.
+A folder holds, for every shard of a split:
+
+- ``{split}-{index:05d}.bin``: uint16 little-endian tokens, every document followed by end-of-text;
+- ``{split}-{index:05d}.offsets.npy``: int64 ``[documents + 1]``, where each document starts, and the end of the last;
+- ``{split}-{index:05d}.sources.npy``: uint16 ``[documents]``, index of its source in the manifest's ``sources``;
+
+and ``manifest.json``, written last. The stream of a split is the concatenation of its shards in the manifest's order.
+Workers of the data pipeline import this module, so it imports neither torch nor Transformers.
 """
 
-import copy
 import hashlib
+import io
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from numpy.typing import ArrayLike, NDArray
 
-from .documents import Document
+from .parts import whole_file
 
-END_OF_TEXT = 50256
+FORMAT = 1
 MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+VOCAB_SIZE = 50257
+END_OF_TEXT = 50256
+TOKENIZER_FOLDER = Path(__file__).parents[1] / "model" / "tokenizer"
+
+# Every open map holds a file descriptor, of which a process has 1024 by default.
+_OPEN_MAPS = 512
+_NPY_HEADER = 128
+_COUNTS = ("documents", "bytes", "tokens")
 
 
-def write_shards(
-    documents: Iterable[Document], folder: Path | str, tokenizer: Tokenizer, *, holdout: float = 0.01, batch: int = 256
-) -> dict[str, Any]:
-    """Tokenize documents into ``folder``: a training and a held-out stream for every source.
+def tokenizer_sha256() -> str:
+    """SHA-256 of the bytes of the bundled ``vocab.json`` and ``merges.txt``."""
+    files = [TOKENIZER_FOLDER / name for name in ("vocab.json", "merges.txt")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
-    Line ends become ``\\n`` and exact copies of a document are dropped. The held-out documents of a source are those
-    with the smallest SHA-256, at least one, so that the choice depends on neither their order nor a seed. A special
-    token that a text spells out is encoded as text.
+
+def write_shard(folder: Path | str, name: str, documents: Iterable[tuple[ArrayLike, int, int]]) -> dict[str, Any]:
+    """Write one shard. Its files appear when it is complete, the same bytes for the same documents.
 
     Args:
-        documents: With their sources.
-        folder: Must not exist; appears when it is complete.
-        tokenizer: With a vocabulary below 65,536.
-        holdout: Share of the documents of each source to hold out.
-        batch: Documents encoded at a time.
+        folder: Exists.
+        name: ``{split}-{index:05d}``.
+        documents: Token ids without end-of-text ``[tokens]``, index of the source, and bytes of text, one at a time.
+
+    Returns:
+        The entry for :func:`write_manifest`: name, documents, bytes, tokens, SHA-256 by suffix, and the counts of each
+        source by its index (a string, as in JSON).
+    """
+    folder = Path(folder)
+    offsets, source_of = [0], []
+    sources: dict[str, dict[str, int]] = {}
+    digest = hashlib.sha256()
+    with whole_file(folder / f"{name}.bin") as partial, partial.open("wb") as file:
+        for ids, source, size in documents:
+            tokens = np.append(np.asarray(ids), END_OF_TEXT)
+            assert (tokens[:-1] < END_OF_TEXT).all(), "a document holds end-of-text, or ids beyond the vocabulary"
+            content = tokens.astype("<u2").tobytes()
+            file.write(content)
+            digest.update(content)
+            offsets.append(offsets[-1] + len(tokens))
+            source_of.append(source)
+            counts = sources.setdefault(str(source), dict.fromkeys(_COUNTS, 0))
+            counts["documents"] += 1
+            counts["bytes"] += size
+            counts["tokens"] += len(tokens)
+    sha256 = {".bin": digest.hexdigest()}
+    arrays = {".offsets.npy": np.array(offsets, "<i8"), ".sources.npy": np.array(source_of, "<u2")}
+    for suffix, array in arrays.items():
+        np.save(buffer := io.BytesIO(), array)
+        sha256[suffix] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        with whole_file(folder / f"{name}{suffix}") as partial:
+            partial.write_bytes(buffer.getbuffer())
+    return {"name": name, **_total([*sources.values()]), "sha256": sha256, "sources": sources}
+
+
+def write_manifest(
+    folder: Path | str,
+    shards: Mapping[str, Sequence[Mapping[str, Any]]],
+    sources: Sequence[str],
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the manifest, which makes a folder of shards complete.
+
+    Args:
+        folder: Holds the shards.
+        shards: What :func:`write_shard` returned, in the order of the stream, for each split.
+        sources: Names that the indices of sources stand for.
+        extra: Further keys.
 
     Returns:
         The manifest.
-
-    Raises:
-        ValueError: ``folder`` exists, there are no documents, or the name of a source is no file name.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; give a new folder or remove it.")
-    by_source: dict[str, dict[bytes, str]] = {}
-    for document in documents:
-        text = document.text.replace("\r\n", "\n")
-        by_source.setdefault(document.source, {})[hashlib.sha256(text.encode()).digest()] = text
-    if not by_source:
-        raise ValueError("The input holds no documents.")
-    if bad := sorted(source for source in by_source if Path(source).name != source):
-        raise ValueError(f"{', '.join(map(repr, bad))}: not usable in a file name; rename the source.")
-    tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.encode_special_tokens = True
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    manifest: dict[str, Any] = {
-        "tokenizer_sha256": tokenizer_sha256,
-        "holdout": holdout,
-        "sources": {},
+    splits: dict[str, Any] = {}
+    for split, entries in shards.items():
+        by_source = {
+            source: _total([entry["sources"].get(str(index), {}) for entry in entries])
+            for index, source in enumerate(sources)
+        }
+        kept = [{key: value for key, value in entry.items() if key != "sources"} for entry in entries]
+        splits[split] = {**_total(entries), "sources": by_source, "shards": kept}
+    manifest = {
+        "format": FORMAT,
+        "dtype": "uint16",
+        "tokenizer": {"sha256": tokenizer_sha256(), "vocab_size": VOCAB_SIZE, "end_of_text": END_OF_TEXT},
+        "sources": list(sources),
+        "splits": splits,
+        **(extra or {}),
     }
-    for source, texts in sorted(by_source.items()):
-        order = sorted(texts)
-        held_out = max(1, round(len(order) * holdout)) if holdout else 0
-        entry = {}
-        for split, digests in (("valid", order[:held_out]), ("train", order[held_out:])):
-            with (partial / f"{source}.{split}.bin").open("wb") as file:
-                for start in range(0, len(digests), batch):
-                    for encoding in tokenizer.encode_batch_fast([texts[d] for d in digests[start : start + batch]]):
-                        np.array([*encoding.ids, END_OF_TEXT], dtype=np.uint16).tofile(file)
-                tokens = file.tell() // 2
-            size = sum(len(texts[d].encode()) for d in digests)
-            entry[split] = {"documents": len(digests), "bytes": size, "tokens": tokens}
-        manifest["sources"][source] = entry
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    partial.rename(folder)
+    with whole_file(Path(folder) / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
 class TokenShards:
-    """Shards on disk, memory-mapped.
+    """The streams of a folder of shards, memory-mapped.
 
     Args:
-        folder: What :func:`write_shards` wrote.
+        folder: What :func:`write_shard` and :func:`write_manifest` wrote.
+        verify: Read every file once and compare its SHA-256.
 
     Raises:
-        ValueError: The folder has no manifest, or a shard does not have the length that the manifest gives.
+        ValueError: Names the file that is missing, damaged, of another format or of another tokenizer.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        folder = Path(folder)
-        if not (folder / MANIFEST).exists():
-            raise ValueError(f"{folder} holds no {MANIFEST}; write shards into it first.")
-        self.manifest = json.loads((folder / MANIFEST).read_text())
-        self.sources = sorted(self.manifest["sources"])
-        self._tokens: dict[tuple[str, str], NDArray[np.uint16]] = {}
-        for source, splits in self.manifest["sources"].items():
-            for split, counts in splits.items():
-                file = folder / f"{source}.{split}.bin"
-                if not file.exists() or file.stat().st_size != 2 * counts["tokens"]:
-                    raise ValueError(f"{file} is missing or does not hold {counts['tokens']} tokens; write it again.")
-                if counts["tokens"]:
-                    self._tokens[source, split] = np.memmap(file, dtype=np.uint16, mode="r")
+    def __init__(self, folder: Path | str, verify: bool = True) -> None:
+        self._folder = Path(folder)
+        self.manifest = _read_manifest(self._folder / MANIFEST)
+        self.sources: list[str] = self.manifest["sources"]
+        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._starts: dict[str, list[int]] = {}
+        for split, content in self.manifest["splits"].items():
+            self._shards[split] = [shard for shard in content["shards"] if shard["tokens"]]
+            self._starts[split] = list(accumulate((shard["tokens"] for shard in self._shards[split]), initial=0))
+        self._map: Callable[[str], NDArray[Any]] = lru_cache(_OPEN_MAPS)(self._open)
+        self._check(verify)
 
-    def tokens(self, source: str, split: str) -> NDArray[np.uint16]:
-        """The whole stream of a source, uint16 ``[tokens]``."""
-        return self._tokens.get((source, split), np.empty(0, dtype=np.uint16))
+    def num_tokens(self, split: str) -> int:
+        """Tokens of a split; 0 where there is no such split."""
+        return self._starts.get(split, [0])[-1]
 
-    def rows(
-        self, stages: Iterable[tuple[int, int]], weights: Mapping[str, float], seed: int
-    ) -> list[NDArray[np.int64]]:
-        """Which rows each stage of a run reads, in order; no token is read twice in the run.
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 that tells the stream of a split, with its documents, from others."""
+        parts = [
+            shard["sha256"][suffix] for shard in self._shards.get(split, []) for suffix in (".bin", ".offsets.npy")
+        ]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-        The streams are cut into units of the longest row, shuffled within their source. Stages take units in turn, a
-        source's share by its weight, cut them into their own rows and shuffle these over all sources.
+    def tokens(self, split: str, start: int, count: int) -> NDArray[np.uint16]:
+        """``count`` tokens of the stream from ``start``, uint16; fewer where it ends before."""
+        count = max(0, min(count, self.num_tokens(split) - start))
+        row: NDArray[np.uint16] = self.rows(split, np.array([start]), count)[0]
+        return row
+
+    def rows(self, split: str, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
+        """Rows of the stream, which goes on at its start where it ends.
 
         Args:
-            stages: ``(sequence_length, tokens)`` of each; lengths must divide the longest one.
-            weights: Relative share of tokens for each source.
-            seed: Of all shuffles.
+            split: With tokens.
+            offsets: Where each row starts, int64 ``[rows]``, below the tokens of the split.
+            length: Tokens of a row.
 
         Returns:
-            For each stage, int64 ``[rows, 2]`` of source index (in ``sources``) and offset of the first token.
-
-        Raises:
-            ValueError: A source is unknown or has fewer tokens than its share, or a length does not divide the longest.
+            uint16 ``[rows, length]``.
         """
-        stages = list(stages)
-        if unknown := sorted(set(weights) - set(self.sources)):
-            raise ValueError(
-                f"No source named {', '.join(unknown)} in the shards; they have {', '.join(self.sources)}."
-            )
-        unit = max(length for length, _ in stages)
-        if uneven := sorted({length for length, _ in stages if unit % length}):
-            raise ValueError(f"Rows of {unit} tokens cannot be cut into rows of {', '.join(map(str, uneven))}.")
-        rng = np.random.default_rng(seed)
-        order = {source: rng.permutation(len(self.tokens(source, "train")) // unit) for source in self.sources}
-        taken = dict.fromkeys(self.sources, 0)
-        total_weight = sum(weights.values())
-        result = []
-        for length, tokens in stages:
-            parts = []
-            shares = [tokens / length * weights.get(source, 0.0) / total_weight for source in self.sources]
-            counts = [round(share) for share in shares]
-            # Where rounding leaves the stage short, those that it cut most have one row more.
-            by_cut = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-            for index in by_cut[: max(0, tokens // length - sum(counts))]:
-                counts[index] += 1
-            for index, (source, num_rows) in enumerate(zip(self.sources, counts, strict=True)):
-                num_units = -(-num_rows * length // unit)
-                if taken[source] + num_units > len(order[source]):
-                    raise ValueError(
-                        f"{source} has {len(order[source]) * unit:,} training tokens, fewer than its share of the run; "
-                        "lower its weight or the tokens of the stages."
-                    )
-                units = order[source][taken[source] : taken[source] + num_units]
-                taken[source] += num_units
-                offsets = (units[:, None] * unit + np.arange(0, unit, length)).reshape(-1)
-                offsets = rng.permutation(offsets)[:num_rows]
-                parts.append(np.stack([np.full_like(offsets, index), offsets], axis=1))
-            result.append(rng.permutation(np.concatenate(parts)))
+        result = np.empty((len(offsets), length), dtype=np.uint16)
+        for row, offset in zip(result, offsets.tolist(), strict=True):
+            done = 0
+            for shard, start, stop in self._spans(split, offset, length):
+                row[done : done + stop - start] = self._map(f"{shard['name']}.bin")[start:stop]
+                done += stop - start
         return result
 
-    def batch(self, rows: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Training rows, int64 ``[rows, length]``."""
-        streams = [self.tokens(self.sources[source], "train")[start : start + length] for source, start in rows]
-        return np.stack(streams).astype(np.int64)
+    def document_starts(self, split: str, start: int, count: int) -> NDArray[np.int64]:
+        """Which of ``count`` tokens from ``start`` begin a document: places from 0 to ``count - 1``, int64, ascending.
+
+        The stream goes on at its start where it ends, as for :meth:`rows`.
+        """
+        parts, done = [np.empty(0, dtype=np.int64)], 0
+        for shard, first, stop in self._spans(split, start, count):
+            offsets = self._map(f"{shard['name']}.offsets.npy")
+            low, high = np.searchsorted(offsets, (first, stop))
+            parts.append(offsets[low:high] - first + done)
+            done += stop - first
+        return np.concatenate(parts)
+
+    def source_tokens(self, split: str, source: str, limit: int) -> NDArray[np.uint16]:
+        """The first ``limit`` tokens of the documents of one source, in their order, uint16."""
+        index = self.sources.index(source)
+        parts, missing = [np.empty(0, dtype=np.uint16)], limit
+        for shard in self._shards.get(split, []):
+            offsets = self._map(f"{shard['name']}.offsets.npy")
+            for document in np.flatnonzero(self._map(f"{shard['name']}.sources.npy") == index):
+                if missing <= 0:
+                    break
+                tokens = self._map(f"{shard['name']}.bin")[offsets[document] : offsets[document + 1]]
+                parts.append(tokens[:missing])
+                missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def _spans(self, split: str, start: int, count: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """The shards that a piece of the stream lies in, with its start and stop in each."""
+        shards, starts = self._shards.get(split, []), self._starts.get(split, [0])
+        index = bisect_right(starts, start) - 1
+        while count > 0:
+            first = start - starts[index]
+            stop = min(first + count, shards[index]["tokens"])
+            yield shards[index], first, stop
+            count -= stop - first
+            index = (index + 1) % len(shards)
+            start = starts[index]
+
+    def _open(self, name: str) -> NDArray[Any]:
+        path = self._folder / name
+        opened = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype="<u2", mode="r")
+        return np.asarray(opened)  # A slice of a memmap takes four times as long as one of an array.
+
+    def _check(self, verify: bool) -> None:
+        """Raise for the first file that is not what the manifest says."""
+        sha256 = {}
+        again = "copy the folder again, or tokenize the documents again"
+        for shard in (shard for content in self.manifest["splits"].values() for shard in content["shards"]):
+            sizes = {
+                ".bin": 2 * shard["tokens"],
+                ".offsets.npy": _NPY_HEADER + 8 * (shard["documents"] + 1),
+                ".sources.npy": _NPY_HEADER + 2 * shard["documents"],
+            }
+            for suffix, size in sizes.items():
+                path = self._folder / f"{shard['name']}{suffix}"
+                if not path.exists():
+                    raise ValueError(f"{path} is missing; {again}.")
+                if path.stat().st_size != size:
+                    raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}; {again}.")
+                sha256[path] = shard["sha256"][suffix]
+        if not verify:
+            return
+        with ThreadPoolExecutor() as pool:
+            for (path, wanted), actual in zip(sha256.items(), pool.map(_file_sha256, sha256), strict=True):
+                if actual != wanted:
+                    raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, not {wanted}; {again}.")
+
+
+# Parts
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name}; tokenize documents into it first.")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, tokenizer = manifest.get("format"), manifest.get("tokenizer", {}).get("sha256")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of token shards ({error}); tokenize the documents again.") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; tokenize the documents again.")
+    if tokenizer != tokenizer_sha256():
+        raise ValueError(
+            f"{path} was written with another tokenizer (SHA-256 {tokenizer}, BTLM's is {tokenizer_sha256()}); "
+            "tokenize the documents with this version."
+        )
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(part.get(key, 0) for part in counts) for key in _COUNTS}

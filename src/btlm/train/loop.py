@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from btlm.data import TokenShards
+from btlm.data.loader import TokenLoader
+from btlm.data.shards import TokenShards
 from btlm.model import BTLMLMHeadModel
 from btlm.model.mup import scale_logits
 
@@ -47,7 +49,7 @@ def evaluate_bits_per_byte(
         model: On the device to compute on.
         shards: With held-out documents.
         sequence_length: Rows of at most this many tokens, without overlap.
-        tokens_per_source: From the start of each held-out stream.
+        tokens_per_source: From the first held-out documents of each source.
         token_bytes: Bytes of text of every token id; 0 for end-of-text.
     """
     device = model.lm_head.weight.device
@@ -55,7 +57,7 @@ def evaluate_bits_per_byte(
     model.eval()
     result = {}
     for source in shards.sources:
-        tokens = shards.tokens(source, "valid")[:tokens_per_source].astype(np.int64)
+        tokens = shards.source_tokens("validation", source, tokens_per_source).astype(np.int64)
         nats, size = 0.0, 0
         for start in range(0, len(tokens) - 1, sequence_length):
             row = tokens[start : start + sequence_length]
@@ -65,6 +67,16 @@ def evaluate_bits_per_byte(
             result[source] = nats / math.log(2) / size
     model.train(was_training)
     return {**result, "mean": sum(result.values()) / len(result)} if result else {}
+
+
+def training_batches(recipe: Recipe, shards: TokenShards) -> TokenLoader:
+    """The batches of a run, one for each of its steps.
+
+    Raises:
+        ValueError: The stages cannot be cut from the shards.
+    """
+    stages = [replace(stage, tokens=stage.steps * stage.batch_tokens) for stage in recipe.stages]
+    return TokenLoader(shards, stages, seed=recipe.seed)
 
 
 def train(
@@ -80,11 +92,13 @@ def train(
     resumed from and is replaced as a whole.
 
     Raises:
-        ValueError: The shards do not hold the tokens that the recipe asks for, or the model lacks some of their tokens.
+        ValueError: The stages cannot be cut from the shards, the model lacks some of their tokens, or the checkpoint in
+            ``output`` is of other shards or another recipe.
         FloatingPointError: The loss or the gradient is not finite; the weights are those before that step.
     """
     if recipe.config.vocab_size < len(token_bytes):
         raise ValueError(f"vocab_size is {recipe.config.vocab_size}; the shards need at least {len(token_bytes)}.")
+    loader = training_batches(recipe, shards)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -93,57 +107,46 @@ def train(
     groups = model.get_mup_param_groups(options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    weights = recipe.source_weights or dict.fromkeys(shards.sources, 1.0)
-    rows = shards.rows([(s.sequence_length, s.tokens) for s in recipe.stages], weights, recipe.seed)
 
-    done = _load_checkpoint(output, model, optimizer)
+    done = _load_checkpoint(output, model, optimizer, loader)
     _truncate_metrics(output, done)
-    step = tokens = 0
-    for stage, stage_rows in zip(recipe.stages, rows, strict=True):
-        rows_per_step = stage.batch_tokens // stage.sequence_length
-        rows_per_pass = max(1, recipe.micro_batch_tokens // stage.sequence_length)
-        for index in range(stage.steps):
-            step += 1
-            tokens += stage.batch_tokens
-            if step <= done:
-                continue
-            started = time.perf_counter()
-            factor = recipe.lr_factor(tokens)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            batch = shards.batch(stage_rows[index * rows_per_step : (index + 1) * rows_per_step], stage.sequence_length)
-            # Each row predicts all its tokens but the first.
-            valid = batch.shape[0] * (stage.sequence_length - 1)
-            loss = 0.0
-            for part in torch.from_numpy(batch).to(device).split(rows_per_pass):
-                part_loss = token_loss(model, part) / valid
-                part_loss.backward()
-                loss += float(part_loss.detach())
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(f"Step {step}: loss {loss}, gradient norm {norm}; nothing was updated.")
-            optimizer.step()
-            optimizer.zero_grad()
-            record: dict[str, Any] = {
-                "step": step,
-                "tokens": tokens,
-                "sequence_length": stage.sequence_length,
-                "loss": loss,
-                "grad_norm": norm,
-                "lr": options.lr * factor,
-                "tokens_per_s": stage.batch_tokens / (time.perf_counter() - started),
-            }
-            last = step == recipe.total_steps
-            if last or tokens // recipe.eval_every_tokens > (tokens - stage.batch_tokens) // recipe.eval_every_tokens:
-                held_out = evaluate_bits_per_byte(
-                    model, shards, stage.sequence_length, recipe.eval_tokens_per_source, token_bytes
-                )
-                record |= {"bits_per_byte": held_out} if held_out else {}
-            with (output / METRICS).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if last or step % recipe.checkpoint_every_steps == 0:
-                _save_checkpoint(output, model, optimizer, step)
-            yield record
+    started = time.perf_counter()
+    for step, batch in enumerate(loader, start=done + 1):
+        tokens, length, batch_tokens = batch.tokens, batch.sequence_length, batch.input_ids.size
+        factor = recipe.lr_factor(tokens)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        # Each row predicts all its tokens but the first.
+        valid = len(batch.input_ids) * (length - 1)
+        loss = 0.0
+        for part in torch.from_numpy(batch.input_ids).to(device).split(max(1, recipe.micro_batch_tokens // length)):
+            part_loss = token_loss(model, part) / valid
+            part_loss.backward()
+            loss += float(part_loss.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"Step {step}: loss {loss}, gradient norm {norm}; nothing was updated.")
+        optimizer.step()
+        optimizer.zero_grad()
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": tokens,
+            "sequence_length": length,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": options.lr * factor,
+            "tokens_per_s": batch_tokens / (time.perf_counter() - started),
+        }
+        last = step == recipe.total_steps
+        if last or tokens // recipe.eval_every_tokens > (tokens - batch_tokens) // recipe.eval_every_tokens:
+            held_out = evaluate_bits_per_byte(model, shards, length, recipe.eval_tokens_per_source, token_bytes)
+            record |= {"bits_per_byte": held_out} if held_out else {}
+        with (output / METRICS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if last or step % recipe.checkpoint_every_steps == 0:
+            _save_checkpoint(output, model, optimizer, loader, step)
+        yield record
+        started = time.perf_counter()
     _save_model(output, model)
 
 
@@ -155,13 +158,16 @@ def _save_model(output: Path, model: BTLMLMHeadModel) -> None:
     partial.rename(output / "model")
 
 
-def _save_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save_checkpoint(
+    output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, loader: TokenLoader, step: int
+) -> None:
     partial = output / f"{STATE}.partial"
     state = {
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
+        "loader": loader.state_dict(),
     }
     torch.save(state, partial)
     with partial.open("rb") as file:
@@ -169,10 +175,16 @@ def _save_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.opti
     partial.rename(output / STATE)
 
 
-def _load_checkpoint(output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer) -> int:
+def _load_checkpoint(
+    output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, loader: TokenLoader
+) -> int:
     if not (output / STATE).exists():
         return 0
     state = torch.load(output / STATE, weights_only=True, map_location=model.device)
+    try:
+        loader.load_state_dict(state.get("loader", {}))
+    except ValueError as error:
+        raise ValueError(f"{output / STATE} is of another run; give a new output folder. {error}") from error
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class Recipe:
         model: Keys of :class:`btlm.BTLMConfig`.
         optimizer: Learning rate, schedule and decay.
         stages: In order.
-        source_weights: Share of tokens for each source of the shards; equal shares where empty.
         micro_batch_tokens: Tokens that a forward pass holds at once; bounds memory.
         seed: Of initialization and data order.
         eval_every_tokens: Held-out loss at this interval, and at the end.
@@ -57,7 +56,6 @@ class Recipe:
     model: dict[str, Any]
     optimizer: Optimizer
     stages: list[Stage]
-    source_weights: dict[str, float] = field(default_factory=dict)
     micro_batch_tokens: int = 8192
     seed: int = 1
     eval_every_tokens: int = 1_000_000
@@ -165,9 +163,6 @@ def _not_as_wanted(name: str, value: Any) -> str:
         return "a mapping"
     if name == "stages":
         return "a list of stages"
-    if name == "source_weights":
-        right = isinstance(value, dict) and all(map(_is_number, value.values())) and sum(value.values() or [1]) > 0
-        return "" if right else "a mapping to numbers of at least 0, one of them above 0"
     if name == "betas":
         right = isinstance(value, list) and len(value) == 2 and all(_is_number(beta) and beta < 1 for beta in value)
         return "" if right else "two numbers in [0, 1)"

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from btlm.data import TokenShards
+from btlm.data.shards import TokenShards
 from btlm.model.tokenization_btlm import load_tokenizer
 
-from .loop import METRICS, STATE, train
+from .loop import METRICS, STATE, train, training_batches
 from .recipe import load_recipe
 
 
@@ -29,11 +29,12 @@ def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, 
         device: Of torch.
 
     Raises:
-        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of another recipe.
+        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of other ones.
     """
     recipe_path, output = Path(recipe_path), Path(output)
     recipe = load_recipe(recipe_path)
     shards = TokenShards(data)
+    training_batches(recipe, shards)  # Complains, if it has to, before there is an output folder.
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -49,9 +50,10 @@ def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, 
     console = Console(stderr=True)
     config = recipe.config
     flops = sum(config.flops_per_token(s.sequence_length, training=True) * s.tokens for s in recipe.stages)
+    available = shards.num_tokens("train")
     console.print(
         f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
-        f"{flops:.3g} FLOPs"
+        f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens"
     )
     columns = (
         TextColumn("step {task.completed}/{task.total}"),

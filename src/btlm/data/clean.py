@@ -1,0 +1,120 @@
+"""The stages `read` and `clean`: any input to parts of documents, normalized and without the short ones."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .documents import Problem, Unit, list_units, read_unit
+from .minhash import normalized_length_reaches
+from .parts import PartWriter, add_counts, whole_file
+from .recipe import Clean, Read, as_settings
+from .stage import DOCUMENTS, Run, begin, finish, load_stage, write_json
+from .tasks import run_tasks
+
+UNITS, PROBLEMS, REMOVED = "units.json", "problems", "removed"
+
+# Bad input that an error or the log names.
+_EXAMPLES = 3
+
+
+def clean_documents(
+    inputs: Sequence[Path | str], folder: Path, read: Read, clean: Clean, run: Run, name: str = "clean"
+) -> dict[str, Any]:
+    """Read, normalize and filter documents.
+
+    ``folder`` receives the documents, the short ones that were left out (``removed/``) and the bad input
+    (``problems/``, JSON lines of file, line and reason).
+
+    Returns:
+        The stage: ``parts``, and ``sources`` with the counts of each.
+
+    Raises:
+        ValueError: An input cannot be used, or there is more bad input than ``read.max_bad_documents``.
+    """
+    units = list_units(inputs, read)
+    settings = as_settings(read)
+    limit = settings.pop("max_bad_documents")
+    files = [[unit.names, unit.bytes, unit.shard, _changed(unit)] for unit in units]
+    if begin(folder, name, {"read": settings, "clean": as_settings(clean), "input": files}, run):
+        return load_stage(folder)
+    write_json(folder / UNITS, units)
+    task = partial(_clean_unit, folder, read, clean)
+    results = run_tasks(folder, name, task, [unit.bytes for unit in units], run)
+
+    sources: dict[str, dict[str, int]] = {}
+    for result in results:
+        add_counts(sources, result["sources"].items())
+    problems = [problem for result in results for problem in result["problems"]]
+    number = sum(result["num_problems"] for result in results)
+    if number:
+        run.say(f"  {number:,} bad documents or files left out (limit {limit:,}), all in {folder / PROBLEMS}")
+        for problem in problems[:_EXAMPLES]:
+            run.say(f"    {_place(problem)}: {problem[2]}")
+    if number > read.max_bad_documents:
+        raise ValueError(_too_many(number, read, problems))
+    parts = [part for result in results for part in result["parts"]]
+    if not parts:
+        raise ValueError("No document is left of the input; look at the settings of `read` and `clean`.")
+    return finish(folder, {"parts": parts, "sources": dict(sorted(sources.items()))})
+
+
+def _changed(unit: Unit) -> list[int]:
+    return [Path(path).stat().st_mtime_ns for path in unit.paths if Path(path).exists()]
+
+
+def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Callable[[int], None]) -> dict[str, Any]:
+    unit = Unit(*json.loads((folder / UNITS).read_text())[task])
+    sources: dict[str, dict[str, int]] = {}
+    problems: list[Problem] = []
+    kept = PartWriter(folder / DOCUMENTS, task, read.part_bytes)
+    short = PartWriter(folder / REMOVED, task, read.part_bytes)
+    for document in read_unit(unit, read, advance):
+        if isinstance(document, Problem):
+            problems.append(document)
+            if len(problems) > read.max_bad_documents:
+                break  # the whole stage has the same limit: reading on would be in vain
+            continue
+        size = len(document.text.encode())
+        counts = {"documents": 1, "bytes": size}
+        if clean.normalization != "none":
+            text = unicodedata.normalize(clean.normalization, document.text)
+            if text is not document.text:
+                document = document._replace(text=text)
+        if clean.min_characters and not normalized_length_reaches(document.text, clean.min_characters):
+            writer, result = short, "short"
+        else:
+            writer, result = kept, "clean"
+        encoded = document.text.encode()
+        writer.add(document, len(encoded), hashlib.sha256(encoded).hexdigest())
+        counts |= {f"{result}_documents": 1, f"{result}_bytes": len(encoded)}
+        add_counts(sources, [(document.source, counts)])
+    if problems:
+        path = folder / PROBLEMS / f"{task:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+    if len(problems) > read.max_bad_documents:
+        raise ValueError(_too_many(len(problems), read, problems))
+    kept.flush()
+    short.flush()
+    return {
+        "parts": kept.parts,
+        "sources": sources,
+        "num_problems": len(problems),
+        "problems": problems[:_EXAMPLES],
+    }
+
+
+def _too_many(number: int, read: Read, problems: Sequence[Sequence[Any]]) -> str:
+    return (
+        f"{number:,} bad documents, more than read.max_bad_documents ({read.max_bad_documents:,}); the first: "
+        f"{_place(problems[0])}: {problems[0][2]}. Mend the input, or raise the limit."
+    )
+
+
+def _place(problem: Sequence[Any]) -> str:
+    return f"{problem[0]}, line {problem[1]}" if problem[1] else str(problem[0])

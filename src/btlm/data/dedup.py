@@ -1,0 +1,173 @@
+"""The stage `dedup`: near-duplicates by MinHash bands, connected components, and one document kept of each.
+
+Signatures are a task for each part of the documents, candidate pairs one for each band; components, and everything else
+that concerns all documents at once, are queries that sort and join on disk.
+
+Of a component the longest document is kept (bytes of UTF-8). Ties go to the first in alphabetical order of source, then
+SHA-256 of the text, then id: a rule that knows nothing of files, their order, or tasks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .minhash import band_keys, signatures
+from .parts import add_counts, first_document, part_number, read_table, write_part, write_table
+from .queries import open_database, parquet, write_query
+from .recipe import Dedup, as_settings
+from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
+from .tasks import run_tasks
+
+BANDS, PAIRS, CLUSTERS = "bands", "pairs", "clusters.parquet"
+
+# Texts that are in memory at once while signatures are computed.
+_TEXTS = 256
+
+
+def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str, Any]:
+    """Keep one document of each component of near-duplicates.
+
+    Args:
+        source: Folder of the stage before.
+        folder: Receives the documents that are kept, and ``clusters.parquet``: every document of a component
+            (``document``: its number in ``source``), and the one that is kept (``kept``).
+        dedup: Settings.
+        run: How to execute the tasks.
+
+    Returns:
+        The stage: ``parts``, and ``sources`` with the counts of each.
+    """
+    before = load_stage(source)
+    if begin(folder, "dedup", {"dedup": as_settings(dedup), "input": stage_digest(source)}, run):
+        return load_stage(folder)
+    parts = [name for name, _, _ in before["parts"]]
+    sizes = [size for _, _, size in before["parts"]]
+    total = sum(sizes)
+    memory_gb = run.execution.memory_gb / 2
+    run_tasks(folder, "signatures", partial(_signatures, source, folder, parts, dedup), sizes, run)
+    band_size = sum(documents for _, documents, _ in before["parts"]) * 16
+    run_tasks(folder, "pairs", partial(_pairs, folder, memory_gb), [band_size] * dedup.bands, run)
+    pairs_size = sum(path.stat().st_size for path in (folder / PAIRS).glob("*.parquet"))
+    run_tasks(folder, "components", partial(_components, source, folder, memory_gb), [pairs_size], run)
+    results = run_tasks(folder, "keep", partial(_keep, source, folder, parts), sizes, run)
+
+    sources: dict[str, dict[str, int]] = {}
+    for result in results:
+        add_counts(sources, result["sources"].items())
+    kept = [result["part"] for result in results if result["part"]]
+    removed = sum(counts.get("duplicate_bytes", 0) for counts in sources.values())
+    run.say(f"  {removed / 1e6:,.1f} of {total / 1e6:,.1f} MB removed as duplicates")
+    return finish(folder, {"parts": kept, "sources": dict(sorted(sources.items()))}, source)
+
+
+# Tasks
+
+
+def _signatures(
+    source: Path, folder: Path, parts: list[str], dedup: Dedup, task: int, advance: Callable[[int], None]
+) -> None:
+    """Band keys of a part: ``document`` and a column for each band."""
+    import pyarrow as pa
+
+    name = parts[task]
+    texts = read_table(source / DOCUMENTS / name, ["text"])["text"]
+    keys, has_shingles = [], []
+    for start in range(0, len(texts), _TEXTS):
+        batch = texts.slice(start, _TEXTS).to_pylist()
+        signature, num_shingles = signatures(batch, dedup)
+        keys.append(band_keys(signature, dedup.bands, dedup.rows))
+        has_shingles.append(num_shingles > 0)
+        advance(sum(map(len, batch)))
+    # A text without shingles is like no other.
+    rows = np.flatnonzero(np.concatenate(has_shingles))
+    table = {"document": pa.array(rows + first_document(*part_number(name)), pa.int64())}
+    table |= {f"band{i}": pa.array(column) for i, column in enumerate(np.concatenate(keys)[rows].T)}
+    write_table(folder / BANDS / name, pa.table(table))
+
+
+def _pairs(folder: Path, memory_gb: float, task: int, advance: Callable[[int], None]) -> None:
+    """Pairs of one band: each document with the first one that has the same key."""
+    with open_database(folder / "scratch" / f"pairs-{task}", memory_gb) as database:
+        keys = parquet(folder / BANDS, columns=f"document, band{task} AS key")
+        query = f"""
+            SELECT document, first FROM (
+                SELECT document, min(document) OVER (PARTITION BY key) AS first FROM {keys}
+            ) WHERE document <> first ORDER BY document
+        """
+        write_query(database, query, folder / PAIRS / f"{task:03d}.parquet")
+
+
+def _components(
+    source: Path, folder: Path, memory_gb: float, task: int, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """Connected components of the pairs, by alternating large-star and small-star operations.
+
+    Both keep components whole and point documents to ever earlier ones, until all of a component point to its first
+    (Kiveris et al. 2014, Connected Components in MapReduce and Beyond).
+    """
+    with open_database(folder / "scratch" / "components", memory_gb) as database:
+        pairs = parquet(folder / PAIRS, columns="document AS a, first AS b")
+        database.execute(f"CREATE TABLE edges AS SELECT DISTINCT a, b FROM {pairs}")
+        rounds = 0
+        while not _is_stars(database):
+            rounds += 1
+            database.execute("""
+                CREATE OR REPLACE TABLE large AS
+                WITH neighbours AS (SELECT a AS u, b AS v FROM edges UNION ALL SELECT b, a FROM edges),
+                     first AS (SELECT u, least(u, min(v)) AS m FROM neighbours GROUP BY u)
+                SELECT DISTINCT v AS a, m AS b FROM neighbours JOIN first USING (u) WHERE v > u
+            """)
+            database.execute("""
+                CREATE OR REPLACE TABLE edges AS
+                WITH first AS (SELECT a AS u, min(b) AS m FROM large GROUP BY u)
+                SELECT b AS a, m AS b FROM large JOIN first ON a = u WHERE b <> m UNION SELECT u, m FROM first
+            """)
+        documents = parquet(source / DOCUMENTS, columns="document, bytes, source, sha256, id")
+        # The kept document of each component by the rule above; a component is known by its first document until then.
+        query = f"""
+            WITH members AS (SELECT a AS document, b AS component FROM edges UNION SELECT b, b FROM edges)
+            SELECT document, first_value(document) OVER (
+                PARTITION BY component ORDER BY bytes DESC, source, sha256, id, document
+            ) AS kept, id, source, bytes
+            FROM members JOIN {documents} USING (document) ORDER BY document
+        """
+        write_query(database, query, folder / CLUSTERS)
+    return {"rounds": rounds}
+
+
+def _is_stars(database: Any) -> bool:
+    edges, leaves, inner = database.execute(
+        "SELECT count(*), count(DISTINCT a), count(*) FILTER (b IN (SELECT a FROM edges)) FROM edges"
+    ).fetchone()
+    return edges == leaves and not inner
+
+
+def _keep(source: Path, folder: Path, parts: list[str], task: int, advance: Callable[[int], None]) -> dict[str, Any]:
+    """The documents of a part that are kept."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    name = parts[task]
+    table = read_table(source / DOCUMENTS / name)
+    first = first_document(*part_number(name))
+    members = pq.read_table(
+        folder / CLUSTERS,
+        columns=["document", "kept"],
+        filters=[("document", ">=", first), ("document", "<", first + len(table))],
+        use_threads=False,
+    )
+    removed = members.filter(pc.not_equal(members["document"], members["kept"]))["document"]
+    is_removed = pc.is_in(table["document"], value_set=removed.combine_chunks())
+    sources: dict[str, dict[str, int]] = {}
+    for result, rows in (("duplicate", table.filter(is_removed)), ("kept", table.filter(pc.invert(is_removed)))):
+        counts = rows.group_by("source").aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist()
+        for row in counts:
+            entry = {f"{result}_documents": row["bytes_count"], f"{result}_bytes": row["bytes_sum"]}
+            add_counts(sources, [(row["source"], entry)])
+    kept = table.filter(pc.invert(is_removed))
+    advance(pc.sum(table["bytes"]).as_py())
+    part = write_part(folder / DOCUMENTS, name, kept) if len(kept) else None
+    return {"part": part, "sources": sources}

@@ -1,0 +1,176 @@
+"""Examples of what each stage did, to be read by eye: bad input, short documents, clusters of duplicates, tokens."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from .clean import PROBLEMS, REMOVED
+from .dedup import CLUSTERS
+from .minhash import normalize, shingle_hashes
+from .mix import CONTAMINATED, HELD_OUT
+from .parts import document_place, read_table
+from .queries import parquet
+from .recipe import Dedup
+from .stage import COMPLETE, DOCUMENTS, load_stage
+
+_WIDTH = 100
+
+
+def run_inspect(folder: Path | str, stage: str | None = None, examples: int = 3, seed: int = 1) -> None:
+    """Print examples of what the stages in ``folder`` left out and found.
+
+    Args:
+        folder: Output of one stage or of all.
+        stage: Only this one.
+        examples: Of each kind.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: The folder holds no such stage, or a number is out of range.
+    """
+    folder = Path(folder)
+    if examples < 1:
+        raise ValueError(f"examples is {examples}; give at least 1.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; give a number of at least 0.")
+    paths = [path for path in (folder, *sorted(folder.glob("*"))) if (path / COMPLETE).exists()]
+    stages = {load_stage(path)["stage"]: path for path in paths}
+    if not stages:
+        raise ValueError(f"{folder} holds no complete stage; give the output of a btlm data command.")
+    if stage and stage not in stages:
+        raise ValueError(f"{folder} holds no complete stage {stage!r}; it has {', '.join(stages)}.")
+    console = Console(highlight=False, soft_wrap=True)
+    shown: dict[str, Callable[[Path, int, np.random.Generator], Iterator[str]]] = {
+        "read": _inspect_clean,
+        "clean": _inspect_clean,
+        "dedup": _inspect_dedup,
+        "mix": _inspect_mix,
+        "tokenize": _inspect_tokens,
+    }
+    for name, inspect in shown.items():
+        if name in stages and stage in (None, name):
+            console.rule(f"{name}: {stages[name]}", align="left")
+            for line in inspect(stages[name], examples, np.random.default_rng(seed)):
+                console.print(line)
+
+
+def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    files = sorted((folder / PROBLEMS).glob("*.jsonl"))
+    problems = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    yield f"[bold]{len(problems):,} bad documents or files[/bold]"
+    for reason, number in Counter(_kind(problem["reason"]) for problem in problems).most_common():
+        example = next(problem for problem in problems if _kind(problem["reason"]) == reason)
+        yield escape(f"  {number:6,}  {example['reason']}   e.g. {example['file']}, line {example['line']}")
+    parts = sorted((folder / REMOVED).glob("*.parquet"))
+    tables = [read_table(part, ["text", "id", "source"]) for part in parts]
+    rows = [(table, row) for table in tables for row in range(len(table))]
+    yield f"[bold]{len(rows):,} short documents[/bold]"
+    for table, row in _some(rows, examples, rng):
+        document = table.slice(row, 1).to_pylist()[0]
+        yield from _document(document["source"], document["id"], document["text"])
+
+
+def _kind(reason: str) -> str:
+    """A reason without its numbers and details."""
+    return "".join(character for character in reason.split(" (")[0] if not character.isdigit() and character != ",")
+
+
+def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    import duckdb
+
+    stage = load_stage(folder)
+    source = folder / stage["before"]
+    options = Dedup(**{**stage["history"]["dedup"]["settings"]["dedup"], "threshold": None})
+    clusters: dict[int, list[int]] = {}
+    with duckdb.connect() as database:
+        for document, kept in database.execute(f"SELECT document, kept FROM {parquet(folder, CLUSTERS)}").fetchall():
+            clusters.setdefault(kept, []).append(document)
+    sizes = Counter(len(members) for members in clusters.values())
+    yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold], of which the longest document is kept"
+    yield "  documents: clusters   " + ", ".join(f"{size}: {number:,}" for size, number in sorted(sizes.items()))
+    largest = sorted(clusters, key=lambda kept: (-len(clusters[kept]), kept))[:1]
+    for kept in [*largest, *_some(sorted(set(clusters) - set(largest)), examples - 1, rng)]:
+        others = sorted(set(clusters[kept]) - {kept})
+        text = _look_up(source, kept)
+        yield f"[bold]cluster of {len(others) + 1}[/bold]"
+        yield from _document(text["source"], text["id"], text["text"], "kept    ")
+        for other in _some(others, examples, rng):
+            copy = _look_up(source, other)
+            similarity = _jaccard(text["text"], copy["text"], options)
+            yield from _document(copy["source"], copy["id"], copy["text"], f"J = {similarity:.2f}")
+
+
+def _jaccard(first: str, second: str, options: Dedup) -> float:
+    """Jaccard similarity of the shingles of two texts."""
+    sets = []
+    for text in (first, second):
+        hashes = list(shingle_hashes(normalize(text), options.shingle, options.shingle_size))
+        sets.append(np.unique(np.concatenate(hashes)) if hashes else np.empty(0, dtype=np.uint64))
+    common = len(np.intersect1d(sets[0], sets[1], assume_unique=True))
+    return common / max(1, len(sets[0]) + len(sets[1]) - common)
+
+
+def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    import duckdb
+
+    source = folder / load_stage(folder)["before"]
+    with duckdb.connect() as database:
+        plan = database.execute(f"SELECT split, document FROM {parquet(folder, HELD_OUT)} ORDER BY ALL").fetchall()
+    titles = {
+        "contaminated": "documents with an n-gram of an evaluation set",
+        "copy of held out": "training documents equal to a held-out one",
+        "validation": "validation documents",
+        "test": "test documents",
+    }
+    for split, title in titles.items():
+        documents = [document for name, document in plan if name == split]
+        if split == "contaminated" and not (folder / CONTAMINATED).exists():
+            continue
+        yield f"[bold]{len(documents):,} {title}[/bold]"
+        for document in _some(documents, examples, rng):
+            found = _look_up(source, document)
+            yield from _document(found["source"], found["id"], found["text"])
+
+
+def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    from .shards import TokenShards
+    from .tokenize import decode
+
+    shards = TokenShards(folder)
+    for split, counts in shards.manifest["splits"].items():
+        yield f"[bold]{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents[/bold]"
+        starts = rng.integers(0, max(1, counts["tokens"] - 64), examples if counts["tokens"] else 0)
+        for start in sorted(map(int, starts)):
+            text = decode(shards.tokens(split, start, min(64, counts["tokens"] - start)))
+            yield from _document("token", f"{start:,}", text)
+
+
+def _look_up(stage: Path, document: int) -> dict[str, Any]:
+    """A document by its number; only its row group is read."""
+    import pyarrow.parquet as pq
+
+    name, row = document_place(document)
+    with pq.ParquetFile(stage / DOCUMENTS / name) as file:
+        group = 0
+        while row >= file.metadata.row_group(group).num_rows:
+            row -= file.metadata.row_group(group).num_rows
+            group += 1
+        found: dict[str, Any] = file.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
+    return found
+
+
+def _some(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
+    chosen = rng.permutation(len(items))[: max(0, number)]
+    return [items[index] for index in sorted(chosen)]
+
+
+def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str]:
+    line = " ".join(text.split())
+    yield escape(f"  {label}  {source}  {id_}  ({len(text):,} characters)")
+    yield f"[dim]    {escape(line[:_WIDTH])}{'...' if len(line) > _WIDTH else ''}[/dim]"

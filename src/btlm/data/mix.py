@@ -1,0 +1,308 @@
+"""The stage `mix`: held-out documents, decontamination, weights of the sources, and one global order.
+
+Everything that looks random is a function of the seed and a document's SHA-256, so that neither the order of the input
+nor the tasks have a part in it. Documents are put in the order of such a number: tasks sort their own documents by it,
+and other tasks merge what lies in one range of it, a *partition*, which becomes one shard.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .minhash import normalize, shingle_hashes
+from .parts import (
+    PARQUET,
+    add_counts,
+    first_document,
+    part_name,
+    part_number,
+    read_table,
+    whole_file,
+    write_part,
+    write_table,
+)
+from .queries import open_database, parquet, write_query
+from .recipe import Mix, as_settings
+from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
+from .tasks import run_tasks
+
+SPLITS = ("train", "validation", "test")
+CONTAMINATED, NGRAMS, HELD_OUT, SCATTERED = "contaminated", "ngrams.npy", "held_out.parquet", "scattered"
+
+# Keys are numbers below this.
+_KEYS = 1 << 63
+
+
+def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
+    """Split documents into train, validation and test, weight and shuffle them.
+
+    Args:
+        source: Folder of the stage before.
+        folder: Receives the documents in their order: parts of each split.
+        settings: Weights, seed, holdout and decontamination.
+        run: How to execute the tasks.
+
+    Returns:
+        The stage: ``parts`` with the ``splits`` they belong to, and ``sources`` with the counts of each.
+
+    Raises:
+        ValueError: A weight names no source, nothing is left for training, or an evaluation set cannot be read.
+    """
+    before = load_stage(source)
+    if unknown := sorted(set(settings.weights) - set(before["sources"])):
+        raise ValueError(
+            f"mix.weights names {', '.join(unknown)}, which the documents do not have; "
+            f"their sources are {', '.join(before['sources'])}."
+        )
+    files = [[Path(file).name, _digest(file)] for file in settings.decontaminate]
+    plain = {key: value for key, value in as_settings(settings).items() if key != "decontaminate"}
+    if begin(folder, "mix", {"mix": plain, "decontaminate": files, "input": stage_digest(source)}, run):
+        return load_stage(folder)
+    parts = [name for name, _, _ in before["parts"]]
+    sizes = [size for _, _, size in before["parts"]]
+    memory_gb = run.execution.memory_gb / 2
+    if settings.decontaminate:
+        ngrams = _evaluation_ngrams(settings)
+        with (folder / NGRAMS).open("wb") as file:
+            np.save(file, ngrams)
+        run.say(f"  {len(ngrams):,} n-grams of {settings.decontaminate_words} words in the evaluation sets")
+        run_tasks(folder, "decontaminate", partial(_decontaminate, source, folder, parts, settings), sizes, run)
+    (counts,) = run_tasks(folder, "plan", partial(_plan, source, folder, settings, memory_gb), [0], run)
+    partitions = {split: max(1, math.ceil(counts["split_bytes"][split] / settings.partition_bytes)) for split in SPLITS}
+    scattered = run_tasks(folder, "scatter", partial(_scatter, source, folder, parts, settings, partitions), sizes, run)
+    slots = [f"{split}/{index}" for split in SPLITS for index in range(partitions[split])]
+    slot_sizes = [sum(result["slots"].get(slot, 0) for result in scattered) for slot in slots]
+    results = run_tasks(folder, "order", partial(_order, folder, slots), slot_sizes, run)
+    sources: dict[str, dict[str, int]] = {}
+    add_counts(sources, counts["sources"].items())
+    for result in scattered:
+        add_counts(sources, result["sources"].items())
+    if not any(entry.get("train_documents") for entry in sources.values()):
+        raise ValueError(
+            "No document is left for training; lower mix.holdout or mix.min_holdout, or raise mix.weights."
+        )
+    written = [(slot, result) for slot, result in zip(slots, results, strict=True) if result]
+    return finish(
+        folder,
+        {
+            "parts": [result for _, result in written],
+            "splits": [slot.split("/")[0] for slot, _ in written],
+            "sources": dict(sorted(sources.items())),
+        },
+        source,
+    )
+
+
+def _digest(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"mix.decontaminate: {file}: {error.strerror}") from error
+
+
+# Decontamination
+
+
+def _evaluation_ngrams(settings: Mix) -> NDArray[np.uint64]:
+    """Sorted hashes of the word n-grams of every text in the evaluation sets, whatever its field."""
+    import orjson
+
+    hashes = [np.empty(0, dtype=np.uint64)]
+    for file in settings.decontaminate:
+        for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise ValueError(f"mix.decontaminate: {file}, line {number}: no JSON ({error}).") from error
+            for text in _texts(row):
+                hashes += shingle_hashes(normalize(text), "words", settings.decontaminate_words)
+    return np.unique(np.concatenate(hashes))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _decontaminate(
+    source: Path, folder: Path, parts: list[str], settings: Mix, task: int, advance: Callable[[int], None]
+) -> None:
+    """Numbers of the documents of a part that share an n-gram with the evaluation sets."""
+    import pyarrow as pa
+
+    name = parts[task]
+    ngrams = np.load(folder / NGRAMS)
+    first = first_document(*part_number(name))
+    found = []
+    for row, text in enumerate(read_table(source / DOCUMENTS / name, ["text"])["text"]):
+        text = text.as_py()
+        hashes = shingle_hashes(normalize(text), "words", settings.decontaminate_words)
+        if any(_any_in(part, ngrams) for part in hashes):
+            found.append(first + row)
+        advance(len(text))
+    write_table(folder / CONTAMINATED / name, pa.table({"document": pa.array(found, pa.int64())}))
+
+
+def _any_in(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> bool:
+    if not len(sorted_values):
+        return False
+    places = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
+    return bool((sorted_values[places] == values).any())
+
+
+# Plan: what happens to documents that are not simply trained on
+
+
+def _plan(
+    source: Path, folder: Path, settings: Mix, memory_gb: float, task: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write the documents that are held out or left out, and count the rest.
+
+    Of the documents of a source those with the least SHA-256 of seed and text are held out, in turn for validation and
+    test. Training documents with the SHA-256 of one of them are left out.
+    """
+    with open_database(folder / "scratch" / "plan", memory_gb) as database:
+        documents = parquet(source / DOCUMENTS, columns="document, source, id, bytes, sha256")
+        contaminated = "(SELECT NULL::BIGINT AS document WHERE false)"
+        if settings.decontaminate:
+            contaminated = parquet(folder / CONTAMINATED)
+        database.execute(f"CREATE TABLE contaminated AS SELECT * FROM {contaminated}")
+        database.execute(
+            f"""
+            CREATE TABLE held_out AS
+            SELECT *, CASE rank % 2 WHEN 1 THEN 'validation' ELSE 'test' END AS split FROM (
+                SELECT *, count(*) OVER (PARTITION BY source) AS number, row_number() OVER (
+                    PARTITION BY source ORDER BY sha256('holdout:' || $seed || ':' || sha256), id, document
+                ) AS rank
+                FROM {documents} WHERE document NOT IN (SELECT document FROM contaminated)
+            )
+            WHERE $holdout > 0 AND rank <= least(greatest(round(number * $holdout), $least), number - 1)
+            """,
+            {"seed": str(settings.seed), "holdout": settings.holdout, "least": settings.min_holdout},
+        )
+        query = f"""
+            SELECT document, split FROM held_out
+            UNION ALL SELECT document, 'contaminated' FROM contaminated
+            UNION ALL SELECT document, 'copy of held out' FROM {documents}
+            WHERE sha256 IN (SELECT sha256 FROM held_out) AND document NOT IN (SELECT document FROM held_out)
+              AND document NOT IN (SELECT document FROM contaminated)
+            ORDER BY document
+        """
+        write_query(database, query, folder / HELD_OUT)
+        plan = parquet(folder, HELD_OUT)
+        rows = database.execute(
+            f"""
+            SELECT source, coalesce(split, 'train'), count(*), sum(bytes)::BIGINT
+            FROM {documents} LEFT JOIN {plan} USING (document) GROUP BY ALL ORDER BY ALL
+            """
+        ).fetchall()
+    sources: dict[str, dict[str, int]] = {}
+    split_bytes = dict.fromkeys(SPLITS, 0.0)
+    for name, result, documents_, size in rows:
+        if result in SPLITS:
+            split_bytes[result] += size * (settings.weights.get(name, 1.0) if result == "train" else 1.0)
+        else:
+            key = result.replace(" ", "_")
+            add_counts(sources, [(name, {f"{key}_documents": documents_, f"{key}_bytes": size})])
+    return {"sources": sources, "split_bytes": split_bytes}
+
+
+# Shuffle
+
+
+def _scatter(
+    source: Path,
+    folder: Path,
+    parts: list[str],
+    settings: Mix,
+    partitions: dict[str, int],
+    task: int,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """The documents of a part, repeated by weight, in row groups of one split and partition each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = parts[task]
+    table = read_table(source / DOCUMENTS / name)
+    first = first_document(*part_number(name))
+    plan = pq.read_table(
+        folder / HELD_OUT,
+        filters=[("document", ">=", first), ("document", "<", first + len(table))],
+        use_threads=False,
+    )
+    fate = dict(zip(plan["document"].to_pylist(), plan["split"].to_pylist(), strict=True))
+    slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    sources: dict[str, dict[str, int]] = {}
+    columns = (table[key].to_pylist() for key in ("document", "source", "sha256", "bytes"))
+    for row, (document, source_name, sha256, size) in enumerate(zip(*columns, strict=True)):
+        split = fate.get(document, "train")
+        if split not in SPLITS:
+            continue
+        for copy in range(_copies(settings, source_name, sha256) if split == "train" else 1):
+            key = _key(settings.seed, f"order:{copy}", sha256)
+            slots.setdefault((SPLITS.index(split), key * partitions[split] // _KEYS), []).append((row, key))
+            add_counts(sources, [(source_name, {f"{split}_documents": 1, f"{split}_bytes": size})])
+    groups, written = [], {}
+    sizes = table["bytes"].to_numpy()
+    for (split_index, index), rows in sorted(slots.items()):
+        taken, keys = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+        groups.append(table.take(taken).append_column("key", pa.array(keys)))
+        written[f"{SPLITS[split_index]}/{index}"] = int(sizes[taken].sum())
+    if groups:
+        _write_groups(folder / SCATTERED / name, groups, list(written))
+    advance(int(sizes.sum()))
+    return {"slots": written, "sources": sources}
+
+
+def _copies(settings: Mix, source: str, sha256: str) -> int:
+    """How often a training document is read: the whole part of its weight, once more with the rest as probability."""
+    whole, rest = divmod(settings.weights.get(source, 1.0), 1.0)
+    return int(whole) + (_key(settings.seed, "copies", sha256) < rest * _KEYS)
+
+
+def _key(seed: int, purpose: str, sha256: str) -> int:
+    digest = hashlib.sha256(f"{purpose}:{seed}:{sha256}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _write_groups(path: Path, tables: list[Any], slots: list[str]) -> None:
+    """Tables as the row groups of one file, whose metadata says which slot each is for."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file, pq.ParquetWriter(file, tables[0].schema, **PARQUET) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=len(table))
+        writer.add_key_value_metadata({"slots": json.dumps(slots)})
+
+
+def _order(folder: Path, slots: list[str], task: int, advance: Callable[[int], None]) -> list[Any] | None:
+    """Merge one slot, a partition of a split: its documents in the order of their keys."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in sorted((folder / SCATTERED).glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            groups = json.loads(file.metadata.metadata[b"slots"])
+            if slots[task] in groups:
+                tables.append(file.read_row_group(groups.index(slots[task]), use_threads=False))
+    if not tables:
+        return None
+    table = pa.concat_tables(tables)
+    by = [("key", "ascending"), ("source", "ascending"), ("id", "ascending")]
+    table = table.take(pc.sort_indices(table.drop_columns("text"), sort_keys=by)).drop_columns("key")
+    advance(pc.sum(table["bytes"]).as_py())
+    return write_part(folder / DOCUMENTS, part_name(task, 0), table)

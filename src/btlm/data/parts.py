@@ -1,0 +1,151 @@
+"""Documents between the stages: Parquet files of bounded size, and the state of the stage that writes them."""
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .documents import Document
+
+# Text of one row group, so that single documents can be looked up without reading a whole part.
+_ROW_GROUP_BYTES = 8_000_000
+
+# A document's number within a stage: its task, its file among the task's files, and its row in the file.
+_PART_BITS, _ROW_BITS = 16, 24
+_PART_DOCUMENTS = 1 << 20
+
+
+def first_document(task: int, part: int) -> int:
+    """Number of the first document of a part; the others follow it."""
+    return (task << _PART_BITS | part) << _ROW_BITS
+
+
+def document_place(document: int) -> tuple[str, int]:
+    """File name and row of a document of a given number."""
+    task_and_part, row = divmod(document, 1 << _ROW_BITS)
+    return part_name(*divmod(task_and_part, 1 << _PART_BITS)), row
+
+
+def part_name(task: int, part: int) -> str:
+    """File name of a part."""
+    return f"{task:06d}-{part:04d}.parquet"
+
+
+def part_number(name: str) -> tuple[int, int]:
+    """Task and part of a file name."""
+    task, _, part = Path(name).stem.partition("-")
+    return int(task), int(part)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed tasks left behind."""
+    for path in folder.rglob(".*.partial"):
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:
+    """An Arrow table of documents, their bytes in UTF-8, and the SHA-256 of these as hexadecimal digits."""
+    import pyarrow as pa
+
+    texts, ids, sources = zip(*(document for document, _, _ in documents), strict=True) if documents else ((), (), ())
+    columns = {
+        "text": pa.array(texts, pa.large_string()),
+        "id": pa.array(ids, pa.string()),
+        "source": pa.array(sources, pa.string()),
+        "bytes": pa.array([size for _, size, _ in documents], pa.int64()),
+        "sha256": pa.array([digest for _, _, digest in documents], pa.string()),
+    }
+    return pa.table(columns)
+
+
+def write_part(folder: Path, name: str, table: Any) -> list[Any]:
+    """Write a table of documents as a part, with the documents' numbers.
+
+    Returns:
+        What the stage says of the part: name, documents, bytes of text.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    first = first_document(*part_number(name))
+    if "document" in table.column_names:
+        table = table.drop_columns("document")
+    numbers = pa.array(range(first, first + len(table)), pa.int64())
+    size = pc.sum(table["bytes"]).as_py() or 0
+    rows = max(1, len(table) * _ROW_GROUP_BYTES // max(size, _ROW_GROUP_BYTES))
+    write_table(folder / name, table.append_column("document", numbers), rows)
+    return [name, len(table), size]
+
+
+def write_table(path: Path, table: Any, row_group_rows: int | None = None) -> None:
+    """Write a table as one Parquet file, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, row_group_size=row_group_rows, **PARQUET)
+
+
+# Text has no repeated values to gain from, and the bounds of its values would take as much space as itself.
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": ["source"],
+    "write_statistics": ["document"],
+}
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """A Parquet file as a table, read on one core."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=columns, use_threads=False)
+
+
+class PartWriter:
+    """Writes the documents of a task as parts of about ``part_bytes`` of text."""
+
+    def __init__(self, folder: Path, task: int, part_bytes: int) -> None:
+        self.parts: list[list[Any]] = []
+        self._folder, self._task, self._part_bytes = folder, task, part_bytes
+        self._documents: list[tuple[Document, int, str]] = []
+        self._size = 0
+
+    def add(self, document: Document, size: int, sha256: str) -> None:
+        """Append a document."""
+        self._documents.append((document, size, sha256))
+        self._size += size
+        if self._size >= self._part_bytes or len(self._documents) >= _PART_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last part."""
+        if self._documents:
+            table = table_of(self._documents)
+            self._documents, self._size = [], 0
+            self.parts.append(write_part(self._folder, part_name(self._task, len(self.parts)), table))
+
+
+def add_counts(total: dict[str, dict[str, int]], more: Iterable[tuple[str, dict[str, int]]]) -> None:
+    """Add numbers by source and name."""
+    for source, counts in more:
+        entry = total.setdefault(source, {})
+        for name, value in counts.items():
+            entry[name] = entry.get(name, 0) + value

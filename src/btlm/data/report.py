@@ -1,0 +1,142 @@
+"""What the stages did to each source, in the form of SlimPajama's table: text, JSON and a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .stage import Run, load_stage, write_json
+
+TEXT, JSON, PICTURE = "report.txt", "report.json", "report.png"
+_WIDTH = 140
+
+
+def write_report(stage: Path, folder: Path, run: Run) -> None:
+    """Write ``report.txt``, ``report.json`` and ``report.png`` of a stage and those before it, and print the table."""
+    rows = report_rows(load_stage(stage))
+    write_json(folder / JSON, rows)
+    table = report_table(rows)
+    with (folder / TEXT).open("w", encoding="utf-8") as file:
+        Console(file=file, width=_WIDTH).print(table)
+    plot_report(rows, folder / PICTURE)
+    # A narrow terminal breaks its lines: better than numbers that are cut off.
+    Console(stderr=True, width=max(run.console.width, _WIDTH)).print(table)
+    run.say(f"Wrote {folder / TEXT}, {folder / JSON} and {folder / PICTURE}")
+
+
+def report_rows(stage: dict[str, Any]) -> list[dict[str, Any]]:
+    """Counts of each source and of ``all``; those of stages that were not run are left out.
+
+    ``documents`` and ``bytes`` are of the input as it was read; ``tokens`` are of all splits, with the end-of-text of
+    each document.
+    """
+    history = stage["history"]
+    sources = sorted({source for entry in history.values() for source in entry["sources"]})
+    rows = []
+    for source in sources:
+        counts: dict[str, int] = {}
+        for entry in history.values():
+            counts |= entry["sources"].get(source, {})
+        row: dict[str, Any] = {
+            "source": source,
+            "documents": counts.get("documents", 0),
+            "bytes": counts.get("bytes", 0),
+        }
+        if "clean" in history:
+            row |= _pair(counts, "short")
+        if "dedup" in history:
+            row |= _pair(counts, "duplicate") | _pair(counts, "kept")
+        if "mix" in history:
+            if history["mix"]["settings"]["decontaminate"]:
+                row |= _pair(counts, "contaminated")
+            row |= _pair(counts, "train") | _pair(counts, "validation") | _pair(counts, "test")
+        if "manifest" in stage:
+            splits = stage["manifest"]["splits"].values()
+            row["tokens"] = sum(split["sources"].get(source, {}).get("tokens", 0) for split in splits)
+        rows.append(row)
+    total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "source"}
+    rows.append({"source": "all", **total})
+    for row in rows:
+        if "tokens" in row:
+            row["share_of_tokens"] = row["tokens"] / total["tokens"]
+    return rows
+
+
+def _pair(counts: dict[str, int], name: str) -> dict[str, int]:
+    return {f"{name}_{unit}": counts.get(f"{name}_{unit}", 0) for unit in ("documents", "bytes")}
+
+
+def report_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table; percentages are of what each stage was given."""
+    columns: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+        ("documents", "documents", lambda row: f"{row['documents']:,}"),
+        ("MB", "bytes", lambda row: f"{row['bytes'] / 1e6:,.1f}"),
+        ("too short\n% docs", "short_documents", lambda row: _percent(row["short_documents"], row["documents"])),
+        ("duplicate\n% docs", "duplicate_documents", lambda row: _percent(*_of_kept(row, "documents"))),
+        ("duplicate\n% bytes", "duplicate_bytes", lambda row: _percent(*_of_kept(row, "bytes"))),
+        ("kept\ndocs", "kept_documents", lambda row: f"{row['kept_documents']:,}"),
+        ("kept\nMB", "kept_bytes", lambda row: f"{row['kept_bytes'] / 1e6:,.1f}"),
+        ("in eval\nsets", "contaminated_documents", lambda row: f"{row['contaminated_documents']:,}"),
+        ("train\ndocs", "train_documents", lambda row: f"{row['train_documents']:,}"),
+        ("valid.\ndocs", "validation_documents", lambda row: f"{row['validation_documents']:,}"),
+        ("test\ndocs", "test_documents", lambda row: f"{row['test_documents']:,}"),
+        ("tokens", "tokens", lambda row: f"{row['tokens']:,}"),
+        ("tokens\n%", "share_of_tokens", lambda row: f"{100 * row['share_of_tokens']:.1f}"),
+    ]
+    present = [(title, value) for title, key, value in columns if key in rows[0]]
+    table = Table("source", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for title, _ in present:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        if row["source"] == "all":
+            table.add_section()
+        table.add_row(row["source"].removeprefix("RedPajama"), *(value(row) for _, value in present))
+    return table
+
+
+def _of_kept(row: dict[str, Any], unit: str) -> tuple[int, int]:
+    return row[f"duplicate_{unit}"], row[f"duplicate_{unit}"] + row[f"kept_{unit}"]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else "-"
+
+
+def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
+    """What became of the documents and the bytes of each source, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["source"].removeprefix("RedPajama") for row in rows]
+    fates = [
+        ("short", "too short", "C1"),
+        ("duplicate", "duplicate", "C3"),
+        ("contaminated", "in an evaluation set", "C4"),
+    ]
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, unit in zip(axes[0], ("documents", "bytes"), strict=True):
+        left = [0.0] * len(rows)
+        for key, label, color in fates:
+            if f"{key}_{unit}" not in rows[0]:
+                continue
+            widths = [100 * row[f"{key}_{unit}"] / max(1, row[unit]) for row in rows]
+            axis.barh(names, widths, left=left, color=color, label=label, height=0.7)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.barh(names, [100 - start for start in left], left=left, color="0.85", label="kept", height=0.7)
+        for y, row in enumerate(rows):
+            amount = f"{row[unit]:,}" if unit == "documents" else f"{row[unit] / 1e6:,.1f} MB"
+            axis.text(99, y, amount, ha="right", va="center", fontsize=8, color="0.25")
+        axis.set(xlabel=f"% of the {unit} read", xlim=(0, 100))
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

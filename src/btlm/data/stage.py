@@ -1,0 +1,161 @@
+"""Stages: a folder each, complete when ``stage.json`` is there.
+
+A stage begins by writing what it depends on, its *key*. The same key goes on where the last attempt ended; another one
+is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .parts import remove_partial_files, whole_file
+from .recipe import Execution
+
+BEGUN, COMPLETE, LOG, DOCUMENTS = "begun.json", "stage.json", "log.txt", "documents"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: how its tasks are executed, and where it tells what it does."""
+
+    execution: Execution
+    console: Console
+    log: Path
+
+    @property
+    def workers(self) -> int:
+        """Tasks at a time."""
+        return self.execution.workers or os.cpu_count() or 1
+
+    def say(self, line: str) -> None:
+        """Print a line, and append it to the log with the time."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+@contextmanager
+def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
+    """Everything that a command needs to run stages into ``output``, which no other command works in meanwhile.
+
+    Raises:
+        ValueError: Another command works in ``output``, or it holds files that no stage wrote.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    if any(output.iterdir()) and not (output / LOG).exists():
+        raise ValueError(f"{output} holds files that are not of a data stage; give a new or empty folder.")
+    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
+    with (output / LOG).open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"Another command works in {output}; wait for it, or give another folder.") from error
+        yield Run(execution, Console(stderr=True), output / LOG)
+
+
+def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
+    """Start or continue a stage.
+
+    Args:
+        folder: Of the stage.
+        name: Of the stage.
+        key: Everything that its output depends on, as plain values.
+        run: ``run.execution.force`` starts over where the key is another.
+
+    Returns:
+        Whether the stage is complete already.
+
+    Raises:
+        ValueError: The folder holds a stage of another key; names what differs.
+    """
+    key = json.loads(json.dumps({"stage": name, **key}))
+    if (folder / BEGUN).exists():
+        before = json.loads((folder / BEGUN).read_text())
+        if before != key:
+            if not run.execution.force:
+                raise ValueError(
+                    f"{folder} holds a stage of other settings or input ({'; '.join(_differences(before, key))}); give "
+                    "another folder, or --force to start this stage over."
+                )
+            for path in folder.iterdir():
+                if path.is_dir() and not (path / BEGUN).exists():  # a stage inside has its own key
+                    shutil.rmtree(path)
+                elif path.is_file() and path.name != LOG:
+                    path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / BEGUN).exists():
+        write_json(folder / BEGUN, key)
+    if (folder / COMPLETE).exists():
+        run.say(f"{name}: complete already in {folder}")
+        return True
+    remove_partial_files(folder)
+    return False
+
+
+def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) -> dict[str, Any]:
+    """Mark a stage as complete, with what it tells those after it.
+
+    Args:
+        folder: Of the stage.
+        result: Plain values; ``sources`` are its counts.
+        before: Folder of the stage that it continues.
+
+    Returns:
+        The stage: the result with ``before``, the path to the folder of that stage from this one, and ``history``, the
+        settings and counts of all stages so far by their names. Nothing in the history depends on when or where it ran.
+    """
+    remove_partial_files(folder)
+    key = json.loads((folder / BEGUN).read_text())
+    name = key.pop("stage")
+    settings = {part: value for part, value in key.items() if part != "input"}
+    history = load_stage(before)["history"] if before else {}
+    history[name] = {"settings": settings, "sources": result.get("sources", {})}
+    linked = {"before": os.path.relpath(before, folder)} if before else {}
+    write_json(folder / COMPLETE, {"stage": name, "key": key, "history": history, **linked, **result})
+    return load_stage(folder)
+
+
+def load_stage(folder: Path) -> dict[str, Any]:
+    """What a complete stage tells: its ``key`` and its result.
+
+    Raises:
+        ValueError: The stage is not complete.
+    """
+    if not (folder / COMPLETE).exists():
+        raise ValueError(f"{folder} is not a complete stage; run the command that writes it again.")
+    stage: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
+    return stage
+
+
+def stage_digest(folder: Path) -> str:
+    """What the key of a stage says of the stage before it."""
+    return hashlib.sha256((folder / COMPLETE).read_bytes()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        short = [text if len(text := json.dumps(value)) < 60 else "another" for value in (before, now)]
+        yield f"{name} was {short[0]}, is {short[1]}"

@@ -1,0 +1,291 @@
+"""The tasks of a stage, run by datatrove's executors: processes of this machine, Slurm or Ray.
+
+A task writes whole files or none, and what it writes depends on its number alone, so that it does not matter where,
+when or how often it runs.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .stage import Run, write_json
+
+# datatrove's own messages stay off the terminal: progress, log and errors are told here.
+logger.disable("datatrove")
+
+# Imported once, before the workers are forked.
+_PRELOAD = ["btlm.data.tasks", "datatrove.executor.local", "pyarrow.compute", "pyarrow.parquet"]
+
+# Gets the number of the task and something to call with the bytes it got through; returns plain data.
+Task = Callable[[int, Callable[[int], None]], Any]
+
+
+def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Run) -> list[Any]:
+    """Run the tasks of one step of a stage that have not been completed.
+
+    Args:
+        folder: Of the stage.
+        step: Name of the step, unique in the stage.
+        task: Picklable.
+        sizes: Bytes that each task has to get through, for the progress bar; as many as there are tasks.
+        run: How to execute them.
+
+    Returns:
+        What the tasks returned, in their order.
+
+    Raises:
+        ValueError: A task found bad input, or did not end.
+        OSError: A task could not read or write.
+    """
+    home = folder / "tasks" / step
+    results = home / "results"
+    if not sizes:
+        return []
+    started, done_before = time.monotonic(), _completed(home, len(sizes))
+    if len(done_before) < len(sizes):
+        for name in ("results", "failures", "progress"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        for stale in [*(home / "failures").iterdir(), *(home / "progress").iterdir()]:
+            stale.unlink(missing_ok=True)
+        executor = _executor(_Task(home, task), home, len(sizes), step, run)
+        error = None
+        try:
+            with _progress(home, step, sizes, run), _lost_workers_end_the_run(home, run):
+                executor.run()
+                _wait_for_jobs(executor, home, len(sizes), run)
+        except Exception as raised:  # whatever it was, what the task itself says comes first
+            error = raised
+        _raise_failure(home, step, len(sizes), error)
+        todo = sum(size for rank, size in enumerate(sizes) if rank not in done_before)
+        seconds = time.monotonic() - started
+        tasks = len(sizes) - len(done_before)
+        number = f"{tasks:,} task" if tasks == 1 else f"{tasks:,} tasks"
+        run.say(f"  {step}: {number}, {todo / 1e6:,.1f} MB in {seconds:,.1f} s")
+    return [json.loads((results / f"{rank:05d}.json").read_text()) for rank in range(len(sizes))]
+
+
+class _Task:
+    """The one step of datatrove's pipeline; its representation goes into the log of every task."""
+
+    def __init__(self, home: Path, task: Task) -> None:
+        self.home, self.task = home, task
+
+    def __repr__(self) -> str:
+        return self.home.name
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        import pyarrow as pa
+
+        pa.set_cpu_count(1)
+        progress = _ProgressFile(self.home / "progress" / f"{rank:05d}")
+        progress.advance(0)
+        try:
+            result = self.task(rank, progress.advance)
+            write_json(self.home / "results" / f"{rank:05d}.json", result)
+        except Exception as error:
+            # On a full disk even this may not be possible.
+            with suppress(OSError):
+                user = isinstance(error, ValueError | OSError)
+                failure = {"user": user, "message": _message(error), "traceback": traceback.format_exc()}
+                write_json(self.home / "failures" / f"{rank:05d}.json", failure)
+            raise
+        finally:
+            progress.end()
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+class _ProgressFile:
+    """How far a task is, and which process runs it; there while the task runs, and written twice a second at most."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._done, self._written = path, 0, 0.0
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        if (now := time.monotonic()) - self._written > 0.5:
+            self._written = now
+            with suppress(OSError):
+                self._path.write_text(f"{os.getpid()} {self._done}")
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _running(home: Path) -> Iterator[tuple[int, int, int]]:
+    """Number, process and bytes done of the tasks that run, or were killed."""
+    for path in (home / "progress").iterdir():
+        with suppress(OSError, ValueError):
+            process, done = map(int, path.read_text().split())
+            yield int(path.name), process, done
+
+
+def _completed(home: Path, tasks: int) -> set[int]:
+    marks = home / "completions"
+    done = {int(mark.name) for mark in marks.iterdir()} if marks.exists() else set()
+    return {rank for rank in done if rank < tasks}
+
+
+def _executor(task: _Task, home: Path, tasks: int, step: str, run: Run) -> Any:
+    import multiprocess
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    execution = run.execution
+    common: dict[str, Any] = {"pipeline": [task], "tasks": tasks, "logging_dir": str(home)}
+    if execution.executor == "ray":
+        import ray
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        if not ray.is_initialized():
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
+        workers = min(tasks, execution.workers or int(ray.cluster_resources().get("CPU", 1)))
+        return RayPipelineExecutor(**common, workers=workers, mem_per_cpu_gb=execution.memory_gb)
+    if execution.executor == "slurm":
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+
+        return SlurmPipelineExecutor(
+            **common,
+            time=execution.slurm_time,
+            partition=execution.slurm_partition,
+            mem_per_cpu_gb=int(-(-execution.memory_gb // 1)),
+            workers=execution.workers or -1,
+            job_name=f"btlm-{step}",
+            qos="",
+            # The programs of this environment, datatrove's own among them, are found first.
+            env_command=execution.slurm_setup or f'export PATH="{Path(sys.executable).parent}:$PATH"',
+        )
+    multiprocess.set_forkserver_preload(_PRELOAD)
+    if multiprocess.get_start_method(allow_none=True) is None:
+        # Forking a process that has threads, as this one does, is not safe.
+        multiprocess.set_start_method("forkserver")
+    return LocalPipelineExecutor(**common, workers=min(tasks, run.workers))
+
+
+def _wait_for_jobs(executor: Any, home: Path, tasks: int, run: Run) -> None:
+    """Slurm's executor only submits: wait until all tasks are complete, or none of the jobs is left."""
+    while run.execution.executor == "slurm" and len(_completed(home, tasks)) < tasks:
+        queue = subprocess.run(["squeue", "--noheader", "--job", str(executor.job_id)], capture_output=True, text=True)
+        if not queue.stdout.strip() and len(_completed(home, tasks)) < tasks:
+            return
+        time.sleep(2)
+
+
+def _raise_failure(home: Path, step: str, tasks: int, error: Exception | None) -> None:
+    missing = tasks - len(_completed(home, tasks))
+    if not missing:
+        return
+    for path in sorted((home / "failures").glob("*.json")):
+        failure = json.loads(path.read_text())
+        if failure["user"]:
+            raise ValueError(failure["message"])
+        raise RuntimeError(f"{step}, task {int(path.stem)}: {failure['message']}\n{failure['traceback']}")
+    if error:
+        raise error
+    raise ValueError(
+        f"{missing} of {tasks} tasks of {step} did not end, their workers were killed (out of memory?); "
+        "the same command goes on where it stopped."
+    )
+
+
+@contextmanager
+def _lost_workers_end_the_run(home: Path, run: Run) -> Iterator[None]:
+    """Raise a :class:`ValueError` when a local worker is killed: the pool itself would wait for it for ever."""
+    main_thread = threading.main_thread()
+    assert main_thread.ident is not None
+    main = main_thread.ident
+    ended, lost, lock = threading.Event(), threading.Event(), threading.Lock()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            if any(not _is_alive(process) for _, process, _ in _running(home)):
+                # After a failure it is the pool that ends the other workers.
+                failed = any((home / "failures").iterdir())
+                with lock:
+                    if not ended.is_set() and not failed:
+                        lost.set()
+                        # Unlike _thread.interrupt_main, this wakes a thread that waits for a lock.
+                        signal.pthread_kill(main, signal.SIGINT)
+                return
+
+    if run.execution.executor == "local" and threading.current_thread() is main_thread:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                ended.set()
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise ValueError(
+            "A worker was killed (out of memory?); the same command goes on where it stopped, and --workers 1 needs "
+            "the least memory."
+        ) from None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _progress(home: Path, step: str, sizes: Sequence[int], run: Run) -> Iterator[None]:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    total = sum(sizes) or len(sizes)
+    ended, started = threading.Event(), time.monotonic()
+    with Progress(*columns, console=run.console, transient=True, disable=not run.console.is_terminal) as progress:
+        bar = progress.add_task(step, total=total, status="")
+
+        def watch() -> None:
+            before = None
+            while not ended.wait(0.5):
+                done = _done(home, sizes)
+                before = done if before is None else before
+                rate = (done - before) / max(time.monotonic() - started, 1e-9)
+                status = f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:,.1f} MB/s" if sum(sizes) else ""
+                progress.update(bar, completed=done, status=status)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _done(home: Path, sizes: Sequence[int]) -> int:
+    complete = _completed(home, len(sizes))
+    done = sum(sizes[rank] for rank in complete) if sum(sizes) else len(complete)
+    done += sum(min(part, sizes[rank]) for rank, _, part in _running(home) if rank not in complete)
+    return done

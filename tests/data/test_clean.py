@@ -1,0 +1,88 @@
+import json
+import unicodedata
+
+import pytest
+
+from btlm.data.clean import clean_documents
+from btlm.data.parts import document_place, read_table
+from btlm.data.recipe import Clean, Execution, Read
+from btlm.data.stage import open_run
+
+
+def clean(tmp_path, rows, read=None, settings=None):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" if isinstance(row, dict) else row for row in rows))
+    folder = tmp_path / "out/clean"
+    with open_run(tmp_path / "out", Execution(workers=1)) as run:
+        stage = clean_documents([tmp_path / "a.jsonl"], folder, read or Read(), settings or Clean(), run)
+    tables = [read_table(folder / "documents" / name).to_pylist() for name, _, _ in stage["parts"]]
+    return stage, [row for table in tables for row in table]
+
+
+def test_text_is_normalized_before_it_is_measured(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "é" * 199 + "x")
+    assert len(decomposed) == 399
+    stage, documents = clean(tmp_path, [{"text": decomposed}, {"text": "é" * 199 + "-!"}, {"text": "keep " * 50}])
+    assert [document["text"] for document in documents] == ["é" * 199 + "x", "keep " * 50]
+    assert documents[0]["bytes"] == 399
+    assert stage["sources"]["a"] == {
+        "documents": 3,
+        "bytes": 598 + 400 + 250,
+        "clean_documents": 2,
+        "clean_bytes": 399 + 250,
+        "short_documents": 1,
+        "short_bytes": 400,
+    }
+
+
+@pytest.mark.parametrize(("letters", "kept"), [(199, False), (200, True)])
+def test_the_filter_counts_letters_without_punctuation_and_with_single_spaces(tmp_path, letters, kept):
+    text = " .\n" * 300 + "a, " * 99 + "B" * (letters - 198) + " !" * 300
+    _, documents = clean(tmp_path, [{"text": text}, {"text": "other " * 50}])
+    assert (documents[0]["text"] == text) is kept
+
+
+def test_parts_are_bounded_and_documents_are_numbered_by_their_place(tmp_path):
+    rows = [{"text": f"document {i} " * 40} for i in range(50)]
+    stage, documents = clean(tmp_path, rows, Read(part_bytes=4000))
+    assert len(stage["parts"]) > 5
+    assert all(size < 4000 + 600 for _, _, size in stage["parts"])
+    assert [document["text"] for document in documents] == [row["text"] for row in rows]
+    for document in documents:
+        name, row = document_place(document["document"])
+        assert read_table(tmp_path / "out/clean/documents" / name)["text"][row].as_py() == document["text"]
+
+
+def test_bad_documents_are_counted_and_listed(tmp_path):
+    stage, documents = clean(tmp_path, [{"text": "good " * 50}, "bad\n", {"text": None}])
+    assert len(documents) == 1
+    assert stage["sources"]["a"]["documents"] == 1
+    listed = (tmp_path / "out/clean/problems/000000.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["file"], json.loads(line)["line"]) for line in listed] == [("a.jsonl", 2), ("a.jsonl", 3)]
+    assert "a.jsonl, line 2: no JSON in UTF-8" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_too_many_bad_documents_end_the_stage_with_one_line(tmp_path):
+    rows = ["bad\n"] * 3 + [{"text": "good " * 50}]
+    with pytest.raises(
+        ValueError, match=r"^3 bad documents, more than read.max_bad_documents \(2\); the first: a.jsonl, line 1"
+    ):
+        clean(tmp_path, rows, Read(max_bad_documents=2))
+
+
+def test_the_limit_counts_all_files_together(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("bad\nbad\n" + json.dumps({"text": "good " * 50}) + "\n")
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    folder = tmp_path / "out/clean"
+    with open_run(tmp_path / "out", Execution(workers=1)) as run:
+        with pytest.raises(ValueError, match="4 bad documents"):
+            clean_documents(inputs, folder, Read(max_bad_documents=3), Clean(), run)
+        assert not (folder / "stage.json").exists()
+        # The limit is nothing that the result depends on: with a higher one the same command goes on.
+        stage = clean_documents(inputs, folder, Read(max_bad_documents=4), Clean(), run)
+    assert len(stage["parts"]) == 2
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="No document is left"):
+        clean(tmp_path, [{"text": "short"}])

@@ -1,0 +1,161 @@
+import json
+import random
+from itertools import pairwise
+
+import networkx
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from btlm.data import dedup as dedup_module
+from btlm.data.clean import clean_documents
+from btlm.data.dedup import deduplicate
+from btlm.data.documents import Document
+from btlm.data.minhash import band_keys, pair_probability, signatures
+from btlm.data.parts import read_table, table_of, write_part, write_table
+from btlm.data.recipe import Clean, Dedup, Execution, Read
+from btlm.data.stage import open_run
+from tests.data.corpus import edited, text
+from tests.data.test_minhash import plain_shingles, planted_pairs, random_text
+
+
+def deduplicated(folder, rows, settings=None, read=None):
+    """Run the stage on ``(text, id, source)``; returns the stage and the documents that are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text, "id": id_, "source": source}) + "\n" for text, id_, source in rows]
+    (folder / "in.jsonl").write_text("".join(lines))
+    out = folder / "out"
+    with open_run(out, Execution(workers=1)) as run:
+        clean_documents([folder / "in.jsonl"], out / "clean", read or Read(), Clean("none", 0), run)
+        stage = deduplicate(out / "clean", out / "dedup", settings or Dedup(), run)
+    tables = [read_table(out / "dedup/documents" / name).to_pylist() for name, _, _ in stage["parts"]]
+    return stage, [(row["text"], row["id"], row["source"]) for table in tables for row in table]
+
+
+def jaccard(first, second):
+    sets = [set(plain_shingles(text)) for text in (first, second)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_planted_duplicates_across_sources_are_found_and_others_kept(tmp_path):
+    rng = random.Random(0)
+    originals = [text(rng, 200) for _ in range(300)]
+    rows = [(original, f"o{i}", f"s{i % 3}") for i, original in enumerate(originals)]
+    exact = [(originals[i], f"e{i}", f"s{(i + 1) % 3}") for i in range(40)]
+    changed = {i: edited(originals[i], rng, 0.004) for i in range(40, 140)}
+    near = [(copy, f"n{i}", f"s{(i + 1) % 3}") for i, copy in changed.items()]
+    rng.shuffle(rows := rows + exact + near)
+    stage, kept = deduplicated(tmp_path, rows, read=Read(part_bytes=20_000))
+    assert len(stage["parts"]) > 5
+    kept_ids = {id_ for _, id_, _ in kept}
+    for i in range(40):
+        assert len({f"o{i}", f"e{i}"} & kept_ids) == 1
+    assert {f"o{i}" for i in range(140, 300)} <= kept_ids, "no document without a copy is removed"
+    found = sum(len({f"o{i}", f"n{i}"} & kept_ids) == 1 for i in changed)
+    similarities = [jaccard(originals[i], copy) for i, copy in changed.items()]
+    expected = [pair_probability(similarity, 9, 13) for similarity in similarities]
+    spread = np.sqrt(sum(p * (1 - p) for p in expected))
+    assert abs(found - sum(expected)) <= 3.3 * spread + 0.5
+    assert 60 < sum(expected) < 100, "the copies are near enough, and not all so near that they must be found"
+    counts = stage["sources"]
+    assert sum(entry.get("duplicate_documents", 0) for entry in counts.values()) == len(rows) - len(kept)
+    assert sum(entry["kept_bytes"] for entry in counts.values()) == sum(len(text.encode()) for text, _, _ in kept)
+
+
+def test_nothing_below_half_is_removed(tmp_path):
+    rows = []
+    for similarity in (0.1, 0.2, 0.3, 0.4):
+        pairs, _ = planted_pairs(random.Random(int(10 * similarity)), similarity, 100)
+        rows += [(text, f"{similarity}-{i}", "s") for i, text in enumerate(pairs)]
+    _, kept = deduplicated(tmp_path, rows)
+    assert len(kept) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        # The longest is kept, ...
+        (("a {x} b", "2", "B"), ("a {x}", "1", "A"), "2"),
+        # of equals the first source, ...
+        (("{x}", "2", "A"), ("{x}", "1", "B"), "2"),
+        # and of the same text in the same source the first id.
+        (("{x}", "1", "A"), ("{x}", "2", "A"), "1"),
+    ],
+)
+def test_which_document_is_kept(tmp_path, first, second, kept):
+    body = text(random.Random(1), 300)
+    rows = [(pattern.format(x=body), id_, source) for pattern, id_, source in (first, second)]
+    for order, name in ((rows, "as given"), (rows[::-1], "reversed")):
+        _, found = deduplicated(tmp_path / name, order)
+        assert [id_ for _, id_, _ in found] == [kept]
+
+
+def test_texts_without_shingles_are_no_duplicates(tmp_path):
+    rows = [("short", str(i), "s") for i in range(3)] + [("", "4", "s"), ("", "5", "s")]
+    _, kept = deduplicated(tmp_path, rows)
+    assert len(kept) == 5
+
+
+def test_a_chain_of_neighbours_is_one_component(tmp_path):
+    """The ends have nothing in common; each neighbour is a duplicate of the next."""
+    rng = random.Random(3)
+    stream = random_text(rng, 40_000)
+    rows = [(stream[start : start + 20_000], str(start), "s") for start in range(0, 20_001, 250)]
+    assert all(jaccard(a[0][:3000], b[0][:3000]) > 0.8 for a, b in pairwise(rows[:3]))
+    assert jaccard(rows[0][0], rows[-1][0]) < 0.01
+    _, kept = deduplicated(tmp_path, rows)
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_components_are_networkxs(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    nodes, edges = 400, [30, 200, 390, 800][seed]
+    documents = [Document("", f"{i:03d}", "s") for i in range(nodes)]
+    # All are equally long and of one source: the one with the first SHA-256 is kept.
+    hashes = [f"{value:03d}" for value in rng.permutation(nodes)]
+    write_part(
+        tmp_path / "documents", "000000-0000.parquet", table_of(list(zip(documents, [1] * nodes, hashes, strict=True)))
+    )
+    pairs = [(int(a), int(b)) for a, b in rng.integers(0, nodes, (edges, 2)) if a != b]
+    # A long path, whose ends meet last.
+    pairs += [(i + 1, i) for i in range(60)]
+    columns = {
+        "document": pa.array([a for a, _ in pairs], pa.int64()),
+        "first": pa.array([b for _, b in pairs], pa.int64()),
+    }
+    write_table(tmp_path / "pairs/000.parquet", pa.table(columns))
+    dedup_module._components(tmp_path, tmp_path, 0.5, 0, lambda _: None)
+    found = read_table(tmp_path / "clusters.parquet").to_pylist()
+    graph = networkx.Graph(pairs)
+    expected = {
+        node: min(component, key=lambda i: hashes[i])
+        for component in networkx.connected_components(graph)
+        for node in component
+    }
+    assert {row["document"]: row["kept"] for row in found} == expected
+
+
+def test_candidate_pairs_are_all_documents_that_share_a_band(tmp_path):
+    rng = random.Random(5)
+    base = [text(rng, 150) for _ in range(20)]
+    texts = [edited(rng.choice(base), rng, rng.choice([0, 0.005, 0.02])) for _ in range(120)]
+    _, kept = deduplicated(tmp_path, [(text, str(i), "s") for i, text in enumerate(texts)], Dedup(bands=12, rows=10))
+    keys = band_keys(signatures(texts, Dedup(bands=12, rows=10))[0], 12, 10)
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(texts)))
+    graph.add_edges_from((i, j) for i in range(len(texts)) for j in range(i) if (keys[i] == keys[j]).any())
+    assert len(kept) == networkx.number_connected_components(graph) < len(texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bands": 10, "rows": 13}, r"dedup.bands x dedup.rows is 130, more than dedup.permutations \(128\)"),
+        ({"threshold": 1.5}, "dedup.threshold is 1.5"),
+        ({"shingle_size": 0}, "dedup.shingle_size is 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Dedup(**settings)
