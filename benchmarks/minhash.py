@@ -22,6 +22,8 @@ from itertools import islice
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from loguru import logger
+
 from btlm.data.documents import Document, list_units, read_unit
 from btlm.data.minhash import band_keys, signatures
 from btlm.data.recipe import Dedup, Read
@@ -87,6 +89,7 @@ def datasketch(texts: list[str]) -> None:
 
 def main() -> None:
     """Print a Markdown table."""
+    logger.disable("datatrove")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", default=[], help="documents, as for btlm data prepare")
     parser.add_argument("--megabytes", type=float, default=4, help="text for this package; peers get a part of it")

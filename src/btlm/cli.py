@@ -282,8 +282,8 @@ def _data_step_parser(step: str) -> ArgumentParser:
         "input",
         nargs="+",
         metavar="INPUT",
-        help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt files, folders of them, hf://DATA_SET, or the output "
-        "of another stage",
+        help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt files, folders of them, or hf://DATA_SET"
+        + ("" if step in ("prepare", "clean") else "; or the output of another stage"),
     )
     parser.add_argument("--output", metavar="FOLDER", required=True, help="receives the result, reports and a log")
     parser.add_argument("--recipe", action="config", metavar="FILE", help="YAML with any of the settings below")

@@ -90,10 +90,17 @@ def test_which_document_is_kept(tmp_path, first, second, kept):
         assert [id_ for _, id_, _ in found] == [kept]
 
 
-def test_texts_without_shingles_are_no_duplicates(tmp_path):
-    rows = [("short", str(i), "s") for i in range(3)] + [("", "4", "s"), ("", "5", "s")]
+def test_texts_shorter_than_a_shingle_are_duplicates_of_equals_only(tmp_path):
+    rows = [
+        ("short", "1", "s"),
+        ("Short!", "2", "s"),
+        ("shirt", "3", "s"),
+        ("", "4", "s"),
+        ("", "5", "s"),
+        ("?", "6", "s"),
+    ]
     _, kept = deduplicated(tmp_path, rows)
-    assert len(kept) == 5
+    assert [id_ for _, id_, _ in kept] == ["2", "3", "4", "5", "6"]
 
 
 def test_a_chain_of_neighbours_is_one_component(tmp_path):
@@ -125,7 +132,7 @@ def test_components_are_networkxs(tmp_path, seed):
         "first": pa.array([b for _, b in pairs], pa.int64()),
     }
     write_table(tmp_path / "pairs/000.parquet", pa.table(columns))
-    dedup_module._components(tmp_path, tmp_path, 0.5, 0, lambda _: None)
+    dedup_module._components(tmp_path, tmp_path, ["000000-0000.parquet"], 1, 0.5, 0, lambda _: None)
     found = read_table(tmp_path / "clusters.parquet").to_pylist()
     graph = networkx.Graph(pairs)
     expected = {
@@ -153,6 +160,7 @@ def test_candidate_pairs_are_all_documents_that_share_a_band(tmp_path):
     [
         ({"bands": 10, "rows": 13}, r"dedup.bands x dedup.rows is 130, more than dedup.permutations \(128\)"),
         ({"threshold": 1.5}, "dedup.threshold is 1.5"),
+        ({"threshold": 0.5, "bands": 3}, "which means 25 bands of 5 rows, and dedup.bands and dedup.rows are 3 and 13"),
         ({"shingle_size": 0}, "dedup.shingle_size is 0"),
     ],
 )

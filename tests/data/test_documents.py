@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ DOCUMENTS = [
 
 def read(*inputs, **settings):
     options = Read(**settings)
-    return [item for unit in list_units(inputs, options) for item in read_unit(unit, options)]
+    return [item for unit in list_units(inputs, options)[0] for item in read_unit(unit, options)]
 
 
 def jsonl(*rows):
@@ -81,7 +82,8 @@ def test_a_folder_of_text_files(tmp_path):
         Document("second", "novels/b.txt", "novels"),
         Document("third", "novels/deep/c.txt", "deep"),
     ]
-    assert read(folder / "a.txt") == [Document("first", "a.txt", "a")]
+    assert read(folder / "a.txt") == [Document("first", "a.txt", "novels")]
+    assert list_units([folder], Read())[1] == [str(folder / "notes.pdf")]
 
 
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):
@@ -92,9 +94,12 @@ def test_a_hugging_face_data_set(tmp_path, monkeypatch):
             jsonl({"text": f"text {i}", "meta": {"redpajama_set_name": "Web"}})
         )
     given = f"hf://{tmp_path}/set"
-    assert len(list_units([given], Read())) == 2
+    assert len(list_units([given], Read())[0]) == 2
     assert [(document.text, document.source) for document in read(given)] == [("text 0", "Web"), ("text 1", "Web")]
     assert len({document.id for document in read(given)}) == 2
+    (tmp_path / "set/data-0.jsonl").write_bytes(b'{"text": \n')
+    *_, problem = sorted(read(given), key=lambda item: isinstance(item, Problem))
+    assert problem.reason.startswith("the rest of the shard cannot be read")
     with pytest.raises(ValueError, match="not a data set that can be read"):
         read(f"hf://{tmp_path}/nowhere")
 
@@ -103,6 +108,60 @@ def test_fields_can_be_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"content": {"body": "text"}, "url": "u", "set": "s"}))
     settings = {"text_field": "content.body", "id_field": "url", "source_fields": ["none", "set"]}
     assert read(tmp_path, **settings) == [Document("text", "u", "s")]
+
+
+def test_one_name_for_all_sources(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*LINES))
+    assert {document.source for document in read(tmp_path, source="mine")} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["a.json", "A.JSONL", "a.json.gz", "a.json.zst"])
+def test_other_names_of_json_lines(tmp_path, name):
+    (tmp_path / name).write_bytes(COMPRESS.get(name.rpartition(".")[2], bytes)(jsonl(*LINES)))
+    assert len(read(tmp_path)) == 3
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl({"text": "one"}, b"", b" \r", {"text": "two"}) + b"\n")
+    assert [document.text for document in read(tmp_path)] == ["one", "two"]
+
+
+def test_a_file_that_is_given_twice_is_read_once(tmp_path, monkeypatch):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl(*LINES))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert len(read("corpus", "corpus/", "./corpus/a.jsonl", folder, "link")) == 3
+
+
+def test_the_output_of_a_stage_is_no_folder_of_documents(tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/a.jsonl").write_bytes(jsonl(*LINES))
+    (tmp_path / "in/deep/begun.json").write_text("{}")
+    with pytest.raises(ValueError, match="deep is the output of a data stage"):
+        read(tmp_path / "in")
+
+
+def test_what_is_well_compressed_is_read_in_pieces(tmp_path):
+    """A line of 300 MB in 10 kB takes no more memory than one of its size that is refused."""
+    raw = b'{"text": "' + b"x" * 300_000_000 + b'"}\n' + jsonl({"text": "after"})
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(raw))
+    del raw
+    tracemalloc.start()
+    problem, after = read(tmp_path / "a.jsonl.zst", max_document_bytes=1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert after.text == "after"
+    assert problem.reason.startswith("a line of more than")
+    assert peak < 30_000_000
+
+
+def test_a_window_larger_than_usual(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    raw = zstandard.ZstdCompressor(compression_params=parameters).compress(jsonl(*LINES))
+    (tmp_path / "a.jsonl.zst").write_bytes(raw)
+    assert len(read(tmp_path)) == 3
 
 
 def test_the_order_of_the_inputs_has_no_influence(tmp_path):
@@ -119,12 +178,11 @@ def test_the_order_of_the_inputs_has_no_influence(tmp_path):
         (b'{"text": "\xff"}', "no JSON in UTF-8"),
         (b'{"text": "\\ud800"}', "no JSON in UTF-8"),
         (b'["text"]', "no JSON object"),
-        (b"", "no JSON in UTF-8"),
         (b"{}", "no text in the field 'text'"),
         (b'{"text": null}', "no text in the field 'text'"),
         (b'{"text": 3}', "no text in the field 'text'"),
         (b'{"text": "a\\u0000b"}', "a null byte in the text"),
-        (b'{"text": "aaaaaaaaaa"}', "one character repeated 10 times"),
+        (b'{"text": "aaaaaaaaaa\\n"}', "one character repeated 10 times"),
         (json.dumps({"text": "ab" * 600}).encode(), "1,200 bytes of text, more than read.max_document_bytes"),
     ],
 )
@@ -134,6 +192,13 @@ def test_a_bad_line_is_told_with_its_place_and_the_rest_is_read(tmp_path, line, 
     assert (before.text, after.text) == ("before", "after")
     assert (problem.file, problem.line) == ("a.jsonl", 2)
     assert problem.reason.startswith(reason)
+
+
+def test_a_document_of_100_megabytes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"word " * 20_000_000 + b'"}\n' + jsonl({"text": "after"}))
+    problem, after = read(tmp_path / "a.jsonl")
+    assert problem == Problem("a.jsonl", 1, "100,000,000 bytes of text, more than read.max_document_bytes")
+    assert after.text == "after"
 
 
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
@@ -202,7 +267,7 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path, suffix):
     path.write_bytes(compress(jsonl(*rows)))
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
-    (unit,) = list_units([path], Read())
+    ((unit,), _) = list_units([path], Read())
     steps: list[int] = []
     list(read_unit(unit, Read(), steps.append))
     assert sum(steps) == unit.bytes == path.stat().st_size

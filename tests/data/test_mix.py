@@ -50,9 +50,12 @@ def test_every_document_is_in_one_split_once(tmp_path):
     assert counts["a"]["train_documents"] == len([text for text in splits["train"] if (text, "a") in rows]) == 180
 
 
-@pytest.mark.parametrize(("number", "held_out"), [(1, 0), (2, 1), (300, 1), (1765, 3)])
-def test_the_share_of_a_source_that_is_held_out(tmp_path, number, held_out):
-    _, splits = mixed(tmp_path, documents(number, ["a"], words=3))
+@pytest.mark.parametrize(
+    ("number", "least", "held_out"),
+    [(1, 1, 0), (2, 1, 1), (2, 0, 0), (290, 0, 0), (300, 0, 1), (1765, 0, 3), (1765, 5, 5)],
+)
+def test_the_share_of_a_source_that_is_held_out(tmp_path, number, least, held_out):
+    _, splits = mixed(tmp_path, documents(number, ["a"], words=3), Mix(min_holdout=least))
     assert len(splits["validation"] + splits["test"]) == held_out
     assert len(splits["train"]) == number - held_out
 

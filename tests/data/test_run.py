@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -18,7 +19,7 @@ from btlm.cli import main
 from btlm.data import TokenShards
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read, as_settings
 from btlm.data.run import run_clean, run_dedup, run_mix, run_prepare, run_tokenize
-from tests.data.corpus import write_corpus
+from tests.data.corpus import text, write_corpus
 
 RECIPE = DataRecipe(read=Read(part_bytes=30_000), mix=Mix(holdout=0.05, partition_bytes=60_000, weights={"Web": 1.5}))
 OPTIONS = ["--read.part_bytes=30000", "--mix.holdout=0.05", "--mix.partition_bytes=60000", "--mix.weights={Web: 1.5}"]
@@ -107,7 +108,7 @@ def test_the_same_command_again_does_nothing(corpus, prepared):
     ("change", "message"),
     [
         ({"clean": Clean(min_characters=100)}, "clean.min_characters was 200, is 100"),
-        ({"dedup": Dedup(threshold=0.5)}, "dedup.bands was 9, is 2"),
+        ({"dedup": Dedup(threshold=0.5)}, "dedup.bands was 9, is 25"),
         ({"mix": Mix(seed=9)}, "mix.seed was 1, is 9"),
     ],
 )
@@ -116,13 +117,52 @@ def test_another_recipe_is_refused(corpus, prepared, change, message):
         run_prepare([corpus], prepared, DataRecipe(**{**vars(RECIPE), **change}), Execution(workers=1))
 
 
+def test_an_output_within_the_input_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"out lies within the input .*; give an output elsewhere"):
+        run_prepare([corpus], corpus / "out", RECIPE, Execution(workers=1))
+
+
+def test_settings_that_a_stage_would_not_use_are_refused(prepared, tmp_path):
+    with pytest.raises(ValueError, match="is the output of a stage, which has no settings of `read`"):
+        run_dedup([prepared / "clean"], tmp_path / "out", Read(text_field="x"), Dedup(), Execution(workers=1))
+
+
+def test_names_of_sources_that_mean_something_elsewhere(tmp_path):
+    rng = random.Random(0)
+    names = [
+        "[/x] foo",
+        "$\\foo$",
+        "a/b",
+        "RedPajamaC4",
+        "C4",
+        "RedPajama",
+        "all",
+        "\x1b[31m",
+        "数据",
+        "'quoted'",
+        "n" * 300,
+    ]
+    rows = [{"text": text(rng), "source": name} for name in names for _ in range(2)]
+    folder = tmp_path / "source=zzz"
+    folder.mkdir()
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_prepare([folder], tmp_path / "key=value" / "out", DataRecipe(), Execution(workers=1))
+    assert TokenShards(tmp_path / "key=value/out/shards").sources == sorted(names)
+    assert main(["data", "inspect", str(tmp_path / "key=value/out")]) == 0
+
+
+def test_a_path_that_duckdb_takes_for_a_pattern_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"holds \[ \], which DuckDB takes for a pattern"):
+        run_prepare([corpus], tmp_path / "out[1]", RECIPE, Execution(workers=1))
+
+
 def test_changed_input_is_refused_unless_forced(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
     before = shard_bytes(tmp_path / "out/shards")
     with (corpus / "web.jsonl").open("a") as file:
         file.write(json.dumps({"text": "a new document " * 50}) + "\n")
-    with pytest.raises(ValueError, match="other settings or input"):
+    with pytest.raises(ValueError, match=r"other settings or input \(input.corpus/web.jsonl#0.* has changed"):
         run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
     assert shard_bytes(tmp_path / "out/shards") == before
     run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1, force=True))
@@ -152,6 +192,31 @@ def test_killed_in_any_stage_it_goes_on_and_writes_the_same_bytes(corpus, prepar
     subprocess.run(command(corpus, output, "--workers=2"), check=True, capture_output=True)
     assert shard_bytes(output / "shards") == shard_bytes(prepared / "shards")
     assert not list(output.rglob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are told to end with their parent by Linux")
+def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(corpus, output, "--workers=2"), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(output.glob("clean/documents/*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        left = [other.pid for other in psutil.process_iter() if session_of(other.pid) == process.pid]
+        if not left:
+            break
+        time.sleep(0.05)
+    assert left == []
+
+
+def session_of(process):
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return None
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from .documents import Problem, Unit, list_units, read_unit
 from .minhash import normalized_length_reaches
 from .parts import PartWriter, add_counts, whole_file
 from .recipe import Clean, Read, as_settings
-from .stage import DOCUMENTS, Run, begin, finish, load_stage, write_json
+from .shards import MAX_SOURCES
+from .stage import DOCUMENTS, Run, begin, finish, load_stage
 from .tasks import run_tasks
 
-UNITS, PROBLEMS, REMOVED = "units.json", "problems", "removed"
+UNITS, PROBLEMS, REMOVED = "units.jsonl", "problems", "removed"
 
 # Bad input that an error or the log names.
 _EXAMPLES = 3
@@ -35,13 +37,16 @@ def clean_documents(
     Raises:
         ValueError: An input cannot be used, or there is more bad input than ``read.max_bad_documents``.
     """
-    units = list_units(inputs, read)
+    units, others = list_units(inputs, read)
+    if others:
+        run.say(f"  {len(others):,} files of other kinds are left out, such as {others[0]}")
     settings = as_settings(read)
     limit = settings.pop("max_bad_documents")
-    files = [[unit.names, unit.bytes, unit.shard, _changed(unit)] for unit in units]
+    files = {f"{unit.names[0]}#{unit.shard}": [unit.names, unit.bytes, unit.version] for unit in units}
     if begin(folder, name, {"read": settings, "clean": as_settings(clean), "input": files}, run):
         return load_stage(folder)
-    write_json(folder / UNITS, units)
+    with whole_file(folder / UNITS) as file:
+        file.write_text("".join(json.dumps(unit) + "\n" for unit in units))
     task = partial(_clean_unit, folder, read, clean)
     results = run_tasks(folder, name, task, [unit.bytes for unit in units], run)
 
@@ -56,18 +61,20 @@ def clean_documents(
             run.say(f"    {_place(problem)}: {problem[2]}")
     if number > read.max_bad_documents:
         raise ValueError(_too_many(number, read, problems))
+    if len(sources) > MAX_SOURCES:
+        raise ValueError(
+            f"The documents have {len(sources):,} sources, more than the {MAX_SOURCES:,} that shards can tell apart; "
+            "name the field of the source with read.source_fields, or give all one name with read.source."
+        )
     parts = [part for result in results for part in result["parts"]]
     if not parts:
         raise ValueError("No document is left of the input; look at the settings of `read` and `clean`.")
     return finish(folder, {"parts": parts, "sources": dict(sorted(sources.items()))})
 
 
-def _changed(unit: Unit) -> list[int]:
-    return [Path(path).stat().st_mtime_ns for path in unit.paths if Path(path).exists()]
-
-
 def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Callable[[int], None]) -> dict[str, Any]:
-    unit = Unit(*json.loads((folder / UNITS).read_text())[task])
+    with (folder / UNITS).open() as lines:
+        unit = Unit(*json.loads(next(islice(lines, task, None))))
     sources: dict[str, dict[str, int]] = {}
     problems: list[Problem] = []
     kept = PartWriter(folder / DOCUMENTS, task, read.part_bytes)

@@ -7,6 +7,7 @@ Of a component the longest document is kept (bytes of UTF-8). Ties go to the fir
 SHA-256 of the text, then id: a rule that knows nothing of files, their order, or tasks.
 """
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,13 @@ from typing import Any
 import numpy as np
 
 from .minhash import band_keys, signatures
-from .parts import add_counts, first_document, part_number, read_table, write_part, write_table
+from .parts import add_counts, first_document, part_number, read_groups, read_table, write_part, write_table
 from .queries import open_database, parquet, write_query
 from .recipe import Dedup, as_settings
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
-BANDS, PAIRS, CLUSTERS = "bands", "pairs", "clusters.parquet"
-
-# Texts that are in memory at once while signatures are computed.
-_TEXTS = 256
+BANDS, PAIRS, SCRATCH, CLUSTERS = "bands", "pairs", "scratch", "clusters.parquet"
 
 
 def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str, Any]:
@@ -49,9 +47,10 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
     memory_gb = run.execution.memory_gb / 2
     run_tasks(folder, "signatures", partial(_signatures, source, folder, parts, dedup), sizes, run)
     band_size = sum(documents for _, documents, _ in before["parts"]) * 16
-    run_tasks(folder, "pairs", partial(_pairs, folder, memory_gb), [band_size] * dedup.bands, run)
+    run_tasks(folder, "pairs", partial(_pairs, folder, parts, memory_gb), [band_size] * dedup.bands, run)
     pairs_size = sum(path.stat().st_size for path in (folder / PAIRS).glob("*.parquet"))
-    run_tasks(folder, "components", partial(_components, source, folder, memory_gb), [pairs_size], run)
+    components = partial(_components, source, folder, parts, dedup.bands, memory_gb)
+    run_tasks(folder, "components", components, [pairs_size], run)
     results = run_tasks(folder, "keep", partial(_keep, source, folder, parts), sizes, run)
 
     sources: dict[str, dict[str, int]] = {}
@@ -60,7 +59,10 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
     kept = [result["part"] for result in results if result["part"]]
     removed = sum(counts.get("duplicate_bytes", 0) for counts in sources.values())
     run.say(f"  {removed / 1e6:,.1f} of {total / 1e6:,.1f} MB removed as duplicates")
-    return finish(folder, {"parts": kept, "sources": dict(sorted(sources.items()))}, source)
+    stage = finish(folder, {"parts": kept, "sources": dict(sorted(sources.items()))}, source)
+    for scratch in (BANDS, PAIRS, SCRATCH):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    return stage
 
 
 # Tasks
@@ -73,43 +75,52 @@ def _signatures(
     import pyarrow as pa
 
     name = parts[task]
-    texts = read_table(source / DOCUMENTS / name, ["text"])["text"]
     keys, has_shingles = [], []
-    for start in range(0, len(texts), _TEXTS):
-        batch = texts.slice(start, _TEXTS).to_pylist()
-        signature, num_shingles = signatures(batch, dedup)
+    for group in read_groups(source / DOCUMENTS / name, ["text"]):
+        texts = group["text"].to_pylist()
+        signature, num_shingles = signatures(texts, dedup)
         keys.append(band_keys(signature, dedup.bands, dedup.rows))
         has_shingles.append(num_shingles > 0)
-        advance(sum(map(len, batch)))
-    # A text without shingles is like no other.
+        advance(sum(map(len, texts)))
+    # Without a letter, a text is like no other.
     rows = np.flatnonzero(np.concatenate(has_shingles))
     table = {"document": pa.array(rows + first_document(*part_number(name)), pa.int64())}
     table |= {f"band{i}": pa.array(column) for i, column in enumerate(np.concatenate(keys)[rows].T)}
     write_table(folder / BANDS / name, pa.table(table))
 
 
-def _pairs(folder: Path, memory_gb: float, task: int, advance: Callable[[int], None]) -> None:
+def _pairs(folder: Path, parts: list[str], memory_gb: float, task: int, advance: Callable[[int], None]) -> None:
     """Pairs of one band: each document with the first one that has the same key."""
-    with open_database(folder / "scratch" / f"pairs-{task}", memory_gb) as database:
-        keys = parquet(folder / BANDS, columns=f"document, band{task} AS key")
+    with open_database(folder / SCRATCH, memory_gb) as database:
+        keys = parquet([folder / BANDS / name for name in parts], f"document, band{task} AS key")
         query = f"""
             SELECT document, first FROM (
                 SELECT document, min(document) OVER (PARTITION BY key) AS first FROM {keys}
             ) WHERE document <> first ORDER BY document
         """
-        write_query(database, query, folder / PAIRS / f"{task:03d}.parquet")
+        write_query(database, query, folder / PAIRS / _pairs_name(task))
+
+
+def _pairs_name(band: int) -> str:
+    return f"{band:03d}.parquet"
 
 
 def _components(
-    source: Path, folder: Path, memory_gb: float, task: int, advance: Callable[[int], None]
+    source: Path,
+    folder: Path,
+    parts: list[str],
+    bands: int,
+    memory_gb: float,
+    task: int,
+    advance: Callable[[int], None],
 ) -> dict[str, int]:
     """Connected components of the pairs, by alternating large-star and small-star operations.
 
     Both keep components whole and point documents to ever earlier ones, until all of a component point to its first
     (Kiveris et al. 2014, Connected Components in MapReduce and Beyond).
     """
-    with open_database(folder / "scratch" / "components", memory_gb) as database:
-        pairs = parquet(folder / PAIRS, columns="document AS a, first AS b")
+    with open_database(folder / SCRATCH, memory_gb) as database:
+        pairs = parquet([folder / PAIRS / _pairs_name(band) for band in range(bands)], "document AS a, first AS b")
         database.execute(f"CREATE TABLE edges AS SELECT DISTINCT a, b FROM {pairs}")
         rounds = 0
         while not _is_stars(database):
@@ -125,7 +136,8 @@ def _components(
                 WITH first AS (SELECT a AS u, min(b) AS m FROM large GROUP BY u)
                 SELECT b AS a, m AS b FROM large JOIN first ON a = u WHERE b <> m UNION SELECT u, m FROM first
             """)
-        documents = parquet(source / DOCUMENTS, columns="document, bytes, source, sha256, id")
+        files = [source / DOCUMENTS / name for name in parts]
+        documents = parquet(files, "document, bytes, source, sha256, id")
         # The kept document of each component by the rule above; a component is known by its first document until then.
         query = f"""
             WITH members AS (SELECT a AS document, b AS component FROM edges UNION SELECT b, b FROM edges)
@@ -157,17 +169,19 @@ def _keep(source: Path, folder: Path, parts: list[str], task: int, advance: Call
         folder / CLUSTERS,
         columns=["document", "kept"],
         filters=[("document", ">=", first), ("document", "<", first + len(table))],
+        partitioning=None,
         use_threads=False,
     )
     removed = members.filter(pc.not_equal(members["document"], members["kept"]))["document"]
     is_removed = pc.is_in(table["document"], value_set=removed.combine_chunks())
+    is_kept = pc.invert(is_removed)
     sources: dict[str, dict[str, int]] = {}
-    for result, rows in (("duplicate", table.filter(is_removed)), ("kept", table.filter(pc.invert(is_removed)))):
-        counts = rows.group_by("source").aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist()
-        for row in counts:
+    for result, rows in (("duplicate", is_removed), ("kept", is_kept)):
+        counted = table.select(["source", "bytes"]).filter(rows).group_by("source")
+        for row in counted.aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist():
             entry = {f"{result}_documents": row["bytes_count"], f"{result}_bytes": row["bytes_sum"]}
             add_counts(sources, [(row["source"], entry)])
-    kept = table.filter(pc.invert(is_removed))
+    kept = table.filter(is_kept)
     advance(pc.sum(table["bytes"]).as_py())
     part = write_part(folder / DOCUMENTS, name, kept) if len(kept) else None
     return {"part": part, "sources": sources}

@@ -4,6 +4,7 @@ What cannot be read comes out as a :class:`Problem` in its place, so that the re
 """
 
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 from .recipe import Read
 
 HUB = "hf://"
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".txt")
 
 # Text files of one task; other files have a task each.
 _TEXT_FILES = 1000
+# Rows of Parquet that are in memory at once: each may be as long as a document can be.
+_PARQUET_ROWS = 16
 _CHUNK = 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -42,18 +45,20 @@ class Problem(NamedTuple):
 class Unit(NamedTuple):
     """The input of one task.
 
-    ``names`` are the files' names in ids and messages: relative to the folder that was given, so that they are the same
-    wherever it lies. ``bytes`` is the size on disk. ``shard`` and ``num_shards`` are those of a Hugging Face data set.
+    ``names`` are the files' names in ids and messages: from the folder that was given on, so that they are the same
+    wherever it lies. ``bytes`` is the size on disk. ``version`` tells the content from that of another time. ``shard``
+    and ``num_shards`` are those of a Hugging Face data set.
     """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
     bytes: int
+    version: str
     shard: int = 0
     num_shards: int = 1
 
 
-def list_units(inputs: Iterable[Path | str], read: Read) -> list[Unit]:
+def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], list[str]]:
     """The input cut into tasks, in the order of the names: the order in which inputs are given has no influence.
 
     Args:
@@ -61,11 +66,16 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> list[Unit]:
             on the hub or in a folder.
         read: Settings.
 
+    Returns:
+        The tasks, and the files in folders that are of another kind. A file that is given twice is read once.
+
     Raises:
-        ValueError: An input does not exist, is of no known kind, or holds nothing.
+        ValueError: An input does not exist, is of no known kind, holds nothing, or is the output of a stage.
     """
-    units = []
+    units: list[Unit] = []
+    others: list[str] = []
     texts: dict[Path, list[Path]] = {}
+    seen: set[Path] = set()
     for given in sorted({str(path) for path in inputs}):
         if given.startswith(HUB):
             units += _hub_units(given, read)
@@ -73,23 +83,43 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> list[Unit]:
         path = Path(given)
         if not path.exists():
             raise ValueError(f"{path} does not exist; give files or folders of {', '.join(SUFFIXES)}.")
-        if path.is_file() and not path.name.endswith(SUFFIXES):
+        if path.is_file() and not _is_known(path):
             raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}.")
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        known = [file for file in files if file.name.endswith(SUFFIXES)]
+        files = [path] if path.is_file() else _files_below(path)
+        if stage := next((file.parent for file in files if file.name == "begun.json"), None):
+            raise ValueError(
+                f"{stage} is the output of a data stage; give documents, or that folder alone to the next."
+            )
+        known = [file for file in files if _is_known(file)]
         if not known:
             raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}.")
-        root = path.parent
-        units += [_unit([file], root) for file in known if file.suffix != ".txt"]
-        texts.setdefault(root, []).extend(file for file in known if file.suffix == ".txt")
+        others += [str(file) for file in files if not _is_known(file)]
+        root = path.absolute().parent
+        for file in (file.absolute() for file in known if file.resolve() not in seen):
+            seen.add(file.resolve())
+            if file.suffix.lower() == ".txt":
+                texts.setdefault(root, []).append(file)
+            else:
+                units.append(_unit([file], root))
     for root, files in texts.items():
         units += [_unit(files[i : i + _TEXT_FILES], root) for i in range(0, len(files), _TEXT_FILES)]
-    return sorted(units, key=lambda unit: (unit.names, unit.bytes, unit.paths))
+    return sorted(units, key=lambda unit: (unit.names, unit.bytes, unit.paths, unit.shard)), others
+
+
+def _is_known(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIXES)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    found = os.walk(folder, followlinks=True)
+    return sorted(Path(parent) / name for parent, _, names in found for name in names)
 
 
 def _unit(files: list[Path], root: Path) -> Unit:
+    status = [file.stat() for file in files]
     names = tuple(file.relative_to(root).as_posix() for file in files)
-    return Unit(names, tuple(str(file.absolute()) for file in files), sum(file.stat().st_size for file in files))
+    version = " ".join(str(one.st_mtime_ns) for one in status)
+    return Unit(names, tuple(map(str, files)), sum(one.st_size for one in status), version)
 
 
 def read_unit(unit: Unit, read: Read, advance: Callable[[int], object] = int) -> Iterator[Document | Problem]:
@@ -104,15 +134,15 @@ def read_unit(unit: Unit, read: Read, advance: Callable[[int], object] = int) ->
         records: Iterator[_Record | Problem]
         if path.startswith(HUB):
             records = _hub_records(name, path, unit, read)
-        elif path.endswith(".txt"):
+        elif path.lower().endswith(".txt"):
             records = _text_records(name, Path(path), read)
-        elif path.endswith(".parquet"):
+        elif path.lower().endswith(".parquet"):
             records = _parquet_records(name, Path(path), read)
         else:
             records = _json_records(name, Path(path), read, advance)
         for record in records:
             yield record if isinstance(record, Problem) else _document(name, record, read)
-        if path.endswith((".txt", ".parquet")):
+        if path.lower().endswith((".txt", ".parquet")):
             advance(Path(path).stat().st_size)
 
 
@@ -137,15 +167,16 @@ def _document(name: str, record: _Record, read: Read) -> Document | Problem:
         return Problem(name, line, "half a surrogate pair in the text")
     if size > read.max_document_bytes:
         return Problem(name, line, f"{size:,} bytes of text, more than read.max_document_bytes")
-    if len(text) > 1 and text[0] == text[-1] == text[len(text) // 2] and text.count(text[0]) == len(text):
-        return Problem(name, line, f"one character repeated {len(text):,} times")
+    body = text.strip() or text
+    if len(body) > 1 and body[0] == body[-1] == body[len(body) // 2] and body.count(body[0]) == len(body):
+        return Problem(name, line, f"one character repeated {len(body):,} times")
     id_ = f"{name}:{line}" if record.id is None else str(record.id)
-    return Document(text, id_, record.source or _file_source(name))
+    return Document(text, id_, read.source or record.source or Path(name).name.split(".")[0] or name)
 
 
 def _record(line: int, fields: dict[str, Any], read: Read) -> _Record:
     sources = (_field(fields, field) for field in read.source_fields)
-    source = next((source for source in sources if isinstance(source, str) and source), None)
+    source = next((str(source) for source in sources if isinstance(source, str | int) and source != ""), None)
     return _Record(line, _field(fields, read.text_field), _field(fields, read.id_field), source)
 
 
@@ -153,13 +184,6 @@ def _field(fields: Any, name: str) -> Any:
     for key in name.split("."):
         fields = fields.get(key) if isinstance(fields, dict) else None
     return fields
-
-
-def _file_source(name: str) -> str:
-    path = Path(name)
-    if path.suffix == ".txt" and path.parent.name:
-        return path.parent.name
-    return path.name.split(".")[0] or path.name
 
 
 # JSON lines
@@ -176,8 +200,11 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
             if line is None:
                 yield Problem(name, number, f"a line of more than {longest:,} bytes")
                 continue
+            content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if not content.strip():
+                continue
             try:
-                fields = orjson.loads(line)
+                fields = orjson.loads(content)
             except orjson.JSONDecodeError as error:
                 yield Problem(name, number, f"no JSON in UTF-8 ({error})")
                 continue
@@ -206,32 +233,22 @@ def _lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
 
 
 def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
+    """The content in pieces that are small however well it is compressed."""
+    import pyarrow as pa
+
     with path.open("rb") as file:
-        stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        stream: Any = file
+        if path.suffix.lower() == ".gz":
+            stream = gzip.GzipFile(fileobj=file)
+        elif path.suffix.lower() == ".zst":
+            # zstandard's own reader takes a file that was cut off for a complete one.
+            stream = pa.CompressedInputStream(file, "zstd")
         position = 0
-        for chunk in _decompress(file) if path.suffix == ".zst" else iter(lambda: stream.read(_CHUNK), b""):
+        while chunk := stream.read(_CHUNK):
             advance(file.tell() - position)
             position = file.tell()
             yield chunk
         advance(file.tell() - position)
-
-
-def _decompress(file: Any) -> Iterator[bytes]:
-    """All Zstandard frames of a file. The library's own reader takes a file that was cut off for a complete one."""
-    import zstandard
-
-    frame = None
-    while part := file.read(2**17):
-        while part:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(part)
-            except zstandard.ZstdError as error:
-                raise OSError(error) from error
-            part = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last Zstandard frame has no end")
 
 
 # The other kinds
@@ -243,7 +260,7 @@ def _text_records(name: str, path: Path, read: Read) -> Iterator[_Record | Probl
         return
     content = path.read_bytes()
     try:
-        yield _Record(1, content.decode(), name, None) if content else Problem(name, 0, "an empty file")
+        yield _Record(1, content.decode(), name, path.parent.name) if content else Problem(name, 0, "an empty file")
     except UnicodeDecodeError as error:
         yield Problem(name, content.count(b"\n", 0, error.start) + 1, "no UTF-8")
 
@@ -257,7 +274,7 @@ def _parquet_records(name: str, path: Path, read: Read) -> Iterator[_Record | Pr
         with pq.ParquetFile(path) as file:
             wanted = {field.split(".")[0] for field in (read.text_field, read.id_field, *read.source_fields)}
             columns = [column for column in file.schema_arrow.names if column in wanted]
-            for batch in file.iter_batches(batch_size=256, columns=columns):
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False):
                 for fields in batch.to_pylist():
                     row += 1
                     yield _record(row, fields, read)
@@ -270,22 +287,34 @@ def _parquet_records(name: str, path: Path, read: Read) -> Iterator[_Record | Pr
 
 
 def _hub_units(given: str, read: Read) -> list[Unit]:
-    num_shards = _hub_data_set(given, read).num_shards
+    import datasets
+
+    data_set = _hub_data_set(given, read)
+    builder = datasets.load_dataset_builder(given.removeprefix(HUB), name=read.config, revision=read.revision)
+    # Of files on the hub these are their revision, of local ones the time of their last change.
+    version = str([files.origin_metadata for files in (builder.config.data_files or {}).values()])
     name = given.removeprefix(HUB)
-    return [Unit((name,), (given,), 0, shard, num_shards) for shard in range(num_shards)]
+    return [Unit((name,), (given,), 0, version, shard, data_set.num_shards) for shard in range(data_set.num_shards)]
 
 
 def _hub_records(name: str, given: str, unit: Unit, read: Read) -> Iterator[_Record | Problem]:
-    shard = _hub_data_set(given, read).shard(unit.num_shards, unit.shard)
-    for row, fields in enumerate(shard, start=1):
-        record = _record(row, fields, read)
-        yield record._replace(id=f"{name}/{unit.shard}:{row}") if record.id is None else record
+    name, row = f"{name}/{unit.shard}", 0
+    try:
+        for fields in _hub_data_set(given, read).shard(unit.num_shards, unit.shard):
+            row += 1
+            record = _record(row, fields, read)
+            yield record._replace(id=f"{name}:{row}") if record.id is None else record
+    # Every format has errors of its own, and the data set cannot be read on after one.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        yield Problem(name, row + 1, f"the rest of the shard cannot be read ({reason})")
 
 
 def _hub_data_set(given: str, read: Read) -> Any:
     import datasets
 
+    options = {"split": read.split, "name": read.config, "revision": read.revision, "streaming": True}
     try:
-        return datasets.load_dataset(given.removeprefix(HUB), split=read.split, streaming=True)
+        return datasets.load_dataset(given.removeprefix(HUB), **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{given}: not a data set that can be read ({' '.join(str(error).split())}).") from error

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from .clean import PROBLEMS, REMOVED
 from .dedup import CLUSTERS
-from .minhash import normalize, shingle_hashes
+from .minhash import document_hashes
 from .mix import CONTAMINATED, HELD_OUT
-from .parts import document_place, read_table
+from .parts import document_place
 from .queries import parquet
 from .recipe import Dedup
 from .stage import COMPLETE, DOCUMENTS, load_stage
@@ -55,12 +56,14 @@ def run_inspect(folder: Path | str, stage: str | None = None, examples: int = 3,
     }
     for name, inspect in shown.items():
         if name in stages and stage in (None, name):
-            console.rule(f"{name}: {stages[name]}", align="left")
+            console.rule(Text(f"{name}: {stages[name]}"), align="left")
             for line in inspect(stages[name], examples, np.random.default_rng(seed)):
                 console.print(line)
 
 
 def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
     files = sorted((folder / PROBLEMS).glob("*.jsonl"))
     problems = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     yield f"[bold]{len(problems):,} bad documents or files[/bold]"
@@ -68,11 +71,10 @@ def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Ite
         example = next(problem for problem in problems if _kind(problem["reason"]) == reason)
         yield escape(f"  {number:6,}  {example['reason']}   e.g. {example['file']}, line {example['line']}")
     parts = sorted((folder / REMOVED).glob("*.parquet"))
-    tables = [read_table(part, ["text", "id", "source"]) for part in parts]
-    rows = [(table, row) for table in tables for row in range(len(table))]
+    rows = [(part, row) for part in parts for row in range(pq.read_metadata(part).num_rows)]
     yield f"[bold]{len(rows):,} short documents[/bold]"
-    for table, row in _some(rows, examples, rng):
-        document = table.slice(row, 1).to_pylist()[0]
+    for part, row in _some(rows, examples, rng):
+        document = _row(part, row)
         yield from _document(document["source"], document["id"], document["text"])
 
 
@@ -89,7 +91,7 @@ def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Ite
     options = Dedup(**{**stage["history"]["dedup"]["settings"]["dedup"], "threshold": None})
     clusters: dict[int, list[int]] = {}
     with duckdb.connect() as database:
-        for document, kept in database.execute(f"SELECT document, kept FROM {parquet(folder, CLUSTERS)}").fetchall():
+        for document, kept in database.execute(f"SELECT document, kept FROM {parquet([folder / CLUSTERS])}").fetchall():
             clusters.setdefault(kept, []).append(document)
     sizes = Counter(len(members) for members in clusters.values())
     yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold], of which the longest document is kept"
@@ -110,7 +112,7 @@ def _jaccard(first: str, second: str, options: Dedup) -> float:
     """Jaccard similarity of the shingles of two texts."""
     sets = []
     for text in (first, second):
-        hashes = list(shingle_hashes(normalize(text), options.shingle, options.shingle_size))
+        hashes = list(document_hashes(text, options))
         sets.append(np.unique(np.concatenate(hashes)) if hashes else np.empty(0, dtype=np.uint64))
     common = len(np.intersect1d(sets[0], sets[1], assume_unique=True))
     return common / max(1, len(sets[0]) + len(sets[1]) - common)
@@ -121,7 +123,7 @@ def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Itera
 
     source = folder / load_stage(folder)["before"]
     with duckdb.connect() as database:
-        plan = database.execute(f"SELECT split, document FROM {parquet(folder, HELD_OUT)} ORDER BY ALL").fetchall()
+        plan = database.execute(f"SELECT split, document FROM {parquet([folder / HELD_OUT])} ORDER BY ALL").fetchall()
     titles = {
         "contaminated": "documents with an n-gram of an evaluation set",
         "copy of held out": "training documents equal to a held-out one",
@@ -153,10 +155,14 @@ def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> It
 
 def _look_up(stage: Path, document: int) -> dict[str, Any]:
     """A document by its number; only its row group is read."""
+    name, row = document_place(document)
+    return _row(stage / DOCUMENTS / name, row)
+
+
+def _row(part: Path, row: int) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    name, row = document_place(document)
-    with pq.ParquetFile(stage / DOCUMENTS / name) as file:
+    with pq.ParquetFile(part) as file:
         group = 0
         while row >= file.metadata.row_group(group).num_rows:
             row -= file.metadata.row_group(group).num_rows
@@ -171,6 +177,9 @@ def _some(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
 
 
 def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str]:
-    line = " ".join(text.split())
+    # What would move the cursor or change colours is shown as what it is: nothing that can be read.
+    line = "".join(
+        character if character.isprintable() else "\ufffd" for character in " ".join(text.split())[: _WIDTH + 1]
+    )
     yield escape(f"  {label}  {source}  {id_}  ({len(text):,} characters)")
     yield f"[dim]    {escape(line[:_WIDTH])}{'...' if len(line) > _WIDTH else ''}[/dim]"

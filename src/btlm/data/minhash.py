@@ -66,7 +66,8 @@ def signatures(texts: Sequence[str], options: Dedup) -> tuple[NDArray[np.uint32]
         options: Shingles, permutations and seed.
 
     Returns:
-        uint32 ``[documents, permutations]`` and int64 ``[documents]``. A text with no shingle has 2**32 - 1 everywhere.
+        uint32 ``[documents, permutations]`` and int64 ``[documents]``. A text with nothing but punctuation and spaces
+        has no shingle, and 2**32 - 1 everywhere.
     """
     a, b = permutations(options.permutations, options.seed)
     result = np.full((len(texts), options.permutations), 2**32 - 1, dtype=np.uint32)
@@ -100,6 +101,17 @@ def band_keys(signature: NDArray[np.uint32], bands: int, rows: int) -> NDArray[n
     for row in range(rows):
         keys = _mix(keys * np.uint64(_MULTIPLIER) + values[:, :, row] + np.uint64(1))
     return keys
+
+
+def document_hashes(text: str, options: Dedup) -> Iterator[NDArray[np.uint64]]:
+    """Hashes of the shingles of a document; one that is shorter than a shingle is one itself."""
+    points = normalize(text)
+    number = 0
+    for hashes in shingle_hashes(points, options.shingle, options.shingle_size):
+        number += len(hashes)
+        yield hashes
+    if len(points) and not number:
+        yield _hash_spans(points[:MAX_SHINGLE], np.array([0]), np.array([min(len(points), MAX_SHINGLE)]))
 
 
 def shingle_hashes(points: NDArray[np.uint32], kind: str, size: int) -> Iterator[NDArray[np.uint64]]:
@@ -164,7 +176,7 @@ def _blocks(
     documents: list[int] = []
     filled = 0
     for document, text in enumerate(texts):
-        for hashes in shingle_hashes(normalize(text), options.shingle, options.shingle_size):
+        for hashes in document_hashes(text, options):
             if filled + len(hashes) > BLOCK:
                 yield np.concatenate(parts), starts, documents
                 parts, starts, documents, filled = [], [], [], 0

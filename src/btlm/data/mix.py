@@ -8,6 +8,7 @@ and other tasks merge what lies in one range of it, a *partition*, which becomes
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .parts import (
     first_document,
     part_name,
     part_number,
+    read_groups,
     read_table,
     whole_file,
     write_part,
@@ -34,7 +36,8 @@ from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
 SPLITS = ("train", "validation", "test")
-CONTAMINATED, NGRAMS, HELD_OUT, SCATTERED = "contaminated", "ngrams.npy", "held_out.parquet", "scattered"
+CONTAMINATED, NGRAMS, HELD_OUT = "contaminated", "ngrams.npy", "held_out.parquet"
+SCATTERED, SCRATCH = "scattered", "scratch"
 
 # Keys are numbers below this.
 _KEYS = 1 << 63
@@ -70,16 +73,16 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
     memory_gb = run.execution.memory_gb / 2
     if settings.decontaminate:
         ngrams = _evaluation_ngrams(settings)
-        with (folder / NGRAMS).open("wb") as file:
+        with whole_file(folder / NGRAMS) as partial_file, partial_file.open("wb") as file:
             np.save(file, ngrams)
         run.say(f"  {len(ngrams):,} n-grams of {settings.decontaminate_words} words in the evaluation sets")
         run_tasks(folder, "decontaminate", partial(_decontaminate, source, folder, parts, settings), sizes, run)
-    (counts,) = run_tasks(folder, "plan", partial(_plan, source, folder, settings, memory_gb), [0], run)
+    (counts,) = run_tasks(folder, "plan", partial(_plan, source, folder, parts, settings, memory_gb), [0], run)
     partitions = {split: max(1, math.ceil(counts["split_bytes"][split] / settings.partition_bytes)) for split in SPLITS}
     scattered = run_tasks(folder, "scatter", partial(_scatter, source, folder, parts, settings, partitions), sizes, run)
     slots = [f"{split}/{index}" for split in SPLITS for index in range(partitions[split])]
     slot_sizes = [sum(result["slots"].get(slot, 0) for result in scattered) for slot in slots]
-    results = run_tasks(folder, "order", partial(_order, folder, slots), slot_sizes, run)
+    results = run_tasks(folder, "order", partial(_order, folder, parts, slots), slot_sizes, run)
     sources: dict[str, dict[str, int]] = {}
     add_counts(sources, counts["sources"].items())
     for result in scattered:
@@ -89,7 +92,7 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
             "No document is left for training; lower mix.holdout or mix.min_holdout, or raise mix.weights."
         )
     written = [(slot, result) for slot, result in zip(slots, results, strict=True) if result]
-    return finish(
+    stage = finish(
         folder,
         {
             "parts": [result for _, result in written],
@@ -98,6 +101,9 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
         },
         source,
     )
+    for scratch in (SCATTERED, SCRATCH):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    return stage
 
 
 def _digest(file: str) -> str:
@@ -117,6 +123,8 @@ def _evaluation_ngrams(settings: Mix) -> NDArray[np.uint64]:
     hashes = [np.empty(0, dtype=np.uint64)]
     for file in settings.decontaminate:
         for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+            if not line.strip():
+                continue
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
@@ -142,14 +150,13 @@ def _decontaminate(
 
     name = parts[task]
     ngrams = np.load(folder / NGRAMS)
-    first = first_document(*part_number(name))
-    found = []
-    for row, text in enumerate(read_table(source / DOCUMENTS / name, ["text"])["text"]):
-        text = text.as_py()
-        hashes = shingle_hashes(normalize(text), "words", settings.decontaminate_words)
-        if any(_any_in(part, ngrams) for part in hashes):
-            found.append(first + row)
-        advance(len(text))
+    found: list[int] = []
+    for group in read_groups(source / DOCUMENTS / name, ["text", "document"]):
+        for text, document in zip(*(column.to_pylist() for column in group.columns), strict=True):
+            hashes = shingle_hashes(normalize(text), "words", settings.decontaminate_words)
+            if any(_any_in(part, ngrams) for part in hashes):
+                found.append(document)
+            advance(len(text))
     write_table(folder / CONTAMINATED / name, pa.table({"document": pa.array(found, pa.int64())}))
 
 
@@ -164,18 +171,24 @@ def _any_in(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> bo
 
 
 def _plan(
-    source: Path, folder: Path, settings: Mix, memory_gb: float, task: int, advance: Callable[[int], None]
+    source: Path,
+    folder: Path,
+    parts: list[str],
+    settings: Mix,
+    memory_gb: float,
+    task: int,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Write the documents that are held out or left out, and count the rest.
 
     Of the documents of a source those with the least SHA-256 of seed and text are held out, in turn for validation and
     test. Training documents with the SHA-256 of one of them are left out.
     """
-    with open_database(folder / "scratch" / "plan", memory_gb) as database:
-        documents = parquet(source / DOCUMENTS, columns="document, source, id, bytes, sha256")
+    with open_database(folder / SCRATCH, memory_gb) as database:
+        documents = parquet([source / DOCUMENTS / name for name in parts], "document, source, id, bytes, sha256")
         contaminated = "(SELECT NULL::BIGINT AS document WHERE false)"
         if settings.decontaminate:
-            contaminated = parquet(folder / CONTAMINATED)
+            contaminated = parquet([folder / CONTAMINATED / name for name in parts])
         database.execute(f"CREATE TABLE contaminated AS SELECT * FROM {contaminated}")
         database.execute(
             f"""
@@ -199,7 +212,7 @@ def _plan(
             ORDER BY document
         """
         write_query(database, query, folder / HELD_OUT)
-        plan = parquet(folder, HELD_OUT)
+        plan = parquet([folder / HELD_OUT])
         rows = database.execute(
             f"""
             SELECT source, coalesce(split, 'train'), count(*), sum(bytes)::BIGINT
@@ -239,10 +252,11 @@ def _scatter(
     plan = pq.read_table(
         folder / HELD_OUT,
         filters=[("document", ">=", first), ("document", "<", first + len(table))],
+        partitioning=None,
         use_threads=False,
     )
     fate = dict(zip(plan["document"].to_pylist(), plan["split"].to_pylist(), strict=True))
-    slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    slots: dict[str, list[tuple[int, int]]] = {}
     sources: dict[str, dict[str, int]] = {}
     columns = (table[key].to_pylist() for key in ("document", "source", "sha256", "bytes"))
     for row, (document, source_name, sha256, size) in enumerate(zip(*columns, strict=True)):
@@ -251,18 +265,20 @@ def _scatter(
             continue
         for copy in range(_copies(settings, source_name, sha256) if split == "train" else 1):
             key = _key(settings.seed, f"order:{copy}", sha256)
-            slots.setdefault((SPLITS.index(split), key * partitions[split] // _KEYS), []).append((row, key))
+            slots.setdefault(f"{split}/{key * partitions[split] // _KEYS}", []).append((row, key))
             add_counts(sources, [(source_name, {f"{split}_documents": 1, f"{split}_bytes": size})])
-    groups, written = [], {}
+    schema = table.schema.append(pa.field("key", pa.int64()))
     sizes = table["bytes"].to_numpy()
-    for (split_index, index), rows in sorted(slots.items()):
-        taken, keys = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
-        groups.append(table.take(taken).append_column("key", pa.array(keys)))
-        written[f"{SPLITS[split_index]}/{index}"] = int(sizes[taken].sum())
-    if groups:
-        _write_groups(folder / SCATTERED / name, groups, list(written))
+    slot_bytes = {}
+    (folder / SCATTERED).mkdir(exist_ok=True)
+    with whole_file(folder / SCATTERED / name) as file, pq.ParquetWriter(file, schema, **PARQUET) as writer:
+        for slot, rows_and_keys in slots.items():
+            rows, keys = (np.array(column, dtype=np.int64) for column in zip(*rows_and_keys, strict=True))
+            writer.write_table(table.take(rows).append_column("key", pa.array(keys)), row_group_size=len(rows))
+            slot_bytes[slot] = int(sizes[rows].sum())
+        writer.add_key_value_metadata({"slots": json.dumps(list(slots))})
     advance(int(sizes.sum()))
-    return {"slots": written, "sources": sources}
+    return {"slots": slot_bytes, "sources": sources}
 
 
 def _copies(settings: Mix, source: str, sha256: str) -> int:
@@ -276,33 +292,25 @@ def _key(seed: int, purpose: str, sha256: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _write_groups(path: Path, tables: list[Any], slots: list[str]) -> None:
-    """Tables as the row groups of one file, whose metadata says which slot each is for."""
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file, pq.ParquetWriter(file, tables[0].schema, **PARQUET) as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=len(table))
-        writer.add_key_value_metadata({"slots": json.dumps(slots)})
-
-
-def _order(folder: Path, slots: list[str], task: int, advance: Callable[[int], None]) -> list[Any] | None:
+def _order(
+    folder: Path, parts: list[str], slots: list[str], task: int, advance: Callable[[int], None]
+) -> list[Any] | None:
     """Merge one slot, a partition of a split: its documents in the order of their keys."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     tables = []
-    for path in sorted((folder / SCATTERED).glob("*.parquet")):
-        with pq.ParquetFile(path) as file:
+    for name in parts:
+        with pq.ParquetFile(folder / SCATTERED / name) as file:
             groups = json.loads(file.metadata.metadata[b"slots"])
             if slots[task] in groups:
                 tables.append(file.read_row_group(groups.index(slots[task]), use_threads=False))
     if not tables:
         return None
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(tables).combine_chunks()
+    del tables  # the slot is in memory once
     by = [("key", "ascending"), ("source", "ascending"), ("id", "ascending")]
-    table = table.take(pc.sort_indices(table.drop_columns("text"), sort_keys=by)).drop_columns("key")
+    order = pc.sort_indices(table.drop_columns("text"), sort_keys=by)
     advance(pc.sum(table["bytes"]).as_py())
-    return write_part(folder / DOCUMENTS, part_name(task, 0), table)
+    return write_part(folder / DOCUMENTS, part_name(task, 0), table.drop_columns("key"), order)

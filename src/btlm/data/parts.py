@@ -74,32 +74,44 @@ def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:
     return pa.table(columns)
 
 
-def write_part(folder: Path, name: str, table: Any) -> list[Any]:
+def write_part(folder: Path, name: str, table: Any, order: Any = None) -> list[Any]:
     """Write a table of documents as a part, with the documents' numbers.
+
+    Args:
+        folder: Of the parts.
+        name: Of the part.
+        table: Documents.
+        order: Row indices in the order to write; that of the table by default.
 
     Returns:
         What the stage says of the part: name, documents, bytes of text.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-    first = first_document(*part_number(name))
     if "document" in table.column_names:
         table = table.drop_columns("document")
-    numbers = pa.array(range(first, first + len(table)), pa.int64())
+    first = first_document(*part_number(name))
     size = pc.sum(table["bytes"]).as_py() or 0
     rows = max(1, len(table) * _ROW_GROUP_BYTES // max(size, _ROW_GROUP_BYTES))
-    write_table(folder / name, table.append_column("document", numbers), rows)
+    schema = table.schema.append(pa.field("document", pa.int64()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / name) as partial, pq.ParquetWriter(partial, schema, **PARQUET) as writer:
+        for start in range(0, len(table), rows):
+            group = table.slice(start, rows) if order is None else table.take(order.slice(start, rows))
+            numbers = pa.array(range(first + start, first + start + len(group)), pa.int64())
+            writer.write_table(group.append_column("document", numbers), row_group_size=rows)
     return [name, len(table), size]
 
 
-def write_table(path: Path, table: Any, row_group_rows: int | None = None) -> None:
+def write_table(path: Path, table: Any) -> None:
     """Write a table as one Parquet file, whole or not at all."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        pq.write_table(table, partial, row_group_size=row_group_rows, **PARQUET)
+        pq.write_table(table, partial, **PARQUET)
 
 
 # Text has no repeated values to gain from, and the bounds of its values would take as much space as itself.
@@ -117,6 +129,15 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
 
     with pq.ParquetFile(path) as file:
         return file.read(columns=columns, use_threads=False)
+
+
+def read_groups(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The row groups of a Parquet file as tables, one at a time."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=columns, use_threads=False)
 
 
 class PartWriter:
@@ -138,6 +159,8 @@ class PartWriter:
     def flush(self) -> None:
         """Write what was added since the last part."""
         if self._documents:
+            if len(self.parts) >= 1 << _PART_BITS:
+                raise ValueError(f"A file has more than {1 << _PART_BITS:,} parts; raise read.part_bytes.")
             table = table_of(self._documents)
             self._documents, self._size = [], 0
             self.parts.append(write_part(self._folder, part_name(self._task, len(self.parts)), table))

@@ -17,8 +17,11 @@ class Read:
         text_field: Field that holds the text; dots lead into nested objects.
         id_field: Field that holds the id; without it the id is ``file:line``.
         source_fields: The first of these fields that holds a name is the source; else the name of the file up to its
-            first dot, or of the folder for text files.
+            first dot, or of its folder for text files.
+        source: One name for the source of all documents, in place of these.
         split: Of Hugging Face data sets.
+        config: Configuration of a Hugging Face data set, where it has several.
+        revision: Branch, tag or commit of a Hugging Face data set.
         max_document_bytes: Longer documents are bad input.
         max_bad_documents: More bad input than this ends the stage with an error.
         part_bytes: Text in one file of the documents that stages hand on, and in one task.
@@ -27,7 +30,10 @@ class Read:
     text_field: str = "text"
     id_field: str = "id"
     source_fields: list[str] = field(default_factory=lambda: ["source", "meta.redpajama_set_name"])
+    source: str | None = None
     split: str = "train"
+    config: str | None = None
+    revision: str | None = None
     max_document_bytes: int = 32_000_000
     max_bad_documents: int = 100
     part_bytes: int = 32_000_000
@@ -64,7 +70,7 @@ class Dedup:
         permutations: Of MinHash.
         bands: Documents that agree in one of them are duplicates.
         rows: Permutations of a band.
-        threshold: Jaccard similarity to choose bands and rows for; replaces both.
+        threshold: Jaccard similarity to choose bands and rows for.
         seed: Of the permutations.
     """
 
@@ -85,6 +91,11 @@ class Dedup:
             if not 0 < self.threshold < 1:
                 raise ValueError(f"dedup.threshold is {self.threshold}; give a Jaccard similarity between 0 and 1.")
             bands, rows = bands_for_threshold(self.threshold, self.permutations)
+            if (self.bands, self.rows) not in ((Dedup.bands, Dedup.rows), (bands, rows)):
+                raise ValueError(
+                    f"dedup.threshold is {self.threshold}, which means {bands} bands of {rows} rows, and dedup.bands "
+                    f"and dedup.rows are {self.bands} and {self.rows}; give one or the other."
+                )
             object.__setattr__(self, "bands", bands)
             object.__setattr__(self, "rows", rows)
         if self.bands * self.rows > self.permutations:
@@ -102,7 +113,8 @@ class Mix:
         weights: How often each training document of a source is read: 0.5 takes half of them, 2 each one twice. Sources
             that are not named have 1.
         holdout: Share of each source's documents for validation and test together.
-        min_holdout: Documents held out of each source at least, if it has more than that.
+        min_holdout: Documents held out of each source at least, if it has more than that; 1 lets a small corpus be
+            measured source by source.
         seed: Of the order of documents, and of what is held out.
         decontaminate: Files of evaluation sets (JSON lines); documents that share an n-gram with them are dropped.
         decontaminate_words: Words of that n-gram.
@@ -111,7 +123,7 @@ class Mix:
 
     weights: dict[str, float] = field(default_factory=dict)
     holdout: float = 0.0017
-    min_holdout: int = 1
+    min_holdout: int = 0
     seed: int = 1
     decontaminate: list[str] = field(default_factory=list)
     decontaminate_words: int = 13

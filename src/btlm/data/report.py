@@ -1,17 +1,21 @@
 """What the stages did to each source, in the form of SlimPajama's table: text, JSON and a picture."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .stage import Run, load_stage, write_json
 
 TEXT, JSON, PICTURE = "report.txt", "report.json", "report.png"
 _WIDTH = 140
+# Longest name of a source that is shown, and most sources in the picture.
+_NAME, _BARS = 40, 30
 
 
 def write_report(stage: Path, folder: Path, run: Run) -> None:
@@ -90,11 +94,20 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("source", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     for title, _ in present:
         table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        if row["source"] == "all":
+    for name, row in zip(_short_names(rows), rows, strict=True):
+        if row is rows[-1]:
             table.add_section()
-        table.add_row(row["source"].removeprefix("RedPajama"), *(value(row) for _, value in present))
+        table.add_row(escape(name), *(value(row) for _, value in present))
     return table
+
+
+def _short_names(rows: list[dict[str, Any]]) -> list[str]:
+    """The sources without what those of SlimPajama begin with, as far as they stay apart, and not too long to show."""
+    names = [row["source"] for row in rows]
+    short = [name.removeprefix("RedPajama") or name for name in names]
+    names = short if len(set(short)) == len(names) else names
+    names = ["".join(character if character.isprintable() else "\ufffd" for character in name) for name in names]
+    return [name if len(name) <= _NAME else f"{name[:_NAME]}..." for name in names]
 
 
 def _of_kept(row: dict[str, Any], unit: str) -> tuple[int, int]:
@@ -106,13 +119,16 @@ def _percent(part: int, whole: int) -> str:
 
 
 def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
-    """What became of the documents and the bytes of each source, as a PNG."""
+    """What became of the documents and the bytes of each source, of the largest if there are many, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [row["source"].removeprefix("RedPajama") for row in rows]
+    if len(rows) > _BARS:
+        largest = sorted(rows[:-1], key=lambda row: -row["bytes"])[: _BARS - 1]
+        rows = [*(row for row in rows if any(row is one for one in largest)), rows[-1]]
+    names, places = _short_names(rows), range(len(rows))
     fates = [
         ("short", "too short", "C1"),
         ("duplicate", "duplicate", "C3"),
@@ -127,16 +143,19 @@ def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
             if f"{key}_{unit}" not in rows[0]:
                 continue
             widths = [100 * row[f"{key}_{unit}"] / max(1, row[unit]) for row in rows]
-            axis.barh(names, widths, left=left, color=color, label=label, height=0.7)
+            axis.barh(places, widths, left=left, color=color, label=label, height=0.7)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.barh(names, [100 - start for start in left], left=left, color="0.85", label="kept", height=0.7)
+        axis.barh(places, [100 - start for start in left], left=left, color="0.85", label="kept", height=0.7)
         for y, row in enumerate(rows):
             amount = f"{row[unit]:,}" if unit == "documents" else f"{row[unit] / 1e6:,.1f} MB"
             axis.text(99, y, amount, ha="right", va="center", fontsize=8, color="0.25")
         axis.set(xlabel=f"% of the {unit} read", xlim=(0, 100))
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)
+    axes[0, 0].set_yticks(places, names, parse_math=False)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(picture, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in another script: boxes are drawn
+        figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -22,7 +22,7 @@ def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, executio
     Raises:
         ValueError: What can be put right: an input, a setting, or an output that holds other work.
     """
-    output = Path(output)
+    output = _outside(inputs, output)
     with open_run(output, execution) as run:
         clean_documents(inputs, output / "clean", recipe.read, recipe.clean, run)
         deduplicate(output / "clean", output / "dedup", recipe.dedup, run)
@@ -33,7 +33,7 @@ def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, executio
 
 def run_clean(inputs: Inputs, output: Path | str, read: Read, clean: Clean, execution: Execution) -> None:
     """Only the stage ``clean``, see :func:`btlm.data.clean.clean_documents`."""
-    output = Path(output)
+    output = _outside(inputs, output)
     with open_run(output, execution) as run:
         clean_documents(inputs, output, read, clean, run)
         write_report(output, output, run)
@@ -41,7 +41,7 @@ def run_clean(inputs: Inputs, output: Path | str, read: Read, clean: Clean, exec
 
 def run_dedup(inputs: Inputs, output: Path | str, read: Read, dedup: Dedup, execution: Execution) -> None:
     """Only the stage ``dedup``, of documents or of the output of another stage."""
-    output = Path(output)
+    output = _outside(inputs, output)
     with open_run(output, execution) as run:
         deduplicate(_documents(inputs, output, read, run), output, dedup, run)
         write_report(output, output, run)
@@ -49,7 +49,7 @@ def run_dedup(inputs: Inputs, output: Path | str, read: Read, dedup: Dedup, exec
 
 def run_mix(inputs: Inputs, output: Path | str, read: Read, settings: Mix, execution: Execution) -> None:
     """Only the stage ``mix``, of documents or of the output of another stage."""
-    output = Path(output)
+    output = _outside(inputs, output)
     with open_run(output, execution) as run:
         mix(_documents(inputs, output, read, run), output, settings, run)
         write_report(output, output, run)
@@ -57,10 +57,19 @@ def run_mix(inputs: Inputs, output: Path | str, read: Read, settings: Mix, execu
 
 def run_tokenize(inputs: Inputs, output: Path | str, read: Read, execution: Execution) -> None:
     """Only the stage ``tokenize``, of documents or of the output of another stage."""
-    output = Path(output)
+    output = _outside(inputs, output)
     with open_run(output, execution) as run:
         tokenize(_documents(inputs, output, read, run), output, run)
         write_report(output, output, run)
+
+
+def _outside(inputs: Inputs, output: Path | str) -> Path:
+    """The output as a path, which no input may contain: its files would become input of the next attempt."""
+    output = Path(output)
+    for path in map(Path, inputs):
+        if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{output} lies within the input {path}; give an output elsewhere.")
+    return output
 
 
 def _documents(inputs: Inputs, output: Path, read: Read, run: Run) -> Path:
@@ -72,6 +81,8 @@ def _documents(inputs: Inputs, output: Path, read: Read, run: Run) -> Path:
     if stages:
         if "parts" not in load_stage(stages[0]):
             raise ValueError(f"{stages[0]} holds token shards; give documents, or a stage that ends in documents.")
+        if read != Read():
+            raise ValueError(f"{stages[0]} is the output of a stage, which has no settings of `read`; leave them out.")
         return stages[0]
     folder = output / "read"
     clean_documents(inputs, folder, read, Clean(normalization="none", min_characters=0), run, name="read")

@@ -31,6 +31,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
+MAX_SOURCES = 2**16
 TOKENIZER_FOLDER = Path(__file__).parents[1] / "model" / "tokenizer"
 
 # Every open map holds a file descriptor, of which a process has 1024 by default.

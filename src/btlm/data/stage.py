@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from rich.console import Console
 
 from .parts import remove_partial_files, whole_file
 from .recipe import Execution
+
+# Differences that an error names.
+_DIFFERENCES = 3
 
 BEGUN, COMPLETE, LOG, DOCUMENTS = "begun.json", "stage.json", "log.txt", "documents"
 
@@ -39,7 +43,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line, and append it to the log with the time."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
@@ -54,6 +58,10 @@ def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder.")
+    if pattern := sorted(set(str(output.resolve())) & set("*?[]{}")):
+        raise ValueError(
+            f"The path of {output} holds {' '.join(pattern)}, which DuckDB takes for a pattern; give another."
+        )
     output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not (output / LOG).exists():
         raise ValueError(f"{output} holds files that are not of a data stage; give a new or empty folder.")
@@ -87,14 +95,10 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
         if before != key:
             if not run.execution.force:
                 raise ValueError(
-                    f"{folder} holds a stage of other settings or input ({'; '.join(_differences(before, key))}); give "
+                    f"{folder} holds a stage of other settings or input ({_list(_differences(before, key))}); give "
                     "another folder, or --force to start this stage over."
                 )
-            for path in folder.iterdir():
-                if path.is_dir() and not (path / BEGUN).exists():  # a stage inside has its own key
-                    shutil.rmtree(path)
-                elif path.is_file() and path.name != LOG:
-                    path.unlink()
+            _start_over(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / BEGUN).exists():
         write_json(folder / BEGUN, key)
@@ -103,6 +107,17 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
         return True
     remove_partial_files(folder)
     return False
+
+
+def _start_over(folder: Path) -> None:
+    """Remove what a stage has written. Killed in between, the stage has its old key and is not complete."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not (path / BEGUN).exists():  # a stage inside has its own key
+            shutil.rmtree(path)
+        elif path.is_file() and path.name not in (LOG, BEGUN):
+            path.unlink()
+    (folder / BEGUN).unlink()
 
 
 def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) -> dict[str, Any]:
@@ -140,6 +155,12 @@ def load_stage(folder: Path) -> dict[str, Any]:
     return stage
 
 
+def key_digest(folder: Path) -> str:
+    """A short name for the key of the stage that was begun in a folder; ``none`` if there is none."""
+    begun = folder / BEGUN
+    return hashlib.sha256(begun.read_bytes()).hexdigest()[:12] if begun.exists() else "none"
+
+
 def stage_digest(folder: Path) -> str:
     """What the key of a stage says of the stage before it."""
     return hashlib.sha256((folder / COMPLETE).read_bytes()).hexdigest()
@@ -157,5 +178,13 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        short = [text if len(text := json.dumps(value)) < 60 else "another" for value in (before, now)]
-        yield f"{name} was {short[0]}, is {short[1]}"
+        values = [json.dumps(value) for value in (before, now)]
+        if max(map(len, values)) < 60 and name.split(".")[0] != "input":
+            yield f"{name} was {values[0]}, is {values[1]}"
+        else:
+            yield f"{name} {'is new' if before is None else 'is gone' if now is None else 'has changed'}"
+
+
+def _list(differences: Iterator[str]) -> str:
+    first = list(islice(differences, _DIFFERENCES))
+    return "; ".join([*first, *(["and more"] if next(differences, None) else [])])

@@ -21,13 +21,13 @@ from typing import Any
 from loguru import logger
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .stage import Run, write_json
+from .stage import Run, key_digest, write_json
 
 # datatrove's own messages stay off the terminal: progress, log and errors are told here.
 logger.disable("datatrove")
 
-# Imported once, before the workers are forked.
-_PRELOAD = ["btlm.data.tasks", "datatrove.executor.local", "pyarrow.compute", "pyarrow.parquet"]
+# Imported once, by the process that the workers are forked from.
+_PRELOAD = ["btlm.data.worker", "btlm.data.tasks", "datatrove.executor.local", "pyarrow.compute", "pyarrow.parquet"]
 
 # Gets the number of the task and something to call with the bytes it got through; returns plain data.
 Task = Callable[[int, Callable[[int], None]], Any]
@@ -50,7 +50,8 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
         ValueError: A task found bad input, or did not end.
         OSError: A task could not read or write.
     """
-    home = folder / "tasks" / step
+    # Of another key, the same step is another one: what a job that was left behind writes is not taken for it.
+    home = folder / "tasks" / f"{step}-{key_digest(folder)}"
     results = home / "results"
     if not sizes:
         return []
@@ -60,7 +61,7 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
             (home / name).mkdir(parents=True, exist_ok=True)
         for stale in [*(home / "failures").iterdir(), *(home / "progress").iterdir()]:
             stale.unlink(missing_ok=True)
-        executor = _executor(_Task(home, task), home, len(sizes), step, run)
+        executor = _executor(_Task(home, step, task), home, len(sizes), step, run)
         error = None
         try:
             with _progress(home, step, sizes, run), _lost_workers_end_the_run(home, run):
@@ -80,15 +81,19 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
 class _Task:
     """The one step of datatrove's pipeline; its representation goes into the log of every task."""
 
-    def __init__(self, home: Path, task: Task) -> None:
-        self.home, self.task = home, task
+    def __init__(self, home: Path, step: str, task: Task) -> None:
+        self.home, self.step, self.task = home, step, task
 
     def __repr__(self) -> str:
-        return self.home.name
+        return self.step
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         import pyarrow as pa
 
+        if self.home.name != f"{self.step}-{key_digest(self.home.parents[1])}":
+            raise ValueError(
+                f"{self.home.parents[1]} was started over with other settings; this job is of the old ones."
+            )
         pa.set_cpu_count(1)
         progress = _ProgressFile(self.home / "progress" / f"{rank:05d}")
         progress.advance(0)
@@ -104,6 +109,8 @@ class _Task:
             raise
         finally:
             progress.end()
+            # A worker goes on to other tasks: what this one needed is given back.
+            pa.default_memory_pool().release_unused()
 
 
 def _message(error: Exception) -> str:
@@ -180,11 +187,12 @@ def _executor(task: _Task, home: Path, tasks: int, step: str, run: Run) -> Any:
 
 def _wait_for_jobs(executor: Any, home: Path, tasks: int, run: Run) -> None:
     """Slurm's executor only submits: wait until all tasks are complete, or none of the jobs is left."""
-    while run.execution.executor == "slurm" and len(_completed(home, tasks)) < tasks:
-        queue = subprocess.run(["squeue", "--noheader", "--job", str(executor.job_id)], capture_output=True, text=True)
-        if not queue.stdout.strip() and len(_completed(home, tasks)) < tasks:
-            return
+    gone = 0
+    while run.execution.executor == "slurm" and len(_completed(home, tasks)) < tasks and gone < 3:
         time.sleep(2)
+        queue = subprocess.run(["squeue", "--noheader", "--job", str(executor.job_id)], capture_output=True, text=True)
+        # The controller may not answer for a while, and a file may be seen late on another machine.
+        gone = gone + 1 if queue.returncode == 0 and not queue.stdout.strip() else 0
 
 
 def _raise_failure(home: Path, step: str, tasks: int, error: Exception | None) -> None:

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .parts import read_table
+from .parts import read_groups
 from .shards import TOKENIZER_FOLDER, tokenizer_sha256, write_manifest, write_shard
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
 # How GPT-2 splits text before byte-pair encoding, in the form that tiktoken gave it to save backtracking.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-_BATCH = 64
 
 
 def tokenize(source: Path, folder: Path, run: Run) -> dict[str, Any]:
@@ -61,14 +59,13 @@ def _tokenize_part(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     part, name = shards[task]
-    table = read_table(source / DOCUMENTS / part, ["text", "source", "bytes"])
     numbers = {source_name: number for number, source_name in enumerate(sources)}
 
     def documents() -> Iterator[tuple[NDArray[np.uint32], int, int]]:
-        for batch in table.to_batches(max_chunksize=_BATCH):
-            for row in batch.to_pylist():
-                yield encode(row["text"]), numbers[row["source"]], row["bytes"]
-                advance(row["bytes"])
+        for group in read_groups(source / DOCUMENTS / part, ["text", "source", "bytes"]):
+            for text, source_name, size in zip(*(column.to_pylist() for column in group.columns), strict=True):
+                yield encode(text), numbers[source_name], size
+                advance(size)
 
     return write_shard(folder, name, documents())
 
