@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,7 @@ from btlm.data.recipe import Read
 def documents(inputs: list[str]) -> Iterator[Document]:
     """What the corpus is made of."""
     if inputs:
-        for unit in list_units(inputs, Read()):
+        for unit in list_units(inputs, Read())[0]:
             yield from (item for item in read_unit(unit, Read()) if isinstance(item, Document))
         return
     rng = random.Random(0)
@@ -53,7 +54,7 @@ def write_copies(inputs: list[str], folder: Path, copies: int) -> int:
         table = str.maketrans(lower + upper, shifted)
         lines: list[bytes] = []
         size = parts = 0
-        for text, id_, source in (*documents(inputs), Document("", "", "")):
+        for text, id_, source in chain(documents(inputs), [Document("", "", "")]):
             if size > 64e6 or not source:
                 compressed = zstandard.compress(b"".join(lines), 1)
                 (folder / f"{copy:02d}-{parts:02d}.jsonl.zst").write_bytes(compressed)

@@ -5,12 +5,13 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from btlm.data.recipe import Execution
 from btlm.data.stage import begin, finish, load_stage, open_run
-from btlm.data.tasks import run_tasks
+from btlm.data.tasks import _Task, run_tasks
 
 
 def count(folder: Path, task: int, advance) -> int:
@@ -131,6 +132,36 @@ def test_a_stage_of_other_settings_is_refused_or_started_over(tmp_path):
         assert not (folder / "documents").exists()
         with pytest.raises(ValueError, match="is not a complete stage"):
             load_stage(folder)
+
+
+def test_killed_while_it_starts_over_a_stage_keeps_its_old_key(tmp_path, monkeypatch):
+    folder = tmp_path / "out/stage"
+    with open_run(tmp_path / "out", Execution(force=True)) as run:
+        begin(folder, "clean", {"size": 1}, run)
+        (folder / "documents").mkdir()
+        finish(folder, {"parts": []})
+        with monkeypatch.context() as patch:
+            patch.setattr("btlm.data.stage.shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                begin(folder, "clean", {"size": 2}, run)
+        with pytest.raises(ValueError, match="is not a complete stage"):
+            load_stage(folder)
+    with open_run(tmp_path / "out", Execution()) as run, pytest.raises(ValueError, match="size was 1, is 2"):
+        begin(folder, "clean", {"size": 2}, run)
+
+
+def test_a_job_of_an_older_key_is_not_taken_for_one_of_the_new(tmp_path):
+    folder = tmp_path / "out/stage"
+    task = partial(count, tmp_path)
+    with open_run(tmp_path / "out", Execution(force=True, workers=1)) as run:
+        begin(folder, "clean", {"size": 1}, run)
+        run_tasks(folder, "step", task, [10], run)
+        left_behind = _Task(next((folder / "tasks").iterdir()), "step", task)
+        begin(folder, "clean", {"size": 2}, run)
+        with pytest.raises(ValueError, match="was started over with other settings"):
+            left_behind(None, 0, 1)
+        run_tasks(folder, "step", task, [10], run)
+    assert runs(tmp_path) == [2]
 
 
 def test_files_that_a_killed_task_left_are_removed(tmp_path):

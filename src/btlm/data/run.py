@@ -1,6 +1,7 @@
 """The commands of `btlm data`: one stage, or all of them, and a report of what they did."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .clean import clean_documents
@@ -22,54 +23,48 @@ def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, executio
     Raises:
         ValueError: What can be put right: an input, a setting, or an output that holds other work.
     """
-    output = _outside(inputs, output)
-    with open_run(output, execution) as run:
-        clean_documents(inputs, output / "clean", recipe.read, recipe.clean, run)
-        deduplicate(output / "clean", output / "dedup", recipe.dedup, run)
-        mix(output / "dedup", output / "mix", recipe.mix, run)
-        tokenize(output / "mix", output / "shards", run)
-        write_report(output / "shards", output, run)
+    with _command(inputs, output, execution, last="shards") as (folder, run):
+        clean_documents(inputs, folder / "clean", recipe.read, recipe.clean, run)
+        deduplicate(folder / "clean", folder / "dedup", recipe.dedup, run)
+        mix(folder / "dedup", folder / "mix", recipe.mix, run)
+        tokenize(folder / "mix", folder / "shards", run)
 
 
 def run_clean(inputs: Inputs, output: Path | str, read: Read, clean: Clean, execution: Execution) -> None:
     """Only the stage ``clean``, see :func:`btlm.data.clean.clean_documents`."""
-    output = _outside(inputs, output)
-    with open_run(output, execution) as run:
-        clean_documents(inputs, output, read, clean, run)
-        write_report(output, output, run)
+    with _command(inputs, output, execution) as (folder, run):
+        clean_documents(inputs, folder, read, clean, run)
 
 
 def run_dedup(inputs: Inputs, output: Path | str, read: Read, dedup: Dedup, execution: Execution) -> None:
     """Only the stage ``dedup``, of documents or of the output of another stage."""
-    output = _outside(inputs, output)
-    with open_run(output, execution) as run:
-        deduplicate(_documents(inputs, output, read, run), output, dedup, run)
-        write_report(output, output, run)
+    with _command(inputs, output, execution) as (folder, run):
+        deduplicate(_documents(inputs, folder, read, run), folder, dedup, run)
 
 
 def run_mix(inputs: Inputs, output: Path | str, read: Read, settings: Mix, execution: Execution) -> None:
     """Only the stage ``mix``, of documents or of the output of another stage."""
-    output = _outside(inputs, output)
-    with open_run(output, execution) as run:
-        mix(_documents(inputs, output, read, run), output, settings, run)
-        write_report(output, output, run)
+    with _command(inputs, output, execution) as (folder, run):
+        mix(_documents(inputs, folder, read, run), folder, settings, run)
 
 
 def run_tokenize(inputs: Inputs, output: Path | str, read: Read, execution: Execution) -> None:
     """Only the stage ``tokenize``, of documents or of the output of another stage."""
-    output = _outside(inputs, output)
-    with open_run(output, execution) as run:
-        tokenize(_documents(inputs, output, read, run), output, run)
-        write_report(output, output, run)
+    with _command(inputs, output, execution) as (folder, run):
+        tokenize(_documents(inputs, folder, read, run), folder, run)
 
 
-def _outside(inputs: Inputs, output: Path | str) -> Path:
-    """The output as a path, which no input may contain: its files would become input of the next attempt."""
+@contextmanager
+def _command(inputs: Inputs, output: Path | str, execution: Execution, last: str = "") -> Iterator[tuple[Path, Run]]:
+    """The output, which no other command works in, and a report of its stage ``last`` at the end."""
     output = Path(output)
     for path in map(Path, inputs):
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            # Its files would be input of the next attempt.
             raise ValueError(f"{output} lies within the input {path}; give an output elsewhere.")
-    return output
+    with open_run(output, execution) as run:
+        yield output, run
+        write_report(output / last, output, run)
 
 
 def _documents(inputs: Inputs, output: Path, read: Read, run: Run) -> Path:
