@@ -308,9 +308,8 @@ def _order(
                 tables.append(file.read_row_group(groups.index(slots[task]), use_threads=False))
     if not tables:
         return None
-    table = pa.concat_tables(tables).combine_chunks()
-    del tables  # the slot is in memory once
+    table = pa.concat_tables(tables)
     by = [("key", "ascending"), ("source", "ascending"), ("id", "ascending")]
-    order = pc.sort_indices(table.drop_columns("text"), sort_keys=by)
+    order = pc.sort_indices(table.drop_columns("text"), sort_keys=by).to_numpy().astype(np.int64)
     advance(pc.sum(table["bytes"]).as_py())
     return write_part(folder / DOCUMENTS, part_name(task, 0), table.drop_columns("key"), order)
