@@ -156,13 +156,26 @@ def test_a_path_that_duckdb_takes_for_a_pattern_is_refused(corpus, tmp_path):
         run_prepare([corpus], tmp_path / "out[1]", RECIPE, Execution(workers=1))
 
 
+def test_a_change_is_noticed_in_either_of_two_files_of_one_name(tmp_path):
+    files = [tmp_path / folder / "x.jsonl" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps({"text": f"{file.parent.name} document " * 30}) + "\n")
+    for changed in files:
+        output = tmp_path / f"out-{changed.parent.name}"
+        run_clean(files, output, Read(), Clean(), Execution(workers=1))
+        changed.write_text(json.dumps({"text": "another document " * 30}) + "\n")
+        with pytest.raises(ValueError, match=r"input.x.jsonl has changed"):
+            run_clean(files, output, Read(), Clean(), Execution(workers=1))
+
+
 def test_changed_input_is_refused_unless_forced(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
     before = shard_bytes(tmp_path / "out/shards")
     with (corpus / "web.jsonl").open("a") as file:
         file.write(json.dumps({"text": "a new document " * 50}) + "\n")
-    with pytest.raises(ValueError, match=r"other settings or input \(input.corpus/web.jsonl#0.* has changed"):
+    with pytest.raises(ValueError, match=r"other settings or input \(input.corpus/web.jsonl has changed"):
         run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
     assert shard_bytes(tmp_path / "out/shards") == before
     run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1, force=True))

@@ -42,7 +42,9 @@ def clean_documents(
         run.say(f"  {len(others):,} files of other kinds are left out, such as {others[0]}")
     settings = as_settings(read)
     limit = settings.pop("max_bad_documents")
-    files = {f"{unit.names[0]}#{unit.shard}": [unit.names, unit.bytes, unit.version] for unit in units}
+    files: dict[str, list[Any]] = {}
+    for unit in units:  # files of several folders may have the same name
+        files.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
     if begin(folder, name, {"read": settings, "clean": as_settings(clean), "input": files}, run):
         return load_stage(folder)
     with whole_file(folder / UNITS) as file:
