@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from btlm.data.clean import clean_documents
-from btlm.data.mix import SPLITS, mix
+from btlm.data.mix import mix
 from btlm.data.parts import read_table
 from btlm.data.recipe import Clean, Execution, Mix, Read
+from btlm.data.shards import SPLITS
 from btlm.data.stage import open_run
 from tests.data.corpus import text
 

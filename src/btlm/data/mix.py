@@ -32,10 +32,10 @@ from .parts import (
 )
 from .queries import open_database, parquet, write_query
 from .recipe import Mix, as_settings
+from .shards import SPLITS
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
-SPLITS = ("train", "validation", "test")
 CONTAMINATED, NGRAMS, HELD_OUT = "contaminated", "ngrams.npy", "held_out.parquet"
 SCATTERED, SCRATCH = "scattered", "scratch"
 

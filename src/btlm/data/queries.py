@@ -10,8 +10,8 @@ from .parts import whole_file
 
 
 @contextmanager
-def open_database(folder: Path, memory_gb: float, threads: int = 1) -> Iterator[Any]:
-    """A DuckDB connection that holds at most ``memory_gb`` and spills the rest into ``folder``, until it is closed."""
+def open_database(folder: Path, memory_gb: float) -> Iterator[Any]:
+    """A DuckDB connection on one core that holds ``memory_gb`` at most, and spills the rest into ``folder``."""
     import duckdb
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def open_database(folder: Path, memory_gb: float, threads: int = 1) -> Iterator[
         database.execute("SET temp_directory = $folder", {"folder": f"{name}/spilled"})
         database.execute("SET preserve_insertion_order = false")
         database.execute("SET enable_progress_bar = false")
-        database.execute("SET threads = $threads", {"threads": threads})
+        database.execute("SET threads = 1")
         try:
             yield database
         except duckdb.IOException as error:
@@ -33,11 +33,11 @@ def open_database(folder: Path, memory_gb: float, threads: int = 1) -> Iterator[
             raise ValueError(f"A query needs more than {memory_gb} GB of memory; raise --memory-gb.") from error
 
 
-def write_query(database: Any, query: str, path: Path, **values: Any) -> None:
+def write_query(database: Any, query: str, path: Path) -> None:
     """Write the result of a query as a Parquet file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
-        database.execute(f"COPY ({query}) TO '{_quoted(partial)}' (FORMAT parquet, COMPRESSION zstd)", values or None)
+        database.execute(f"COPY ({query}) TO '{_quoted(partial)}' (FORMAT parquet, COMPRESSION zstd)")
 
 
 def parquet(files: Iterable[Path], columns: str = "*") -> str:
