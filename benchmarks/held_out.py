@@ -11,8 +11,10 @@ import torch
 
 from btlm.data import TokenShards
 from btlm.infer import BUNDLED_MODEL, load_model
-from btlm.train import evaluate_bits_per_byte
+from btlm.train import evaluate_held_out
+from btlm.train.parallel import join_ranks
 from btlm.train.run import token_bytes
+from btlm.train.step import LossModel
 
 
 def main() -> None:
@@ -30,7 +32,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, up to {args.tokens:,} tokens a source in rows of {args.context:,}\n")
     for i, name in enumerate(args.models):
         model, _ = load_model(name)
-        result = evaluate_bits_per_byte(model, shards, args.context, args.tokens, token_bytes())
+        loss_model = LossModel(model, torch.bfloat16)
+        held_out = evaluate_held_out(loss_model, shards, args.context, args.tokens, token_bytes(), join_ranks("cpu"))
+        result = held_out["bits_per_byte"]
         if i == 0:
             print(f"| | {' | '.join(result)} |\n|---{'|---' * len(result)}|")
         print(f"| {name} | {' | '.join(f'{value:.4f}' for value in result.values())} |", flush=True)

@@ -12,14 +12,25 @@ import btlm.infer.generate
 import btlm.infer.info
 import btlm.infer.quantize
 import btlm.infer.run
+import btlm.train.plan
 import btlm.train.run
 from btlm.cli import main
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from btlm.infer import BUNDLED_MODEL, GenerationOptions
 from tests.infer.tiny import save_tiny
 
+ROOT = Path(__file__).parents[1]
 DATA_STEPS = ["prepare", "clean", "dedup", "mix", "tokenize", "inspect"]
-COMMANDS = ["generate", "info", "quantize", "train", "data", *(f"data {step}" for step in DATA_STEPS)]
+COMMANDS = [
+    "generate",
+    "info",
+    "quantize",
+    "train",
+    "coord-check",
+    "transfer",
+    "data",
+    *(f"data {step}" for step in DATA_STEPS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +64,7 @@ def called(monkeypatch):
         (btlm.infer.info, "run_info"),
         (btlm.infer.quantize, "quantize"),
         (btlm.train.run, "run_training"),
+        (btlm.train.plan, "run_plan"),
         *((btlm.data.run, f"run_{step}") for step in DATA_STEPS[:-1]),
         (btlm.data.inspect, "run_inspect"),
     ):
@@ -139,8 +151,13 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
         ("info", ("run_info", (BUNDLED_MODEL,), {"as_json": False})),
         ("info recipe.yaml --json", ("run_info", ("recipe.yaml",), {"as_json": True})),
         ("quantize m --output o", ("quantize", ("m", "o"), {})),
-        ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "cpu"), {})),
-        ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda"), {})),
+        ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "auto", {}), {})),
+        ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda", {}), {})),
+        ("train r.yaml --plan", ("run_plan", ("r.yaml", 0.4, 989.0, None, {}), {})),
+        (
+            "train r.yaml --plan --mfu 0.55 --peak-tflops 312 --devices 8 64 --set seed=2",
+            ("run_plan", ("r.yaml", 0.55, 312.0, [8, 64], {"seed": 2}), {}),
+        ),
         ("data prepare a b --output o", ("run_prepare", (["a", "b"], "o", DataRecipe(), Execution()), {})),
         (
             "data prepare a --output o --mix.holdout 0.2 --workers 3 --memory-gb 4 --force",
@@ -173,6 +190,30 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
 def test_the_other_commands(called, line, expected):
     assert main(line.split()) == 0
     assert called == [expected]
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("optimizer.lr=1.0e-3", "optimizer.lr", 0.001),
+        ("optimizer.lr=1e-3", "optimizer.lr", "1e-3"),  # The recipe says what to write instead.
+        ("stages=[{sequence_length: 16, tokens: 64}]", "stages", [{"sequence_length": 16, "tokens": 64}]),
+        ("start.model=a=b", "start.model", "a=b"),
+        ("lora={}", "lora", {}),
+        ("lora=", "lora", None),
+        ("precision.compile=false", "precision.compile", False),
+        ("watching.wandb_project=two words", "watching.wandb_project", "two words"),
+    ],
+)
+def test_a_setting_is_yaml(called, setting, key, value):
+    assert main(["train", "r.yaml", "--data", "d", "--output", "o", "--set", setting]) == 0
+    assert called == [("run_training", ("r.yaml", "d", "o", "auto", {key: value}), {})]
+
+
+def test_settings_add_up_and_the_last_word_counts(called):
+    settings = ["--set", "seed=1", "--set", "model.n_layer=2", "--set", "seed=3"]
+    assert main(["train", *settings, "r.yaml", "--data", "d", "--output", "o"]) == 0
+    assert called[0][1][-1] == {"seed": 3, "model.n_layer": 2}
 
 
 # Mistakes
@@ -209,6 +250,19 @@ def test_the_other_commands(called, line, expected):
         ("data tokenize", "required"),
         ("data mix x --output y --dedup.bands 2", "dedup.bands"),
         ("train", "required"),
+        ("train r.yaml", "train needs --data and --output: the token shards and a folder for the run; or --plan"),
+        ("train r.yaml --data d", "train needs --output:"),
+        ("train r.yaml --output o", "train needs --data:"),
+        ("train absent.yaml --data d --output o", "absent.yaml is not a readable recipe: "),
+        ("train absent.yaml --plan", "absent.yaml is not a readable recipe: "),
+        (f"train {ROOT}/recipes/btlm-tiny.yaml --data ./absent --output o", "absent holds no manifest.json"),
+        ("train r.yaml --plan --mfu much", "--mfu: 'much' is not a number"),
+        ("train r.yaml --plan --devices 8 many", "--devices: 'many' is not a whole number"),
+        ("train r.yaml --plan --peak-tflops", "--peak-tflops: expected one argument"),
+        ("train r.yaml --data d --output o --set seed", "--set 'seed' is not of the form KEY=VALUE"),
+        ("train r.yaml --data d --output o --set =1", "--set '=1' is not of the form KEY=VALUE"),
+        ("train r.yaml --data d --output o --set seed=[", "--set 'seed=[': the value is not YAML (while parsing"),
+        ("train r.yaml --plan --set seed", "--set 'seed' is not of the form KEY=VALUE"),
     ],
 )
 def test_a_mistake_is_one_line(error_of, line, expected):
@@ -248,6 +302,26 @@ def test_what_a_stage_raises_is_one_line(error_of, monkeypatch, raised, expected
 
     monkeypatch.setattr(btlm.infer.info, "run_info", fail)
     assert error_of("info").startswith(f"btlm: error: {expected}")
+
+
+def test_a_loss_that_is_not_finite_is_one_line(error_of, monkeypatch):
+    def diverge(*_, **__):
+        raise FloatingPointError("Step 7: loss nan, gradient norm nan; nothing was updated.")
+
+    monkeypatch.setattr(btlm.train.run, "run_training", diverge)
+    told = error_of("train", "r.yaml", "--data", "d", "--output", "o")
+    assert told == "btlm: error: Step 7: loss nan, gradient norm nan; nothing was updated.\n"
+
+
+def test_a_terminated_run_keeps_its_status(monkeypatch, capsys):
+    def terminated(*_, **__):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(btlm.train.run, "run_training", terminated)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "r.yaml", "--data", "d", "--output", "o"])
+    assert ended.value.code == 143
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from btlm.data.loader import TokenLoader
 from btlm.data.shards import TokenShards
 from btlm.model import BTLMLMHeadModel
-from btlm.train import Recipe, evaluate_bits_per_byte, loop, train
-from btlm.train.recipe import Optimizer, Stage
+from btlm.train import Recipe, train
+from btlm.train.recipe import Checkpoints, Optimizer, Precision, Stage
+from btlm.train.step import LossModel
 from tests.data.tiny import write_streams
 from tests.train.tiny import MODEL, TOKEN_BYTES, VOCAB_SIZE, tiny_recipe, tiny_shards
 
@@ -49,32 +52,55 @@ def run(recipe: Recipe, shards: TokenShards, output: Path, steps: int | None = N
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """Records on disk without the one value that no two runs share."""
+    """Records on disk without the values that no two runs share."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "tokens_per_s"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "mfu")} for record in records]
 
 
 def weights(output: Path) -> dict[str, Tensor]:
     return load_file(output / "model" / "model.safetensors")
 
 
-def state(output: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(output / "state.pt", weights_only=True)
+def checkpoints(output: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return sorted(int(folder.name.removeprefix("step-")) for folder in (output / "checkpoints").iterdir())
+
+
+def last_checkpoint(output: Path) -> Path:
+    return output / "checkpoints" / f"step-{checkpoints(output)[-1]:08d}"
+
+
+def marker(output: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((last_checkpoint(output) / "checkpoint.json").read_text())
     return loaded
 
 
+def state(output: Path) -> dict[str, Tensor]:
+    """Everything that torch.distributed.checkpoint holds, read by torch's own converter, and the random numbers."""
+    folder = last_checkpoint(output) / "state"
+    converted = output.with_name(f"{output.name}.converted.pt")
+    dcp_to_torch_save(folder, converted)
+    loaded: dict[str, dict[str, Tensor]] = torch.load(converted, weights_only=True)
+    converted.unlink()
+    flat = {f"{kind}/{name}": value for kind, values in loaded.items() for name, value in values.items()}
+    return flat | {"random": torch.load(folder / "random-0.pt", weights_only=True)["cpu"]}
+
+
+def trained(output: Path) -> dict[str, Tensor]:
+    return {key.removeprefix("weights/"): value for key, value in state(output).items() if key.startswith("weights/")}
+
+
 def assert_same_run(output: Path, expected: Path) -> None:
-    """Bit for bit the same weights, optimizer and metrics, and nothing left over."""
+    """Bit for bit the same weights, optimizer, random numbers and metrics, and nothing left over."""
     assert metrics(output) == metrics(expected)
-    for actual, wanted in ((weights(output), weights(expected)), (state(output)["model"], state(expected)["model"])):
+    for actual, wanted in ((weights(output), weights(expected)), (state(output), state(expected))):
         assert actual.keys() == wanted.keys()
         for name in wanted:
             assert torch.equal(actual[name], wanted[name]), name
-    optimizer, wanted_optimizer = state(output)["optimizer"], state(expected)["optimizer"]
-    torch.testing.assert_close(optimizer["state"], wanted_optimizer["state"], rtol=0, atol=0)
-    assert optimizer["param_groups"] == wanted_optimizer["param_groups"]
-    assert all(state(output)[key] == state(expected)[key] for key in ("step", "loader"))
-    assert sorted(path.name for path in output.iterdir()) == ["metrics.jsonl", "model", "state.pt"]
+    assert "weights/lm_head.weight" not in state(output), "a tied tensor is there once"
+    assert all(marker(output)[key] == marker(expected)[key] for key in ("step", "loader"))
+    assert checkpoints(output) == checkpoints(expected)
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
     files, wanted_files = ({path.name for path in (folder / "model").iterdir()} for folder in (output, expected))
     assert files == wanted_files
 
@@ -107,7 +133,7 @@ def test_the_model_is_saved_as_it_was_trained(tmp_path: Path, shards: TokenShard
     run(tiny_recipe(), shards, tmp_path)
     model = BTLMLMHeadModel.from_pretrained(tmp_path / "model")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    for name, tensor in state(tmp_path)["model"].items():
+    for name, tensor in trained(tmp_path).items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert model.config.mup_width_scale == MODEL["mup_width_scale"]
 
@@ -144,6 +170,13 @@ def test_a_model_that_lacks_tokens_of_the_shards_is_an_error(tmp_path: Path, sha
     assert len(run(tiny_recipe({"vocab_size": 256}), shards, tmp_path / "run")) == 7
 
 
+def test_a_run_without_held_out_text_has_no_bits_per_byte(tmp_path: Path) -> None:
+    shards = write_streams(tmp_path / "shards", {"a": (np.arange(999) % VOCAB_SIZE, [])})
+    records = run(tiny_recipe(), shards, tmp_path / "run")
+    assert len(records) == 7
+    assert not any("bits_per_byte" in record for record in records)
+
+
 # One step, worked out plainly
 
 
@@ -168,10 +201,10 @@ def plain_run(recipe: Recipe, shards: TokenShards) -> Iterator[tuple[float, floa
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
         tokens = step * ids.numel()
-        warmup, total = options.warmup_tokens, sum(stage.tokens for stage in recipe.stages)
+        warmup, total = recipe.schedule.warmup_tokens, sum(stage.tokens for stage in recipe.stages)
         factor = tokens / warmup
         if tokens > warmup:
-            factor = 1 + (options.final_lr_ratio - 1) * (tokens - warmup) / (total - warmup)
+            factor = 1 + (recipe.schedule.final_lr_ratio - 1) * (tokens - warmup) / (total - warmup)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 matrix = ".attn.c_" in name or ".mlp.c_" in name
@@ -199,20 +232,19 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
 
 # A decay that shows in one step, and an eps that keeps Adam from blowing up what rounding in bf16 leaves of gradients
 # that are zero, such as those of the biases of keys.
-PLAIN = Optimizer(
-    lr=0.02, warmup_tokens=128, final_lr_ratio=0.1, clip_norm=0.5, weight_decay=2.0, betas=(0.6, 0.7), eps=1e-3
-)
+PLAIN = Optimizer(lr=0.02, clip_norm=0.5, weight_decay=2.0, betas=(0.6, 0.7), eps=1e-3)
+EVERY_STEP = Checkpoints(every_steps=1)
 
 
 def test_steps_are_those_of_a_plain_implementation(tmp_path: Path, shards: TokenShards) -> None:
-    recipe = tiny_recipe(optimizer=PLAIN, checkpoint_every_steps=1)
+    recipe = tiny_recipe(optimizer=PLAIN, checkpoints=EVERY_STEP)
     before = initial_weights(recipe)
     expected = plain_run(recipe, shards)
     for record, (loss, norm, after) in zip(train(recipe, shards, tmp_path, TOKEN_BYTES), expected, strict=True):
         assert norm > recipe.optimizer.clip_norm, "otherwise clipping is not tested"
         assert record["loss"] == pytest.approx(loss, rel=1e-3)
         assert record["grad_norm"] == pytest.approx(norm, rel=1e-2)
-        actual = state(tmp_path)["model"]
+        actual = trained(tmp_path)
         for name, weight in after.items():
             wrong = (actual[name] - weight).norm() / (weight - before[name]).norm()
             assert wrong < 0.05, f"{name} in step {record['step']}"
@@ -222,10 +254,10 @@ GOLDEN = {"loss": 5.5643, "grad_norm": 1.1215, "update_rms": 0.004279}
 
 
 def test_golden_step(tmp_path: Path, shards: TokenShards) -> None:
-    recipe = tiny_recipe(optimizer=PLAIN, checkpoint_every_steps=1)
+    recipe = tiny_recipe(optimizer=PLAIN, checkpoints=EVERY_STEP)
     before = initial_weights(recipe)
     (record,) = run(recipe, shards, tmp_path, steps=1)
-    after = state(tmp_path)["model"]
+    after = trained(tmp_path)
     update = {name: after[name] - before[name] for name in before}
     actual = {"loss": record["loss"], "grad_norm": record["grad_norm"], "update_rms": rms(update)}
     assert actual == pytest.approx(GOLDEN, rel=5e-3), (
@@ -234,16 +266,16 @@ def test_golden_step(tmp_path: Path, shards: TokenShards) -> None:
     )
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [16, 32, 8])
+@pytest.mark.parametrize("micro_batch_tokens", [16, 32])
 def test_passes_accumulate_to_the_whole_batch(tmp_path: Path, shards: TokenShards, micro_batch_tokens: int) -> None:
     for name, tokens in (("whole", 64), ("parts", micro_batch_tokens)):
-        recipe = tiny_recipe(optimizer=PLAIN, micro_batch_tokens=tokens, checkpoint_every_steps=1)
+        recipe = tiny_recipe(optimizer=PLAIN, micro_batch_tokens=tokens, checkpoints=EVERY_STEP)
         run(recipe, shards, tmp_path / name, steps=1)
     whole, parts = metrics(tmp_path / "whole")[0], metrics(tmp_path / "parts")[0]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=5e-3)
     before = initial_weights(tiny_recipe())
-    after, expected = (state(tmp_path / name)["model"] for name in ("parts", "whole"))
+    after, expected = (trained(tmp_path / name) for name in ("parts", "whole"))
     for name in before:
         assert (after[name] - expected[name]).norm() / (expected[name] - before[name]).norm() < 0.05, name
 
@@ -252,14 +284,14 @@ def test_a_pass_holds_no_more_tokens_than_asked(
     tmp_path: Path, shards: TokenShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    original = loop.token_loss
+    original = LossModel.forward
 
-    def observed(model: BTLMLMHeadModel, input_ids: Tensor) -> Tensor:
+    def observed(model: LossModel, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         if model.training:
             shapes.append(tuple(input_ids.shape))
-        return original(model, input_ids)
+        return original(model, input_ids, document_ids)
 
-    monkeypatch.setattr(loop, "token_loss", observed)
+    monkeypatch.setattr(LossModel, "forward", observed)
     run(tiny_recipe(micro_batch_tokens=32), shards, tmp_path)
     assert shapes == [(2, 16), (2, 16)] * 4 + [(1, 32), (1, 32)] * 3
 
@@ -298,7 +330,7 @@ def test_dropout_makes_the_random_numbers_matter(tmp_path: Path, shards: TokenSh
 def test_a_run_goes_on_where_its_checkpoint_is(tmp_path: Path, shards: TokenShards) -> None:
     recipe = tiny_recipe(DROPOUT)
     run(recipe, shards, tmp_path, steps=5)
-    assert state(tmp_path)["step"] == 4
+    assert checkpoints(tmp_path) == [2, 4]
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in run(recipe, shards, tmp_path, steps=1)] == [5]
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5]
@@ -309,20 +341,22 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, shards: TokenShar
     other = write_streams(tmp_path / "other", {"books": (rng.integers(0, VOCAB_SIZE, 3000), [])})
     run(tiny_recipe(), shards, tmp_path / "run", steps=2)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    message = rf"^{tmp_path}/run/state\.pt is of another run; give a new output folder\. .* \(data is \w+, was \w+\);"
+    message = (
+        rf"^{tmp_path}/run/checkpoints/step-00000002 is of another run; give a new output folder\. "
+        r".* \(data is \w+, was \w+\);"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         run(tiny_recipe(), other, tmp_path / "run")
     assert "\n" not in str(caught.value)
-    torch.save(state(tmp_path / "run") | {"loader": {}}, tmp_path / "run/state.pt")
-    with pytest.raises(ValueError, match=r"state\.pt is of another run"):
-        run(tiny_recipe(), shards, tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uninterrupted: Path) -> None:
     recipe = tiny_recipe(DROPOUT)
     run(recipe, shards, tmp_path, steps=5)
-    (tmp_path / "state.pt.partial").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
+    (tmp_path / "checkpoints/step-00000006.partial/model").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000006.partial/model/model.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoints/step-00000005.partial").mkdir()
     (tmp_path / "metrics.jsonl.partial").write_text('{"step": 9')
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "model.safetensors").write_bytes(b"half")
@@ -370,7 +404,7 @@ def test_a_model_that_was_not_saved_is_saved_by_the_next_call(
 
 # Trains in children that kill themselves at the Nth touch of a file in the output folder, until one lives to the end.
 KILLED = """
-import io, os, random, signal, sys
+import os, random, signal, sys
 from pathlib import Path
 import torch
 from btlm.data.shards import TokenShards
@@ -379,26 +413,17 @@ from tests.train.test_loop import DROPOUT
 from tests.train.tiny import TOKEN_BYTES, tiny_recipe
 
 data, output = sys.argv[1:]
-torch_save = torch.save
 touches = 0
 
 def run(kill_at):
     def touch(event, args):
         global touches
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and output in str(args[0]):
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link") and output in str(args[0]):
             touches += 1
             if touches == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_in_four_parts(state, path):
-        torch_save(state, buffer := io.BytesIO())
-        content = buffer.getvalue()
-        for i in range(4):
-            with open(path, "ab" if i else "wb") as file:
-                file.write(content[i * len(content) // 4 : (i + 1) * len(content) // 4])
-
     torch.set_num_threads(1)
-    torch.save = save_in_four_parts
     sys.addaudithook(touch)
     for record in train(tiny_recipe(DROPOUT), TokenShards(data), output, TOKEN_BYTES):
         pass
@@ -406,7 +431,7 @@ def run(kill_at):
 rng = random.Random(0)
 code = -signal.SIGKILL
 while code == -signal.SIGKILL:
-    kill_at = rng.randint(1, 18)
+    kill_at = rng.randint(1, 70)
     if not (child := os.fork()):
         try:
             run(kill_at)
@@ -414,7 +439,8 @@ while code == -signal.SIGKILL:
         finally:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, *(path.name for path in Path(output).glob("*.partial")), flush=True)
+    left = [path.name for pattern in ("*.partial", "checkpoints/*") for path in Path(output).glob(pattern)]
+    print(code, *left, flush=True)
 """
 
 
@@ -422,12 +448,11 @@ while code == -signal.SIGKILL:
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, uninterrupted: Path) -> None:
     tiny_shards(tmp_path / "shards")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "shards"), str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     codes = [line.split()[0] for line in result.stdout.splitlines()]
-    assert len(codes) > 5, result.stdout + result.stderr
+    assert len(codes) > 20, result.stdout + result.stderr
     assert codes == ["-9"] * (len(codes) - 1) + ["0"], result.stdout + result.stderr
-    assert "state.pt.partial" in result.stdout, "one died while it wrote a checkpoint"
-    assert "model.partial" in result.stdout, "one died while it wrote the model"
+    assert ".partial" in result.stdout, "one died while it wrote a checkpoint"
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -448,13 +473,13 @@ def test_a_number_that_is_not_finite_stops_before_the_update(
     at: int,
 ) -> None:
     recipe = tiny_recipe(DROPOUT)
-    original = loop.token_loss
+    original = LossModel.forward
     calls = 0
-    kept: list[tuple[BTLMLMHeadModel, dict[str, Tensor]]] = []
+    kept: list[tuple[LossModel, dict[str, Tensor]]] = []
 
-    def poisoned(model: BTLMLMHeadModel, input_ids: Tensor) -> Tensor:
+    def poisoned(model: LossModel, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         nonlocal calls
-        loss = original(model, input_ids)
+        loss = original(model, input_ids, document_ids)
         if not model.training:
             return loss
         calls += 1
@@ -465,60 +490,167 @@ def test_a_number_that_is_not_finite_stops_before_the_update(
             loss.register_hook(lambda grad: grad * bad)
         return loss
 
-    monkeypatch.setattr(loop, "token_loss", poisoned)
+    monkeypatch.setattr(LossModel, "forward", poisoned)
     step = (at + 1) // 2
-    with pytest.raises(FloatingPointError, match=rf"^Step {step}: loss .*, gradient norm .*; nothing was updated"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"^Step {step}: loss .*, gradient norm .*; nothing was updated; .*not_finite.json tells",
+    ):
         run(recipe, shards, tmp_path)
     ((model, before),) = kept
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
     assert [record["step"] for record in (metrics(tmp_path) if step > 1 else [])] == list(range(1, step))
     assert not (tmp_path / "model").exists()
+    told = json.loads((tmp_path / "not_finite.json").read_text())
+    assert (told["step"], told["tokens_before"], told["sequence_length"]) == (step, 64 * (step - 1), 16)
+    ((first, second),) = told["loss_of_micro_batches_by_rank"]
+    if where == "loss":
+        assert [math.isfinite(first), math.isfinite(second)] == [at % 2 == 0, at % 2 == 1]
+    # A loader that goes there reads the batch again.
+    loader = TokenLoader(shards, recipe.stages, seed=recipe.seed)
+    loader.seek(told["tokens_before"])
+    assert next(loader).tokens == 64 * step
 
     # The cause gone, the same call goes on.
-    monkeypatch.setattr(loop, "token_loss", original)
+    monkeypatch.setattr(LossModel, "forward", original)
+    (tmp_path / "not_finite.json").unlink()
     run(recipe, shards, tmp_path)
     assert_same_run(tmp_path, uninterrupted)
 
 
-# Bits per byte
+# Signals
 
 
-def test_bits_per_byte(shards: TokenShards) -> None:
-    torch.manual_seed(0)
-    model = BTLMLMHeadModel(tiny_recipe({"resid_pdrop": 0.5}).config).train()
-    actual = evaluate_bits_per_byte(model, shards, 32, 100, TOKEN_BYTES)
-    assert model.training, "left as it was"
-    model.eval()
-    expected = {}
-    # Of books 100 of 150 tokens: rows of 32, 32, 32 and 4; of code all 70: rows of 32, 32 and 6.
-    for source, lengths in (("books", (32, 32, 32, 4)), ("code", (32, 32, 6))):
-        stream, bits, size = shards.source_tokens("validation", source, 1000).tolist(), 0.0, 0
-        for length in lengths:
-            row, stream = stream[:length], stream[length:]
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                log_probs = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
-            for position, token in enumerate(row[1:]):
-                bits -= float(log_probs[position, token]) / math.log(2)
-                size += int(TOKEN_BYTES[token])
-        expected[source] = bits / size
-    expected["mean"] = (expected["books"] + expected["code"]) / 2
-    assert actual == pytest.approx(expected, rel=1e-5)
-    assert list(actual) == ["books", "code", "mean"]
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, shards: TokenShards, uninterrupted: Path, name: str
+) -> None:
+    recipe = tiny_recipe(DROPOUT)
+    before = signal.default_int_handler  # Who runs the tests in the background ignores SIGINT.
+    previous = signal.signal(signal.Signals[name], before)
+    records = []
+    for record in train(recipe, shards, tmp_path, TOKEN_BYTES):
+        records.append(record)
+        if record["step"] == 2:
+            signal.raise_signal(signal.Signals[name])
+    assert [record["step"] for record in records] == [1, 2, 3], "the step that was in progress is finished"
+    assert checkpoints(tmp_path) == [2, 3]
+    assert not (tmp_path / "model").exists()
+    assert signal.getsignal(signal.Signals[name]) is before
+    signal.signal(signal.Signals[name], previous)
+    run(recipe, shards, tmp_path)
+    assert weights(tmp_path).keys() == weights(uninterrupted).keys()
+    assert all(torch.equal(tensor, weights(uninterrupted)[key]) for key, tensor in weights(tmp_path).items())
 
 
-def test_sources_without_held_out_text_are_left_out(tmp_path: Path) -> None:
-    shards = write_streams(
-        tmp_path / "shards", {"a": (range(99), [3, 4, 5, 6]), "b": (range(99), []), "c": (range(99), [7])}
+# Damage
+
+
+def damage(folder: Path, name: str, how: str) -> None:
+    path = folder / name
+    if how == "missing":
+        path.unlink()
+    elif how == "shorter":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("state/__0_0.distcp", "flipped"),
+        ("state/.metadata", "missing"),
+        ("state/random-0.pt", "shorter"),
+        ("model/model.safetensors", "flipped"),
+        ("model/config.json", "missing"),
+        ("checkpoint.json", "missing"),
+        ("checkpoint.json", "shorter"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, shards: TokenShards, uninterrupted: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
+    recipe = tiny_recipe(DROPOUT)
+    run(recipe, shards, tmp_path, steps=5)
+    damage(tmp_path / "checkpoints/step-00000004", name, how)
+    assert [record["step"] for record in run(recipe, shards, tmp_path)] == [3, 4, 5, 6, 7]
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("btlm.")]
+    assert message.startswith(f"{tmp_path}/checkpoints/step-00000004 is damaged: {name} ")
+    assert message.endswith("; the checkpoint before it is used.")
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path, steps=5)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        damage(folder, "state/.metadata", "flipped")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"^No checkpoint of .* is whole \(.*step-00000002.*\); remove the folder"):
+        run(tiny_recipe(), shards, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path, steps=2)
+    with pytest.raises(
+        ValueError, match=r"step-00000002 does not fit the model of the recipe \(.*\); give a new output"
+    ):
+        run(tiny_recipe({"n_inner": 48}), shards, tmp_path)
+
+
+# What is kept
+
+
+def test_the_last_checkpoints_and_every_so_many_steps_are_kept(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(checkpoints=Checkpoints(every_steps=1, keep_last=2)), shards, tmp_path / "last")
+    assert checkpoints(tmp_path / "last") == [6, 7]
+    run(
+        tiny_recipe(checkpoints=Checkpoints(every_steps=1, keep_last=1, keep_every_steps=3)), shards, tmp_path / "every"
     )
-    model = BTLMLMHeadModel(tiny_recipe().config)
-    result = evaluate_bits_per_byte(model, shards, 16, 100, TOKEN_BYTES)
-    assert list(result) == ["a", "mean"]
-    assert result["a"] == result["mean"]
+    assert checkpoints(tmp_path / "every") == [3, 6, 7]
 
 
-def test_a_run_without_held_out_text_has_no_bits_per_byte(tmp_path: Path) -> None:
-    shards = write_streams(tmp_path / "shards", {"a": (np.arange(999) % VOCAB_SIZE, [])})
-    records = run(tiny_recipe(), shards, tmp_path / "run")
-    assert len(records) == 7
-    assert not any("bits_per_byte" in record for record in records)
+def test_the_model_of_every_checkpoint_loads(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path)
+    for step in (6, 7):
+        model = BTLMLMHeadModel.from_pretrained(tmp_path / f"checkpoints/step-{step:08d}/model")
+        assert model.num_parameters() == tiny_recipe().config.num_parameters()
+    assert all(
+        torch.equal(value, weights(tmp_path)[key])
+        for key, value in load_file(tmp_path / "checkpoints/step-00000007/model/model.safetensors").items()
+    )
+
+
+# Epochs
+
+
+def test_a_run_resumes_across_an_epoch_boundary(tmp_path: Path) -> None:
+    # 130 tokens: 4 units of 32, so that an epoch ends after two steps.
+    shards = write_streams(tmp_path / "shards", {"a": (np.arange(130) % VOCAB_SIZE, [])})
+    recipe = tiny_recipe(DROPOUT)
+    run(recipe, shards, tmp_path / "whole")
+    for steps in (1, 2, 1, 2, 3):
+        run(recipe, shards, tmp_path / "parts", steps)
+    run(recipe, shards, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+# Precision, memory, documents
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [Precision("float32"), Precision("bfloat16", activation_checkpointing=True), Precision("float32", True)],
+)
+def test_precision_and_checkpointing_change_no_more_than_rounding(
+    tmp_path: Path, shards: TokenShards, precision: Precision
+) -> None:
+    for name, chosen in (("plain", Precision(precision.dtype)), ("other", precision), ("bf16", Precision())):
+        run(tiny_recipe(DROPOUT, precision=chosen), shards, tmp_path / name)
+    losses = {name: [record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "other", "bf16")}
+    assert losses["other"] == losses["plain"], "the same products, computed once more"
+    assert losses["other"] == pytest.approx(losses["bf16"], rel=3e-3)

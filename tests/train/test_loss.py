@@ -129,3 +129,17 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch, with_grad: bo
 def test_labels_are_the_next_tokens_of_each_row() -> None:
     labels = next_token_labels(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     assert labels.tolist() == [[2, 3, -100], [5, 6, -100]]
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
+    hidden, weight, labels = inputs()
+    expected = torch.autograd.grad(plain(hidden, weight, labels), hidden)[0]
+    frozen = weight.detach()
+    linear_cross_entropy(hidden, frozen, labels).backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert frozen.grad is None
+
+
+def test_the_first_token_of_a_document_is_not_predicted() -> None:
+    labels = next_token_labels(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [0, 1, 2, 2]]))
+    assert labels.tolist() == [[2, -100, 4, -100], [-100, -100, 8, -100]]

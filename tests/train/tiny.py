@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from btlm.data.shards import TokenShards
-from btlm.train.recipe import Optimizer, Recipe, Stage
+from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Recipe, Schedule, Stage, Watching
 from tests.data.tiny import write_streams
 
 VOCAB_SIZE = 200
@@ -39,13 +39,14 @@ def tiny_recipe(model: dict[str, Any] | None = None, **overrides: Any) -> Recipe
     """Four steps of four rows, then three steps of two rows twice as long, each in two passes."""
     values: dict[str, Any] = {
         "model": MODEL | (model or {}),
-        "optimizer": Optimizer(lr=0.02, warmup_tokens=128, final_lr_ratio=0.1, clip_norm=0.5),
+        "optimizer": Optimizer(lr=0.02, clip_norm=0.5),
+        "schedule": Schedule(warmup_tokens=128, final_lr_ratio=0.1),
         "stages": [Stage(16, 64, 256), Stage(32, 64, 192)],
         "micro_batch_tokens": 32,
         "seed": 5,
-        "eval_every_tokens": 192,
-        "eval_tokens_per_source": 100,
-        "checkpoint_every_steps": 2,
+        "evaluation": Evaluation(every_tokens=192, tokens_per_source=100),
+        "checkpoints": Checkpoints(every_steps=2),
+        "watching": Watching(tensorboard=False),
     }
     return Recipe(**values | overrides)
 

@@ -218,7 +218,7 @@ def _lost_workers_end_the_run(home: Path, run: Run) -> Iterator[None]:
     main_thread = threading.main_thread()
     assert main_thread.ident is not None
     main = main_thread.ident
-    ended, lost, lock = threading.Event(), threading.Event(), threading.Lock()
+    ended, lock = threading.Event(), threading.Lock()
 
     def watch() -> None:
         while not ended.wait(0.1):
@@ -227,26 +227,36 @@ def _lost_workers_end_the_run(home: Path, run: Run) -> Iterator[None]:
                 failed = any((home / "failures").iterdir())
                 with lock:
                     if not ended.is_set() and not failed:
-                        lost.set()
-                        # Unlike _thread.interrupt_main, this wakes a thread that waits for a lock.
-                        signal.pthread_kill(main, signal.SIGINT)
+                        # Unlike _thread.interrupt_main, this wakes a thread that waits for a lock. A shell's background
+                        # commands ignore SIGINT, so it is another signal.
+                        signal.pthread_kill(main, signal.SIGUSR1)
                 return
 
-    if run.execution.executor == "local" and threading.current_thread() is main_thread:
-        threading.Thread(target=watch, daemon=True).start()
+    if run.execution.executor != "local" or threading.current_thread() is not main_thread:
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, _raise_worker_lost)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         try:
             yield
         finally:
             with lock:
                 ended.set()
-    except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
+            signal.signal(signal.SIGUSR1, before)
+    except _WorkerLostError:
         raise ValueError(
             "A worker was killed (out of memory?); the same command goes on where it stopped, and --workers 1 needs "
             "the least memory."
         ) from None
+
+
+class _WorkerLostError(BaseException):
+    """Passes by everything that catches exceptions."""
+
+
+def _raise_worker_lost(*_: object) -> None:
+    raise _WorkerLostError
 
 
 def _is_alive(process: int) -> bool:

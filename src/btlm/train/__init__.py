@@ -1,6 +1,8 @@
 """Batches to a checkpoint."""
 
-from .loop import evaluate_bits_per_byte, train
-from .recipe import Recipe, load_recipe
+from .evaluate import evaluate_held_out
+from .loop import train
+from .recipe import Recipe
+from .recipe_file import load_recipe
 
-__all__ = ["Recipe", "evaluate_bits_per_byte", "load_recipe", "train"]
+__all__ = ["Recipe", "evaluate_held_out", "load_recipe", "train"]

@@ -1,82 +1,35 @@
-"""The training loop: variable sequence length, muP AdamW, bf16, and checkpoints that resume bit-identically."""
+"""The training loop, to be read from the top: set up or resume, then a step, its record, a checkpoint."""
 
 import json
-import math
-import os
-import shutil
+import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from btlm.data.loader import TokenLoader
+from btlm.data.loader import Batch, TokenLoader
 from btlm.data.shards import TokenShards
-from btlm.model import BTLMLMHeadModel
-from btlm.model.mup import scale_logits
 
-from .loss import linear_cross_entropy, next_token_labels
-from .recipe import Recipe
+from .checkpoint import find_checkpoint, keep_checkpoints, load_checkpoint, publish_model, save_checkpoint
+from .evaluate import evaluate_held_out
+from .parallel import Ranks, join_ranks, shard
+from .recipe import Recipe, Watching
+from .start import Trainee, prepare_model
+from .step import LossModel, take_step
+from .watch import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
 
-STATE = "state.pt"
-METRICS = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
-
-def token_loss(model: BTLMLMHeadModel, input_ids: Tensor) -> Tensor:
-    """Cross-entropy of packed rows ``[B, L]``, summed over their tokens, in nats; bf16 products, fp32 sums."""
-    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
-        hidden = model.transformer(input_ids, use_cache=False).last_hidden_state
-    hidden = scale_logits(hidden, model.config).flatten(0, 1).to(torch.bfloat16)
-    return linear_cross_entropy(hidden, model.lm_head.weight, next_token_labels(input_ids).flatten())
-
-
-@torch.no_grad()
-def evaluate_bits_per_byte(
-    model: BTLMLMHeadModel,
-    shards: TokenShards,
-    sequence_length: int,
-    tokens_per_source: int,
-    token_bytes: NDArray[np.int64],
-) -> dict[str, float]:
-    """Held-out loss in bits per byte of text, for each source and their mean (key ``mean``); empty without any text.
-
-    Args:
-        model: On the device to compute on.
-        shards: With held-out documents.
-        sequence_length: Rows of at most this many tokens, without overlap.
-        tokens_per_source: From the first held-out documents of each source.
-        token_bytes: Bytes of text of every token id; 0 for end-of-text.
-    """
-    device = model.lm_head.weight.device
-    was_training = model.training
-    model.eval()
-    result = {}
-    for source in shards.sources:
-        tokens = shards.source_tokens("validation", source, tokens_per_source).astype(np.int64)
-        nats, size = 0.0, 0
-        for start in range(0, len(tokens) - 1, sequence_length):
-            row = tokens[start : start + sequence_length]
-            nats += float(token_loss(model, torch.from_numpy(row)[None].to(device)))
-            size += int(token_bytes[row[1:]].sum())
-        if size:
-            result[source] = nats / math.log(2) / size
-    model.train(was_training)
-    return {**result, "mean": sum(result.values()) / len(result)} if result else {}
-
-
-def training_batches(recipe: Recipe, shards: TokenShards) -> TokenLoader:
-    """The batches of a run, one for each of its steps.
-
-    Raises:
-        ValueError: The stages cannot be cut from the shards.
-    """
-    stages = [replace(stage, tokens=stage.steps * stage.batch_tokens) for stage in recipe.stages]
-    return TokenLoader(shards, stages, seed=recipe.seed)
+NOT_FINITE = "not_finite.json"
 
 
 def train(
@@ -85,118 +38,211 @@ def train(
     output: Path | str,
     token_bytes: NDArray[np.int64],
     device: str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Train, or go on from the checkpoint in ``output``; yields one record a step (and appends it to metrics.jsonl).
+    """Train, or go on from the newest whole checkpoint in ``output``; yields one record a step.
 
-    ``output`` ends up with ``model/`` (a Hugging Face folder, fp32) and ``metrics.jsonl``; ``state.pt`` holds what is
-    resumed from and is replaced as a whole.
+    ``output`` receives ``checkpoints/``, ``metrics.jsonl`` (the records) and, at the end, ``model/``, a Hugging Face
+    folder in fp32. On SIGTERM or Ctrl-C the step in progress is finished, a checkpoint written, and the records end.
+
+    Args:
+        recipe: Of the run.
+        shards: To read.
+        output: The same on every rank, on a file system that they share.
+        token_bytes: Bytes of text of every token id, int64 ``[vocab]``; 0 for end-of-text.
+        device: Of torch, or ``auto``.
+        ranks: Of this process, where it has joined them already.
 
     Raises:
         ValueError: The stages cannot be cut from the shards, the model lacks some of their tokens, or the checkpoint in
             ``output`` is of other shards or another recipe.
-        FloatingPointError: The loss or the gradient is not finite; the weights are those before that step.
+        FloatingPointError: The loss or the gradient is not finite; the weights are those before that step, and
+            ``not_finite.json`` tells the batch.
     """
-    if recipe.config.vocab_size < len(token_bytes):
-        raise ValueError(f"vocab_size is {recipe.config.vocab_size}; the shards need at least {len(token_bytes)}.")
-    loader = training_batches(recipe, shards)
+    ranks = ranks or join_ranks(device)
     output = Path(output)
+    config = recipe.config
+    if config.vocab_size < len(token_bytes):
+        raise ValueError(f"vocab_size is {config.vocab_size}; the shards need at least {len(token_bytes)}.")
+    loader = training_batches(recipe, shards, ranks)
+    run = _set_up(recipe, ranks)
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
-    model = BTLMLMHeadModel(recipe.config).to(device).train()  # type: ignore[arg-type]
-    options = recipe.optimizer
-    groups = model.get_mup_param_groups(options.lr, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    done = _resume(output, run, loader, ranks)
+    records = truncate_metrics(output, done) if ranks.first else []
+    monitor = SpikeMonitor(recipe.watching.spike_deviations, [record["loss"] for record in records])
+    rate = matrix_rate(ranks.device, run.model.dtype) * ranks.world_size
+    passes = 2 if run.trainee.adapted else 3  # Frozen weights have no gradient.
 
-    done = _load_checkpoint(output, model, optimizer, loader)
-    _truncate_metrics(output, done)
-    started = time.perf_counter()
-    for step, batch in enumerate(loader, start=done + 1):
-        tokens, length, batch_tokens = batch.tokens, batch.sequence_length, batch.input_ids.size
-        factor = recipe.lr_factor(tokens)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        # Each row predicts all its tokens but the first.
-        valid = len(batch.input_ids) * (length - 1)
-        loss = 0.0
-        for part in torch.from_numpy(batch.input_ids).to(device).split(max(1, recipe.micro_batch_tokens // length)):
-            part_loss = token_loss(model, part) / valid
-            part_loss.backward()
-            loss += float(part_loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"Step {step}: loss {loss}, gradient norm {norm}; nothing was updated.")
-        optimizer.step()
-        optimizer.zero_grad()
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": tokens,
-            "sequence_length": length,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": options.lr * factor,
-            "tokens_per_s": batch_tokens / (time.perf_counter() - started),
-        }
-        last = step == recipe.total_steps
-        if last or tokens // recipe.eval_every_tokens > (tokens - batch_tokens) // recipe.eval_every_tokens:
-            held_out = evaluate_bits_per_byte(model, shards, length, recipe.eval_tokens_per_source, token_bytes)
-            record |= {"bits_per_byte": held_out} if held_out else {}
-        with (output / METRICS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if last or step % recipe.checkpoint_every_steps == 0:
-            _save_checkpoint(output, model, optimizer, loader, step)
-        yield record
+    checkpoint = output / "checkpoints" / f"step-{done:08d}"
+    watching = recipe.watching if ranks.first else Watching(tensorboard=False)
+    with _stop_on_signal() as stop, open_sinks(replace(recipe, watching=watching), output, done) as sinks:
         started = time.perf_counter()
-    _save_model(output, model)
+        for step, batch in enumerate(loader, start=done + 1):
+            factor = recipe.lr_factor(batch.tokens)
+            for group, peak in zip(run.optimizer.param_groups, run.peaks, strict=True):
+                group["lr"] = peak * factor
+            stage = _stage_of(recipe, batch)
+            try:
+                result = take_step(
+                    run.model, run.optimizer, batch, recipe.micro_batch_tokens, recipe.optimizer.clip_norm, ranks
+                )
+            except FloatingPointError as error:
+                place = {
+                    "step": step,
+                    "tokens_before": batch.tokens - stage.batch_tokens,
+                    "sequence_length": batch.sequence_length,
+                }
+                _tell_not_finite(output, place, error, ranks)
+                raise FloatingPointError(
+                    f"Step {step}: {error.args[0]}; {output / NOT_FINITE} tells the batch."
+                ) from error
+            seconds = time.perf_counter() - started
+            speed = stage.batch_tokens / seconds
+            flops = config.flops_per_token(batch.sequence_length) * passes
+            record: dict[str, Any] = {
+                "step": step,
+                "tokens": batch.tokens,
+                "sequence_length": batch.sequence_length,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": recipe.optimizer.lr * factor,
+                "tokens_per_s": speed,
+                "mfu": speed * flops / rate,
+            }
+            if (deviations := monitor.check(result.loss)) is not None:
+                record["spike"] = deviations
+                logger.warning(
+                    "Step %d: loss %.3f is %.1f deviations above those before it.", step, result.loss, deviations
+                )
+            last = step == recipe.total_steps
+            every = recipe.evaluation.every_tokens
+            if last or batch.tokens // every > (batch.tokens - stage.batch_tokens) // every:
+                record |= _evaluate(run.model, recipe, shards, batch.sequence_length, token_bytes, ranks)
+            if ranks.first:
+                with (output / METRICS).open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                for sink in sinks:
+                    sink.log(record)
+            (stopped,) = ranks.sum(stop.is_set())
+            if last or stopped or step % recipe.checkpoints.every_steps == 0:
+                checkpoint = save_checkpoint(output, step, run.trainee, run.optimizer, loader.state_dict(), ranks)
+                keep_checkpoints(output, recipe.checkpoints.keep_last, recipe.checkpoints.keep_every_steps, ranks)
+            yield record
+            if stopped and not last:
+                return
+            started = time.perf_counter()
+    if ranks.first:
+        publish_model(checkpoint, output)
+    ranks.barrier()
 
 
-def _save_model(output: Path, model: BTLMLMHeadModel) -> None:
-    partial = output / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.rmtree(output / "model", ignore_errors=True)
-    partial.rename(output / "model")
+def training_batches(recipe: Recipe, shards: TokenShards, ranks: Ranks) -> TokenLoader:
+    """The batches of a run, one for each of its steps: the part of this rank.
+
+    Raises:
+        ValueError: The stages cannot be cut from the shards, or a batch not over the ranks.
+    """
+    stages = [replace(stage, tokens=stage.steps * stage.batch_tokens) for stage in recipe.stages]
+    return TokenLoader(
+        shards,
+        stages,
+        seed=recipe.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        document_ids=recipe.data.mask_documents,
+    )
 
 
-def _save_checkpoint(
-    output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, loader: TokenLoader, step: int
-) -> None:
-    partial = output / f"{STATE}.partial"
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "loader": loader.state_dict(),
-    }
-    torch.save(state, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(output / STATE)
+# Parts
 
 
-def _load_checkpoint(
-    output: Path, model: BTLMLMHeadModel, optimizer: torch.optim.Optimizer, loader: TokenLoader
-) -> int:
-    if not (output / STATE).exists():
+class _Run(NamedTuple):
+    trainee: Trainee
+    model: LossModel
+    optimizer: torch.optim.Optimizer
+    peaks: list[float]
+
+
+def _set_up(recipe: Recipe, ranks: Ranks) -> _Run:
+    trainee = prepare_model(recipe)
+    model = LossModel(trainee.network, getattr(torch, recipe.precision.dtype))
+    model.to(ranks.device).train()
+    shard(model, trainee.network.transformer.h, recipe.parallelism, ranks)
+    options = recipe.optimizer
+    groups = trainee.parameter_groups(options.lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+    torch.manual_seed(recipe.seed + 1 + ranks.rank)  # Each rank drops out others.
+    return _Run(trainee, model, optimizer, [group["lr"] for group in optimizer.param_groups])
+
+
+def _resume(output: Path, run: _Run, loader: TokenLoader, ranks: Ranks) -> int:
+    """Load the newest whole checkpoint; returns its step, 0 without one."""
+    found = find_checkpoint(output, ranks)
+    if found is None:
         return 0
-    state = torch.load(output / STATE, weights_only=True, map_location=model.device)
+    folder, marker = found
     try:
-        loader.load_state_dict(state.get("loader", {}))
+        loader.load_state_dict(marker["loader"])
     except ValueError as error:
-        raise ValueError(f"{output / STATE} is of another run; give a new output folder. {error}") from error
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    step: int = state["step"]
-    return step
+        raise ValueError(f"{folder} is of another run; give a new output folder. {error}") from error
+    load_checkpoint(folder, run.trainee, run.optimizer, ranks, marker["world_size"])
+    return int(marker["step"])
 
 
-def _truncate_metrics(output: Path, step: int) -> None:
-    """Drop what steps after the checkpoint recorded: they run again. The last line may be half written."""
-    metrics = output / METRICS
-    if metrics.exists():
-        lines = metrics.read_text().rpartition("\n")[0].splitlines()
-        partial = output / f"{METRICS}.partial"
-        partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
-        partial.rename(metrics)
+def _evaluate(
+    model: LossModel,
+    recipe: Recipe,
+    shards: TokenShards,
+    sequence_length: int,
+    token_bytes: NDArray[np.int64],
+    ranks: Ranks,
+) -> dict[str, dict[str, float]]:
+    rows = max(1, recipe.micro_batch_tokens // sequence_length)
+    tokens = recipe.evaluation.tokens_per_source
+    # Held-out rows end where the text does, and every length would be compiled by itself.
+    with torch.compiler.set_stance("force_eager") if recipe.precision.compile else nullcontext():
+        return evaluate_held_out(model, shards, sequence_length, tokens, token_bytes, ranks, rows)
+
+
+def _stage_of(recipe: Recipe, batch: Batch) -> Any:
+    """The stage that a batch is of."""
+    end = 0
+    for stage in recipe.stages:
+        end += stage.steps * stage.batch_tokens
+        if batch.tokens <= end:
+            return stage
+    raise AssertionError(batch.tokens)
+
+
+def _tell_not_finite(output: Path, place: dict[str, Any], error: FloatingPointError, ranks: Ranks) -> None:
+    """Save where the batch is, so that it can be looked at: a loader that seeks ``tokens_before`` reads it next."""
+    if ranks.first:
+        content = place | {"problem": error.args[0], "loss_of_micro_batches_by_rank": error.args[1]}
+        partial = output / f"{NOT_FINITE}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.rename(output / NOT_FINITE)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; the second one acts at once. Only the main thread can be told."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell's background commands ignore Ctrl-C, and go on doing so.
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+        logger.warning("Stopping after this step (%s); once more stops at once.", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,23 +1,73 @@
 """A training run as data: one YAML file over these dataclasses."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from btlm.model import BTLMConfig
+
+# Numbers with their least value, and the greatest; a row of one token has nothing to predict.
+Whole = Annotated[int, 0]
+Count = Annotated[int, 1]
+RowLength = Annotated[int, 2]
+Number = Annotated[float, 0.0]
+Share = Annotated[float, 0.0, 1.0]
+
+# What a model that is started from may be given anew; all else is part of its weights.
+OVERRIDES = ("n_positions", "alibi_scaling", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to go on from."""
+
+    model: str
+    """Folder of a checkpoint, or id on the Hugging Face Hub."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) by PEFT; all other weights stay as they are."""
+
+    rank: Count = 16
+    alpha: Number = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "c_fc2")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (arXiv 1711.05101) on the muP groups; ``lr`` is the peak at base width."""
+
+    lr: Number
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Number = 1e-8
+    weight_decay: Number = 0.1
+    clip_norm: Number = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over its peak against tokens: linear warm-up from 0, then decay to ``final_lr_ratio``.
+
+    ``start_tokens`` is where the run stands on its schedule when it begins: 0 restarts the schedule, the tokens that a
+    model has seen resume it. The schedule ends with the last stage.
+    """
+
+    warmup_tokens: Whole
+    final_lr_ratio: Share = 0.0085
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    start_tokens: Whole = 0
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stretch of the run at one sequence length; the schedule is global and does not restart."""
 
-    sequence_length: int
-    batch_tokens: int
-    tokens: int
+    sequence_length: RowLength
+    batch_tokens: Count
+    tokens: Count
 
     @property
     def steps(self) -> int:
@@ -26,16 +76,64 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW on the muP groups; linear warm-up, then linear decay to ``final_lr_ratio`` of the peak."""
+class Data:
+    """How rows are used; the shards themselves are an argument of the command.
 
-    lr: float
-    warmup_tokens: int
-    final_lr_ratio: float = 0.0085
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    ``mask_documents`` keeps attention and loss within the documents of a row. It costs a mask of
+    ``sequence_length**2`` bytes a row; BTLM was trained without.
+    """
+
+    mask_documents: bool = False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weights, sums and optimizer are fp32 in any case; ``dtype`` is that of products."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How the ranks of ``torchrun`` share the work.
+
+    Each of ``replicate`` groups holds the whole state, cut over its ranks (FSDP2; hybrid sharding from two groups on).
+    ``gather_dtype`` is that of the weights when they are gathered for use; fp32 gives the numbers of a single process.
+    """
+
+    replicate: Count = 1
+    gather_dtype: Literal["bfloat16", "float32"] = "float32"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss at this interval and at the end, on the first tokens of the held-out documents of each source."""
+
+    every_tokens: Count = 1_000_000
+    tokens_per_source: Count = 16_384
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """At this interval and at the end; the last ``keep_last`` stay, and those at multiples of ``keep_every_steps``."""
+
+    every_steps: Count = 50
+    keep_last: Count = 2
+    keep_every_steps: Count | None = None
+
+
+@dataclass(frozen=True)
+class Watching:
+    """TensorBoard files in the output folder, a W&B project, and when a loss is reported as a spike.
+
+    A spike is a loss more than ``spike_deviations`` standard deviations above the mean of the 128 steps before it.
+    """
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    spike_deviations: Number = 6.0
 
 
 @dataclass(frozen=True)
@@ -43,29 +141,55 @@ class Recipe:
     """One training run.
 
     Args:
-        model: Keys of :class:`btlm.BTLMConfig`.
-        optimizer: Learning rate, schedule and decay.
+        optimizer: AdamW.
+        schedule: Of the learning rate.
         stages: In order.
-        micro_batch_tokens: Tokens that a forward pass holds at once; bounds memory.
-        seed: Of initialization and data order.
-        eval_every_tokens: Held-out loss at this interval, and at the end.
-        eval_tokens_per_source: Held-out tokens of each source that are evaluated.
-        checkpoint_every_steps: Interval of resumable checkpoints.
+        model: Keys of :class:`btlm.BTLMConfig`; with ``start`` those that are to be changed (``OVERRIDES``).
+        mup_base_width: Width at which ``optimizer.lr`` and the multipliers were tuned; gives ``mup_width_scale``.
+        start: A model to go on from; from random weights without it.
+        lora: Train adapters instead of the weights.
+        micro_batch_tokens: Tokens that a forward pass of one rank holds at once; bounds memory.
+        seed: Of initialization, data order and dropout.
+        data: Documents within rows.
+        precision: Dtype of products, activation checkpointing, compilation.
+        parallelism: Over ranks.
+        evaluation: Held-out loss.
+        checkpoints: What to resume from.
+        watching: TensorBoard, W&B, spikes.
     """
 
-    model: dict[str, Any]
     optimizer: Optimizer
+    schedule: Schedule
     stages: list[Stage]
-    micro_batch_tokens: int = 8192
-    seed: int = 1
-    eval_every_tokens: int = 1_000_000
-    eval_tokens_per_source: int = 16_384
-    checkpoint_every_steps: int = 50
+    model: dict[str, Any] = field(default_factory=dict)
+    mup_base_width: Count | None = None
+    start: Start | None = None
+    lora: Lora | None = None
+    micro_batch_tokens: Count = 8192
+    seed: Whole = 1
+    data: Data = Data()
+    precision: Precision = Precision()
+    parallelism: Parallelism = Parallelism()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    watching: Watching = Watching()
 
     @property
     def config(self) -> BTLMConfig:
-        """The model's configuration."""
-        return BTLMConfig(**self.model)
+        """The model's configuration; that of ``start.model``, with ``model`` on top, where a run goes on.
+
+        Raises:
+            ValueError: ``start.model`` cannot be read, or the values do not go together.
+        """
+        if self.start is None:
+            width_scale = {} if self.mup_base_width is None else {"mup_width_scale": self._width_scale}
+            return BTLMConfig(**self.model | width_scale)
+        config = _stored_config(self.start.model)
+        for key, value in self.model.items():
+            setattr(config, key, value)
+        config.raise_problems()
+        config.raise_problems(length_problems(config, self.stages))
+        return config
 
     @property
     def total_steps(self) -> int:
@@ -79,116 +203,51 @@ class Recipe:
 
     def lr_factor(self, tokens: int) -> float:
         """Learning rate over its peak for the step that ends at ``tokens`` tokens of the run."""
-        warmup = self.optimizer.warmup_tokens
+        schedule, tokens = self.schedule, self.schedule.start_tokens + tokens
+        warmup, total = schedule.warmup_tokens, schedule.start_tokens + self.total_tokens
         if tokens < warmup:
             return tokens / warmup
-        progress = (tokens - warmup) / max(1, self.total_tokens - warmup)
-        return 1.0 - (1.0 - self.optimizer.final_lr_ratio) * progress
+        if schedule.decay == "constant":
+            return 1.0
+        progress = (tokens - warmup) / max(1, total - warmup)
+        if schedule.decay == "cosine":
+            progress = (1.0 - math.cos(math.pi * progress)) / 2
+        return 1.0 - (1.0 - schedule.final_lr_ratio) * progress
+
+    @property
+    def _width_scale(self) -> float:
+        assert self.mup_base_width is not None
+        return self.mup_base_width / int(self.model["n_embd"])
 
 
-def load_recipe(path: Path | str) -> Recipe:
-    """Read and check a recipe.
+# Parts
 
-    Raises:
-        ValueError: Names every problem at once.
-    """
-    path = Path(path)
+
+def _stored_config(model: str) -> BTLMConfig:
+    """The configuration of a checkpoint; that of another kind of model, or none, must not pass for one of BTLM."""
+    told = f"start.model is {model!r}"
+    remedy = "give the folder of a checkpoint of BTLM, or its id on the Hugging Face Hub"
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"{told}, a folder without config.json; {remedy}.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a readable recipe: {' '.join(str(error).split())}.") from error
-    problems: list[str] = []
-    recipe = _build(Recipe, raw, "", problems)
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}.")
-    assert isinstance(recipe, Recipe)
-    return recipe
+        kind = BTLMConfig.get_config_dict(model)[0].get("model_type")
+        config = BTLMConfig.from_pretrained(model) if kind == BTLMConfig.model_type else None
+    except Exception as error:  # What Transformers raises depends on what it finds.
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        place = "" if Path(model).is_dir() else "is no folder here and "
+        raise ValueError(f"{told}, which {place}cannot be read ({reason}); {remedy}.") from error
+    if config is None:
+        raise ValueError(f"{told}, a model of type {kind!r}, not btlm; {remedy}.")
+    return config
 
 
-# Least value of the whole numbers; the other numbers are at least 0. A row of one token has nothing to predict.
-_WHOLE_NUMBERS = {
-    "sequence_length": 2,
-    "batch_tokens": 1,
-    "tokens": 1,
-    "warmup_tokens": 0,
-    "micro_batch_tokens": 1,
-    "seed": 0,
-    "eval_every_tokens": 1,
-    "eval_tokens_per_source": 1,
-    "checkpoint_every_steps": 1,
-}
-
-
-def _build(kind: Any, raw: object, prefix: str, problems: list[str]) -> Any:
-    """One of the dataclasses above from what YAML holds; adds to ``problems``, and is ``None`` where it did."""
-    if not isinstance(raw, dict):
-        problems.append(f"{prefix.rstrip('.') or 'the content'} is {raw!r}, not a mapping")
-        return None
-    before = len(problems)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    problems += [f"{prefix}{key} is not a key of a recipe" for key in raw if key not in fields]
-    for name, part in fields.items():
-        if part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING and name not in raw:
-            problems.append(f"{prefix}{name} is missing")
-    values = {name: _value(name, raw[name], prefix + name, problems) for name in fields if name in raw}
-    if kind is Recipe:
-        stages = values.get("stages") or []
-        problems += _stage_problems(stages, values.get("micro_batch_tokens", Recipe.micro_batch_tokens))
-    return kind(**values) if len(problems) == before else None
-
-
-def _value(name: str, value: Any, where: str, problems: list[str]) -> Any:
-    """The value of a key in its type; adds to ``problems``, and is ``None`` where it did."""
-    if name == "optimizer":
-        return _build(Optimizer, value, f"{where}.", problems)
-    if name == "stages" and isinstance(value, list) and value:
-        return [_build(Stage, stage, f"{where}[{i}].", problems) for i, stage in enumerate(value)]
-    if name == "model" and isinstance(value, dict):
-        known = {f.name for f in dataclasses.fields(BTLMConfig)}
-        problems += [f"{where}.{key} is not a key of BTLM's configuration" for key in value if key not in known]
-        try:
-            BTLMConfig(**{key: item for key, item in value.items() if key in known})
-        except ValueError as error:
-            problems.append(str(error).rstrip("."))
-        return value
-    if wanted := _not_as_wanted(name, value):
-        problems.append(f"{where} is {value!r}, not {wanted}")
-        return None
-    return tuple(value) if name == "betas" else value
-
-
-def _not_as_wanted(name: str, value: Any) -> str:
-    """What the value of a key should be; empty where it is."""
-    if name == "model":
-        return "a mapping"
-    if name == "stages":
-        return "a list of stages"
-    if name == "betas":
-        right = isinstance(value, list) and len(value) == 2 and all(_is_number(beta) and beta < 1 for beta in value)
-        return "" if right else "two numbers in [0, 1)"
-    if name in _WHOLE_NUMBERS:
-        right = type(value) is int and value >= _WHOLE_NUMBERS[name]
-        return "" if right else f"a whole number of at least {_WHOLE_NUMBERS[name]}"
-    text = " (YAML takes 1e-3 for text: write 1.0e-3)" if isinstance(value, str) else ""
-    return "" if _is_number(value) else f"a number of at least 0{text}"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _stage_problems(stages: list[Stage | None], micro_batch_tokens: int | None) -> list[str]:
-    problems = []
-    longest = max((stage.sequence_length for stage in stages if stage), default=0)
-    for i, stage in enumerate(stages):
-        if stage is None:
-            continue
-        batch = f"stages[{i}].batch_tokens ({stage.batch_tokens})"
-        for name, part in (("sequence_length", stage.sequence_length), ("micro_batch_tokens", micro_batch_tokens)):
-            if part and stage.batch_tokens % part:
-                problems.append(f"{batch} is no multiple of {name} ({part})")
-        if stage.tokens < stage.batch_tokens:
-            problems.append(f"{batch} is more than its tokens ({stage.tokens})")
-        if longest % stage.sequence_length:
-            problems.append(f"stages[{i}].sequence_length ({stage.sequence_length}) does not divide {longest}")
-    return problems
+def length_problems(config: BTLMConfig, stages: list[Stage]) -> list[str]:
+    """Stages whose rows are longer than learned positions."""
+    if config.position_embedding_type != "learned":
+        return []
+    return [
+        f"stages[{i}].sequence_length ({stage.sequence_length}) is more than the model's learned positions "
+        f"(n_positions is {config.n_positions})"
+        for i, stage in enumerate(stages)
+        if stage.sequence_length > config.n_positions
+    ]

@@ -1,78 +1,94 @@
 """`btlm train`: one run from a recipe, watched, resumed by the same command, with its curve at the end."""
 
-import json
-import shutil
-from itertools import pairwise
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from btlm.data.shards import TokenShards
+from btlm.model import BTLMConfig
 from btlm.model.tokenization_btlm import load_tokenizer
 
-from .loop import METRICS, STATE, train, training_batches
-from .recipe import load_recipe
+from .checkpoint import FOLDER
+from .curve import plot_metrics
+from .loop import train, training_batches
+from .parallel import join_ranks
+from .recipe import Precision, Recipe
+from .recipe_file import as_dict, dump_recipe, load_recipe
+
+# Lines in the log of a run that nobody watches.
+LOG_LINES = 200
+# What the shell reports of a process that SIGTERM ended.
+TERMINATED = 143
 
 
-def run_training(recipe_path: Path | str, data: Path | str, output: Path | str, device: str = "cpu") -> None:
+def run_training(
+    recipe_path: Path | str,
+    data: Path | str,
+    output: Path | str,
+    device: str = "auto",
+    changes: dict[str, Any] | None = None,
+) -> None:
     """Train by a recipe on token shards; the same call continues an interrupted run.
 
     Args:
         recipe_path: YAML file; a copy is kept in ``output``.
         data: Folder of token shards.
-        output: Receives ``model/``, ``metrics.jsonl``, ``loss.png`` and the state to resume from.
-        device: Of torch.
+        output: Receives ``model/``, ``metrics.jsonl``, ``loss.png``, TensorBoard files and the checkpoints.
+        device: Of torch, or ``auto`` for a GPU where there is one.
+        changes: Values to set on top of the recipe, by dotted key.
 
     Raises:
         ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of other ones.
+        SystemExit: With 143 after a signal, when a checkpoint was written.
     """
-    recipe_path, output = Path(recipe_path), Path(output)
-    recipe = load_recipe(recipe_path)
+    output = Path(output)
+    recipe = load_recipe(recipe_path, changes)
     shards = TokenShards(data)
-    training_batches(recipe, shards)  # Complains, if it has to, before there is an output folder.
+    ranks = join_ranks(device)
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
-    kept = output / "recipe.yaml"
-    begun = kept.exists() and ((output / STATE).exists() or (output / "model").exists())
-    if begun and load_recipe(kept) != recipe:
-        raise ValueError(f"{output} holds a run of another recipe ({kept}); give a new output folder.")
-    if not begun and not (kept.exists() and kept.samefile(recipe_path)):
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(recipe_path, kept)
-
-    console = Console(stderr=True)
-    config = recipe.config
-    flops = sum(config.flops_per_token(s.sequence_length, training=True) * s.tokens for s in recipe.stages)
-    available = shards.num_tokens("train")
-    console.print(
-        f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
-        f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens"
-    )
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("train", total=recipe.total_steps, status="")
-        for record in train(recipe, shards, output, token_bytes(), device):
-            speed = f"{record['tokens_per_s']:,.0f} tok/s"
-            status = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  {speed}"
-            progress.update(task, completed=record["step"], status=status)
-            if "bits_per_byte" in record:
-                held_out = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
-                console.print(f"step {record['step']:,}, {record['tokens']:,} tokens, bits per byte: {held_out}")
-    plot_metrics(output / METRICS, output / "loss.png")
-    console.print(f"Wrote {output / 'model'} and {output / 'loss.png'}")
+        # Both complain, if they have to, before there is an output folder.
+        training_batches(recipe, shards, ranks)
+        config = recipe.config
+        if ranks.first:
+            _keep_recipe(recipe, output)
+        ranks.barrier()
+        console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
+        passes = 3 if recipe.lora is None else 2  # Frozen weights have no gradient.
+        flops = passes * sum(
+            config.flops_per_token(s.sequence_length) * s.steps * s.batch_tokens for s in recipe.stages
+        )
+        available = shards.num_tokens("train")
+        _say(
+            console,
+            f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
+            f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens; "
+            f"{ranks.world_size} x {ranks.device.type}",
+        )
+        with _progress(recipe, config, console) as (show, log):
+            last = 0
+            for record in train(recipe, shards, output, token_bytes(), ranks=ranks):
+                last = record["step"]
+                show(record)
+                if "bits_per_byte" in record:
+                    by_source = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
+                    nats = record["nats_per_token"]["mean"]
+                    log(f"held out after step {last:,}: {nats:.3f} nats a token, bits a byte: {by_source}")
+        if ranks.first:
+            _finish(recipe, output, console, last)
+        if 0 < last < recipe.total_steps:
+            raise SystemExit(TERMINATED)
+    finally:
+        ranks.leave()
 
 
 def token_bytes() -> NDArray[np.int64]:
@@ -84,56 +100,125 @@ def token_bytes() -> NDArray[np.int64]:
     return np.array(sizes, dtype=np.int64)
 
 
-def plot_metrics(metrics: Path, picture: Path) -> None:
-    """Training loss and held-out bits per byte against tokens, as a PNG."""
-    import matplotlib
+# Parts
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    records: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
-    tokens = np.array([record["tokens"] for record in records]) / 1e6
-    loss = np.array([record["loss"] for record in records])
-    evaluated = [record for record in records if "bits_per_byte" in record]
-    panels = 2 if evaluated else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.8), layout="constrained", squeeze=False)
-    window = 25
-    averaged = len(loss) > window
-    left = axes[0, 0]
-    left.plot(tokens, loss, color="0.75", linewidth=0.8, marker="" if averaged else ".", label="each step")
-    if averaged:
-        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        left.plot(tokens[window // 2 :][: len(smooth)], smooth, color="C0", label=f"mean of {window} steps")
-    left.set_ylabel("training loss (nats a token)")
-    # The first steps, whose loss can be several times the others', would flatten the rest of the curve.
-    left.set_ylim(top=min(left.get_ylim()[1], 2 * np.median(loss)))
-    left.legend(edgecolor="none", fontsize=8, loc="upper right")
-    if evaluated:
-        right = axes[0, 1]
-        for source in evaluated[-1]["bits_per_byte"]:
-            mean = source == "mean"
-            right.plot(
-                [record["tokens"] / 1e6 for record in evaluated],
-                [record["bits_per_byte"][source] for record in evaluated],
-                label=source.removeprefix("RedPajama"),
-                color="black" if mean else None,
-                linewidth=2 if mean else 1,
-                marker=".",
-            )
-        right.set_ylabel("held-out loss (bits a byte)")
-        right.legend(edgecolor="none", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+def _keep_recipe(recipe: Recipe, output: Path) -> None:
+    """Put the recipe into the output folder, or hold it against the one that the run there began with.
 
-    for before, after in pairwise(records):
-        if before["sequence_length"] != after["sequence_length"]:
-            boundary = before["tokens"] / 1e6
-            for axis in axes.flat:
-                axis.axvline(boundary, color="0.4", linestyle=":", linewidth=1)
-            label = f"{after['sequence_length']:,} tokens a row"
-            at = left.get_xaxis_transform()
-            left.text(boundary, 0.6, label, transform=at, rotation=90, ha="right", va="center", color="0.4", size=8)
-    for axis in axes.flat:
-        axis.set(xlabel="tokens (millions)", xlim=(0, tokens[-1] * 1.05))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.93")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    Raises:
+        ValueError: The run there is of another recipe.
+    """
+    kept = output / "recipe.yaml"
+    begun = kept.exists() and (any((output / FOLDER).glob("step-*")) or (output / "model").exists())
+    there, here = (as_dict(_what_is_computed(one)) for one in (load_recipe(kept) if begun else recipe, recipe))
+    if changes := _differences(there, here):
+        raise ValueError(
+            f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "
+            "that recipe."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / "recipe.yaml.partial"
+    unfinished.write_text(dump_recipe(recipe))
+    unfinished.rename(kept)
+
+
+def _what_is_computed(recipe: Recipe) -> Recipe:
+    """A recipe without what may change between two calls: how it is executed, watched and kept."""
+    plain = Recipe(recipe.optimizer, recipe.schedule, recipe.stages)
+    return replace(
+        recipe,
+        micro_batch_tokens=plain.micro_batch_tokens,
+        precision=Precision(recipe.precision.dtype),
+        parallelism=plain.parallelism,
+        evaluation=plain.evaluation,
+        checkpoints=plain.checkpoints,
+        watching=plain.watching,
+    )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Where two recipes differ, by dotted key."""
+    found = []
+    for key in there | here:
+        before, now = there.get(key), here.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key} is {before!r} there, {now!r} here")
+    return found
+
+
+def _say(console: Console, line: str) -> None:
+    """Print one line, however long: paths and logs are copied and searched."""
+    console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def _progress(
+    recipe: Recipe, config: BTLMConfig, console: Console
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """What shows a record: a bar on a terminal, else a line now and then; and what prints a line beside it.
+
+    Warnings of the trainer come as such lines too.
+    """
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+    )
+    every = max(1, recipe.total_steps // LOG_LINES)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, _messages(console):
+        task = progress.add_task("train", total=recipe.total_steps, status="")
+
+        def show(record: dict[str, Any]) -> None:
+            line = status(recipe, config, record)
+            progress.update(task, completed=record["step"], status=line)
+            if not console.is_terminal and (record["step"] % every == 0 or record["step"] <= 10):
+                _say(console, f"step {record['step']}/{recipe.total_steps}  {line}")
+
+        yield show, partial(_say, console)
+
+
+def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
+    """One line: loss, learning rate, gradient norm, speed, MFU, time that is left, stage."""
+    left = timedelta(seconds=round(_seconds_left(recipe, config, record)))
+    return (
+        f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  MFU {record['mfu']:.0%}  ETA {left}  rows {record['sequence_length']:,}"
+    )
+
+
+def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> float:
+    """At the speed of this step, counted in FLOPs: a token of a long row costs more."""
+    start, flops = 0, 0.0
+    for stage in recipe.stages:
+        tokens = stage.steps * stage.batch_tokens
+        done = min(tokens, max(0, record["tokens"] - start))
+        flops += (tokens - done) * config.flops_per_token(stage.sequence_length)
+        start += tokens
+    seconds: float = flops / (record["tokens_per_s"] * config.flops_per_token(record["sequence_length"]))
+    return seconds
+
+
+@contextmanager
+def _messages(console: Console) -> Iterator[None]:
+    """Show the warnings of the trainer, a line each."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: _say(console, f"btlm: {record.getMessage()}")  # type: ignore[method-assign]
+    log = logging.getLogger("btlm.train")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _finish(recipe: Recipe, output: Path, console: Console, last: int) -> None:
+    picture = output / "loss.png"
+    plot_metrics(output, picture)
+    if 0 < last < recipe.total_steps:
+        _say(console, f"Stopped after step {last:,} with a checkpoint; the same command goes on from there.")
+    else:
+        _say(console, f"Wrote {output / 'model'}" + (f" and {picture}" if picture.exists() else ""))

@@ -1,0 +1,115 @@
+"""One optimizer step: loss summed over micro-batches and ranks, clipping, and no update that is not finite."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from btlm.data.loader import Batch
+from btlm.model import BTLMLMHeadModel
+from btlm.model.mup import scale_logits
+
+from .loss import linear_cross_entropy, next_token_labels
+from .parallel import Ranks
+
+
+class LossModel(nn.Module):
+    """The network with its head and loss in one ``forward``, so that sharding gathers the head for the loss too.
+
+    Args:
+        network: With or without adapters in its layers.
+        dtype: Of products; weights and sums are those of the network, fp32.
+    """
+
+    def __init__(self, network: BTLMLMHeadModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of packed rows, summed over their tokens: fp32 scalar in nats.
+
+        Args:
+            input_ids: int64 ``[B, L]``.
+            document_ids: ``[B, L]``; where given, attention and loss stay within documents.
+        """
+        mask = None
+        if document_ids is not None:
+            mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+        # Every weight is used once a pass; the cache would keep copies of all of them until its end.
+        with torch.autocast(
+            input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
+        ):
+            # Residuals are summed in fp32, also where the token table was gathered in bf16.
+            embeddings = self.network.transformer.wte(input_ids).float()
+            hidden = self.network.transformer(
+                inputs_embeds=embeddings, attention_mask=mask, use_cache=False
+            ).last_hidden_state
+        hidden = scale_logits(hidden, self.network.config).flatten(0, 1).to(self.dtype)
+        labels = next_token_labels(input_ids, document_ids).flatten()
+        return linear_cross_entropy(hidden, self.network.lm_head.weight, labels)
+
+
+class StepResult(NamedTuple):
+    """What one step measured, over all ranks: nats a token, and the gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def take_step(
+    model: LossModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    micro_batch_tokens: int,
+    clip_norm: float,
+    ranks: Ranks,
+) -> StepResult:
+    """Update the weights by one batch: loss is the sum over its tokens by the valid tokens of all ranks.
+
+    Args:
+        model: Sharded where there are several ranks.
+        optimizer: Of its parameters, with the learning rates of this step.
+        batch: The rows of this rank.
+        micro_batch_tokens: Tokens of a forward pass.
+        clip_norm: Gradients are scaled down to this norm over all parameters.
+        ranks: That share the batch.
+
+    Raises:
+        FloatingPointError: The loss or the gradient is not finite; nothing was updated, and its attribute ``args[1]``
+            has the mean loss of each micro-batch of each rank.
+    """
+    rows = max(1, micro_batch_tokens // batch.sequence_length)
+    input_ids = torch.from_numpy(batch.input_ids).to(ranks.device).split(rows)
+    if batch.document_ids is None:
+        document_ids: tuple[Tensor | None, ...] = (None,) * len(input_ids)
+    else:
+        document_ids = torch.from_numpy(batch.document_ids).to(ranks.device).split(rows)
+    counts = [
+        int((next_token_labels(ids, documents) != -100).sum())
+        for ids, documents in zip(input_ids, document_ids, strict=True)
+    ]
+    (valid,) = ranks.sum(sum(counts))
+    losses = []
+    for ids, documents in zip(input_ids, document_ids, strict=True):
+        loss = model(ids, documents) / valid
+        # Sharding takes the mean of the gradients of the ranks, and what is wanted is their sum.
+        (loss * ranks.world_size).backward()
+        losses.append(loss.detach())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = float(_whole(torch.nn.utils.clip_grad_norm_(parameters, clip_norm)))
+    (total,) = ranks.sum(sum(torch.stack(losses).double().tolist()))
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        means = [float(loss) * valid / max(1, count) for loss, count in zip(losses, counts, strict=True)]
+        raise FloatingPointError(f"loss {total}, gradient norm {norm}; nothing was updated", ranks.gather(means))
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(total, norm)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The value of a tensor that may be cut over ranks."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor

@@ -1,0 +1,115 @@
+"""A search to look at: its progress, a table of its best trials, and the loss against each value."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .transfer_trials import Event
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+NAMES = {
+    "lr": "learning rate",
+    "initializer_range": "initial std",
+    "mup_embeddings_scale": "embedding scale",
+    "mup_output_alpha": "output alpha",
+}
+# Lines of the table.
+BEST = 10
+
+
+class Watch:
+    """A bar for all trials and one for each that runs; a line for each that ends."""
+
+    def __init__(self, console: Console, finished: int, trials: int, steps: int) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._all = self._progress.add_task("trials", total=max(trials, finished), completed=finished)
+        self._steps = steps
+        self._tasks: dict[int, TaskID] = {}
+
+    def __enter__(self) -> "Watch":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Tell an event."""
+        number = event.number
+        if event.kind == "step":
+            if number not in self._tasks:
+                self._tasks[number] = self._progress.add_task(f"trial {number}", total=self._steps)
+            self._progress.update(self._tasks[number], completed=event.value)
+            return
+        if number in self._tasks:
+            self._progress.remove_task(self._tasks.pop(number))
+        text = f"{event.value:.4f} bits a byte" if event.kind == "loss" else f"{event.kind}: {event.value}"
+        self._progress.console.print(f"trial {number}: {text}", markup=False)
+        self._progress.advance(self._all, int(event.kind in ("loss", "diverged")))
+
+
+def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
+    """The best trials, the best first, and how many diverged."""
+    losses = {number: trial.value for number, trial in trials.items() if trial.value is not None}
+    diverged = len(trials) - len(losses)
+    table = Table(title=f"{len(trials)} trials, {diverged} diverged", caption="loss: held out, in bits a byte")
+    for column in ("trial", "loss", *NAMES.values()):
+        table.add_column(column, justify="right")
+    for number, loss in sorted(losses.items(), key=lambda item: item[1])[:BEST]:
+        values = (f"{trials[number].params[name]:.4g}" for name in NAMES)
+        table.add_row(str(number), f"{loss:.4f}", *values)
+    return table
+
+
+def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[float, float]], picture: Path) -> None:
+    """The loss against each value, and in the order of the trials with the best so far; diverged ones at the top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    numbers = np.array(list(trials))
+    losses = np.array([np.nan if trial.value is None else trial.value for trial in trials.values()])
+    ended = np.isfinite(losses)
+    best = int(np.nanargmin(losses))
+    figure, axes = plt.subplots(1, 5, figsize=(13, 3.2), layout="constrained", sharey=True)
+    places = {name: np.array([trial.params[name] for trial in trials.values()]) for name in NAMES}
+    # Trials that learned nothing would flatten what tells the others apart: they stand at the top, too.
+    low, high = losses[best], float(np.nanquantile(losses, 0.9))
+    top = high + 0.1 * (high - low) if high > low else low + 1
+    marks = (("o", "C0", losses <= top), ("^", "C0", losses > top), ("x", "crimson", ~ended))
+    for axis, (name, x) in zip(axes, [*places.items(), ("trial", numbers)], strict=True):
+        for marker, color, chosen in marks:
+            if not chosen.any():  # Matplotlib's layout fails on empty ones that are not clipped.
+                continue
+            heights = np.where(losses[chosen] <= top, losses[chosen], top)
+            axis.plot(x[chosen], heights, marker, color=color, alpha=0.6, markersize=4, clip_on=False)
+        axis.plot(x[best], losses[best], "o", color="black", markersize=9, markerfacecolor="none")
+        axis.set_xlabel(NAMES.get(name, name))
+        axis.grid(color="0.93")
+        axis.spines[["top", "right"]].set_visible(False)
+        if name in ranges:
+            axis.set_xscale("log")
+            axis.set_xlim(ranges[name][0] / 1.1, ranges[name][1] * 1.1)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.tick_params("x", labelrotation=45)
+    axes[-1].step(numbers, np.fmin.accumulate(losses), where="post", color="black", linewidth=1)
+    axes[0].set_ylim(low - 0.05 * (top - low), top)
+    axes[0].set_ylabel("held-out loss (bits a byte)")
+    figure.align_xlabels()
+    figure.savefig(picture, dpi=110, format="png")
+    plt.close(figure)

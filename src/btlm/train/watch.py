@@ -1,0 +1,163 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard, W&B, spikes of the loss, and the rate of the machine."""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .recipe import Recipe, Watching
+from .recipe_file import as_dict
+
+METRICS = "metrics.jsonl"
+SPIKE_WINDOW = 128
+
+
+class Sink(Protocol):
+    """Where records go; TensorBoard and W&B are two."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Take the record of a step."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class SpikeMonitor:
+    """Tells a loss that stands out from the steps before it.
+
+    Args:
+        deviations: Standard deviations above the mean of the last ``SPIKE_WINDOW`` losses; a spike is not one of them.
+        losses: Of earlier steps, in order.
+    """
+
+    def __init__(self, deviations: float, losses: list[float]) -> None:
+        self._deviations = deviations
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        for loss in losses:
+            self.check(loss)
+
+    def check(self, loss: float) -> float | None:
+        """How many deviations above the mean a loss lies where that makes it a spike, else ``None``."""
+        if len(self._losses) == SPIKE_WINDOW:
+            mean = sum(self._losses) / SPIKE_WINDOW
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / SPIKE_WINDOW)
+            if deviation > 0 and loss - mean > self._deviations * deviation:
+                return (loss - mean) / deviation
+        self._losses.append(loss)
+        return None
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """The records of a run; the last line may be half written, and is then left out."""
+    path = output / METRICS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+def truncate_metrics(output: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what steps after the checkpoint recorded, since they run again; returns the records that stay."""
+    records = [record for record in read_metrics(output) if record["step"] <= step]
+    if (output / METRICS).exists():
+        partial = output / f"{METRICS}.partial"
+        partial.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        partial.rename(output / METRICS)
+    return records
+
+
+@contextmanager
+def open_sinks(recipe: Recipe, output: Path, done: int) -> Iterator[list[Sink]]:
+    """Where the records of a run go besides ``metrics.jsonl``, closed at the end.
+
+    Args:
+        recipe: Its ``watching`` names them.
+        output: Of the run.
+        done: Steps that are recorded already.
+
+    Raises:
+        ValueError: One is asked for that is not installed.
+    """
+    watching = recipe.watching
+    sinks: list[Sink] = [_TensorBoard(output, done)] if watching.tensorboard else []
+    if watching.wandb_project:
+        sinks.append(_WeightsAndBiases(watching, recipe, output))
+    try:
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+class _TensorBoard:
+    def __init__(self, output: Path, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "watching.tensorboard needs TensorBoard: pip install 'btlm[train]', or set it to false."
+            ) from error
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, watching: Watching, recipe: Recipe, output: Path) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("watching.wandb_project needs W&B: pip install wandb, or set it to null.") from error
+        self._run = wandb.init(
+            project=watching.wandb_project, name=output.name, dir=str(output), config=as_dict(recipe), resume="allow"
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log(scalars(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record, those of a group as ``group/name``."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": item for name, item in value.items()}
+        elif key != "step":
+            flat[f"train/{key}"] = value
+    return flat
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product on one device: what model FLOPs are compared with.
+
+    The best of a few, each of 1,024 rows on a CPU and 8,192 on a GPU. It draws none of the run's random numbers.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.linspace(-1.0, 1.0, size * size, device=device).to(dtype).view(size, size)
+    right = left.flip(0).contiguous()
+    best = math.inf
+    for _ in range(4):
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(left, right)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
