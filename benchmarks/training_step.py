@@ -232,7 +232,8 @@ def main() -> None:
         print(json.dumps(FORMS[form](dtype, args.steps + 1)))
         return
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        sys.exit(f"Not installed: {', '.join(missing)}. The first lines of {__file__} say how to install them.")
+        print(f"Nothing is measured without {', '.join(missing)}: see the first lines of this file.")
+        return
     names = ("torch", "transformers", "accelerate", "litgpt")
     print(", ".join(f"{name} {version(name)}" for name in names), end="")
     print(f"; {args.threads} threads, medians of {args.repeats} turns\n")

@@ -6,12 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of the logits buffer; small enough that its passes stay in the last-level cache of a CPU.
-CHUNK_TOKENS = 512
+# Rows of the logits buffers. Their passes are the same for any number; gradients of the head are summed once a chunk.
+CHUNK_TOKENS = 1024
+# Probabilities are normal numbers of fp32 and bf16 down to here, with all their digits.
+_UNDERFLOW = 1e-30
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over the chunks: logits are computed once, in buffers that every chunk reuses."""
+    """Loss and gradients in one pass over the chunks: logits are computed once, in buffers that every chunk reuses.
+
+    One softmax serves loss and gradient. In training it is of the products' dtype, as the gradient of the logits has to
+    be for the products that follow: the loss of a token is then rounded like its logits are, and that of a batch is a
+    mean over thousands. Without gradients it is fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, with_grad: bool) -> Tensor:
@@ -19,32 +26,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         rows = min(CHUNK_TOKENS, len(hidden))
         logits_buffer = hidden.new_empty(rows, len(head))
-        probs_buffer = torch.empty(rows, len(head), dtype=torch.float32, device=hidden.device)
+        probs_buffer = torch.empty_like(logits_buffer, dtype=None if with_grad else torch.float32)
+        row_numbers = torch.arange(rows, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        if with_grad:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight_grad else None
-            grad_weight_part = torch.empty_like(head) if with_weight_grad else None
-        for part, target, *grad_part in zip(
-            hidden.split(rows), labels.split(rows), *((grad_hidden.split(rows),) if with_grad else ()), strict=True
+        grad_hidden = torch.empty_like(hidden) if with_grad else hidden
+        grad_weight, grad_weight_part = None, torch.empty_like(head) if with_weight_grad else None
+        for part, target, grad_part in zip(
+            hidden.split(rows), labels.split(rows), grad_hidden.split(rows), strict=True
         ):
             logits = torch.mm(part, head.T, out=logits_buffer[: len(part)])
-            probs = torch.softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[: len(part)])
-            # One pass of exponentials serves loss and gradient: the log of the sum of exponentials follows from the
-            # largest logit and its probability, which is never small.
-            log_sum = logits.amax(dim=-1).float() - probs.amax(dim=-1).log()
+            probs = torch.softmax(logits, dim=-1, dtype=probs_buffer.dtype, out=probs_buffer[: len(part)])
             counted = target != -100
-            index = target.clamp(min=0)[:, None]
-            loss += torch.where(counted, log_sum - logits.gather(1, index)[:, 0].float(), 0.0).sum()
+            index = target.clamp(min=0)
+            target_probs = probs[row_numbers[: len(part)], index].float()
+            if bool((target_probs < _UNDERFLOW).any()):
+                # The log of the sum of exponentials, by the largest logit and its probability, which is never small.
+                log_sum = logits.amax(dim=-1).float() - probs.amax(dim=-1).float().log()
+                nats = log_sum - logits[row_numbers[: len(part)], index].float()
+            else:
+                nats = -target_probs.log()
+            loss += torch.where(counted, nats, 0.0).sum()
             if not with_grad:
                 continue
-            grad_logits = probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))
-            if not counted.all():
-                grad_logits.mul_(counted[:, None])
-            logits.copy_(grad_logits)
-            torch.mm(logits, head, out=grad_part[0])
-            if grad_weight is not None:
-                grad_weight += torch.mm(logits.T, part, out=grad_weight_part)
+            # By index: scattering would copy the whole buffer.
+            probs[row_numbers[: len(part)], index] = (target_probs - 1).to(probs.dtype)
+            probs.index_fill_(0, (~counted).nonzero()[:, 0], 0.0)
+            torch.mm(probs, head, out=grad_part)
+            if grad_weight_part is not None:
+                torch.mm(probs.T, part, out=grad_weight_part)
+                grad_weight = (
+                    grad_weight_part.to(torch.float32, copy=True)
+                    if grad_weight is None
+                    else grad_weight.add_(grad_weight_part)
+                )
         if with_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
