@@ -44,6 +44,7 @@ from btlm.model.mup import scale_logits
 from btlm.train import Recipe, train
 from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Schedule, Stage, Watching
 
+BASE_WIDTH = 256
 # Rows of each stage in multiples of the short ones, and their share of the bytes.
 MODELS = {
     "short": [(1, 1.0)],
@@ -60,10 +61,10 @@ def recipe(name: str, args: argparse.Namespace) -> Recipe:
     model = {
         "vocab_size": VOCAB_SIZE,
         "n_positions": trained_at(name, args.short),
-        "n_embd": 256,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_inner": 683,
+        "n_embd": args.width,
+        "n_layer": args.layers,
+        "n_head": args.heads,
+        "n_inner": round(8 / 3 * args.width),
         "activation_function": "swiglu",
         "position_embedding_type": "alibi",
         "resid_pdrop": 0.0,
@@ -72,7 +73,7 @@ def recipe(name: str, args: argparse.Namespace) -> Recipe:
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
         "initializer_range": 0.073,
-        "mup_width_scale": 1.0,
+        "mup_width_scale": BASE_WIDTH / args.width,
         "mup_embeddings_scale": 14.6,
         "mup_output_alpha": 2.22,
         "mup_scale_qk_dot_by_d": True,
@@ -230,6 +231,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", help="files or folders of long documents")
     parser.add_argument("--output", type=Path, default=Path("runs/variable_length"), help="folder of the results")
+    parser.add_argument("--width", type=int, default=256, help="of the models (default: 256, the base of muP)")
+    parser.add_argument("--layers", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--heads", type=int, default=4, help="(default: 4)")
     parser.add_argument("--short", type=int, default=256, help="bytes of the short rows; even")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--steps", type=int, default=768)

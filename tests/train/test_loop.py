@@ -351,6 +351,18 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, shards: TokenShar
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path, steps=2)
+    other = tiny_recipe(optimizer=Optimizer(lr=0.03, clip_norm=0.5))
+    with pytest.raises(
+        ValueError, match=r"step-00000002 is of another recipe \(optimizer\.lr is 0\.02 there, 0\.03 here\)"
+    ):
+        run(other, shards, tmp_path)
+    # How it is executed may change.
+    run(tiny_recipe(micro_batch_tokens=64, checkpoints=Checkpoints(every_steps=3)), shards, tmp_path)
+    assert checkpoints(tmp_path) == [6, 7]
+
+
 def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uninterrupted: Path) -> None:
     recipe = tiny_recipe(DROPOUT)
     run(recipe, shards, tmp_path, steps=5)
@@ -596,6 +608,10 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, shards: TokenShards) -> None:
     run(tiny_recipe(), shards, tmp_path, steps=2)
+    # As where the folder of start.model was replaced: the recipe is the same.
+    marked = marker(tmp_path)
+    marked["recipe"]["model"]["n_inner"] = 48
+    (last_checkpoint(tmp_path) / "checkpoint.json").write_text(json.dumps(marked))
     with pytest.raises(
         ValueError, match=r"step-00000002 does not fit the model of the recipe \(.*\); give a new output"
     ):

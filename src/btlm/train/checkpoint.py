@@ -5,7 +5,7 @@
 - ``model/``: a Hugging Face folder (or the adapters) for everything that comes after training;
 - ``state/``: weights and optimizer state by torch.distributed.checkpoint, each rank its part, for any number of ranks;
   and the state of the random numbers of each rank;
-- ``checkpoint.json``, written last: step, place in the data, and size and SHA-256 of every file.
+- ``checkpoint.json``, written last: step, place in the data, recipe, and size and SHA-256 of every file.
 
 A checkpoint is written under another name and renamed when all of it is on the disk.
 """
@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from transformers.utils import logging as transformers_logging
 
 from .parallel import Ranks
+from .recipe import Recipe
+from .recipe_file import as_dict
 from .start import Trainee
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def save_checkpoint(
     trainee: Trainee,
     optimizer: torch.optim.Optimizer,
     loader_state: Mapping[str, Any],
+    recipe: Recipe,
     ranks: Ranks,
 ) -> Path:
     """Write the checkpoint of a step; all ranks together.
@@ -57,6 +60,7 @@ def save_checkpoint(
         trainee: The model.
         optimizer: Of its trained parameters.
         loader_state: Of the batches, after this step.
+        recipe: Of the run.
         ranks: Of the run.
 
     Returns:
@@ -83,6 +87,7 @@ def save_checkpoint(
             "step": step,
             "world_size": ranks.world_size,
             "loader": dict(loader_state),
+            "recipe": as_dict(recipe),
             "files": _digests(partial),
         }
         _write_synced(partial / MARKER, json.dumps(marker, indent=1))

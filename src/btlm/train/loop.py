@@ -23,6 +23,7 @@ from .checkpoint import find_checkpoint, keep_checkpoints, load_checkpoint, publ
 from .evaluate import evaluate_held_out
 from .parallel import Ranks, join_ranks, shard
 from .recipe import Recipe, Watching
+from .recipe_file import changes_of_result
 from .start import Trainee, prepare_model
 from .step import LossModel, take_step
 from .watch import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
@@ -67,7 +68,7 @@ def train(
     loader = training_batches(recipe, shards, ranks)
     run = _set_up(recipe, ranks)
     output.mkdir(parents=True, exist_ok=True)
-    done = _resume(output, run, loader, ranks)
+    done = _resume(output, run, loader, recipe, ranks)
     records = truncate_metrics(output, done) if ranks.first else []
     monitor = SpikeMonitor(recipe.watching.spike_deviations, [record["loss"] for record in records])
     rate = matrix_rate(ranks.device, run.model.dtype) * ranks.world_size
@@ -125,7 +126,9 @@ def train(
                     sink.log(record)
             (stopped,) = ranks.sum(stop.is_set())
             if last or stopped or step % recipe.checkpoints.every_steps == 0:
-                checkpoint = save_checkpoint(output, step, run.trainee, run.optimizer, loader.state_dict(), ranks)
+                checkpoint = save_checkpoint(
+                    output, step, run.trainee, run.optimizer, loader.state_dict(), recipe, ranks
+                )
                 keep_checkpoints(output, recipe.checkpoints.keep_last, recipe.checkpoints.keep_every_steps, ranks)
             yield record
             if stopped and not last:
@@ -175,12 +178,14 @@ def _set_up(recipe: Recipe, ranks: Ranks) -> _Run:
     return _Run(trainee, model, optimizer, [group["lr"] for group in optimizer.param_groups])
 
 
-def _resume(output: Path, run: _Run, loader: TokenLoader, ranks: Ranks) -> int:
+def _resume(output: Path, run: _Run, loader: TokenLoader, recipe: Recipe, ranks: Ranks) -> int:
     """Load the newest whole checkpoint; returns its step, 0 without one."""
     found = find_checkpoint(output, ranks)
     if found is None:
         return 0
     folder, marker = found
+    if changes := changes_of_result(marker["recipe"], recipe):
+        raise ValueError(f"{folder} is of another recipe ({'; '.join(changes)}); give a new output folder.")
     try:
         loader.load_state_dict(marker["loader"])
     except ValueError as error:

@@ -59,6 +59,32 @@ def dump_recipe(recipe: Recipe) -> str:
     return text
 
 
+def changes_of_result(there: dict[str, Any], here: Recipe) -> list[str]:
+    """Where two recipes compute something else, by dotted key; how a run is executed, watched and kept may differ.
+
+    Args:
+        there: What :func:`as_dict` gave of the one that a run began with.
+        here: The other.
+    """
+    before, now = dict(there), as_dict(here)
+    for recipe in (before, now):
+        for section in ("micro_batch_tokens", "parallelism", "evaluation", "checkpoints", "watching"):
+            recipe.pop(section, None)
+        recipe["precision"] = {"dtype": recipe["precision"]["dtype"]}
+    return _differences(before, now)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in there | here:
+        before, now = there.get(key), here.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key} is {before!r} there, {now!r} here")
+    return found
+
+
 # Reading
 
 

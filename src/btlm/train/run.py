@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from .checkpoint import FOLDER
 from .curve import plot_metrics
 from .loop import train, training_batches
 from .parallel import join_ranks
-from .recipe import Precision, Recipe
-from .recipe_file import as_dict, dump_recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import as_dict, changes_of_result, dump_recipe, load_recipe
 
 # Lines in the log of a run that nobody watches.
 LOG_LINES = 200
@@ -111,8 +110,7 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
     """
     kept = output / "recipe.yaml"
     begun = kept.exists() and (any((output / FOLDER).glob("step-*")) or (output / "model").exists())
-    there, here = (as_dict(_what_is_computed(one)) for one in (load_recipe(kept) if begun else recipe, recipe))
-    if changes := _differences(there, here):
+    if begun and (changes := changes_of_result(as_dict(load_recipe(kept)), recipe)):
         raise ValueError(
             f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "
             "that recipe."
@@ -121,32 +119,6 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
     unfinished = output / "recipe.yaml.partial"
     unfinished.write_text(dump_recipe(recipe))
     unfinished.rename(kept)
-
-
-def _what_is_computed(recipe: Recipe) -> Recipe:
-    """A recipe without what may change between two calls: how it is executed, watched and kept."""
-    plain = Recipe(recipe.optimizer, recipe.schedule, recipe.stages)
-    return replace(
-        recipe,
-        micro_batch_tokens=plain.micro_batch_tokens,
-        precision=Precision(recipe.precision.dtype),
-        parallelism=plain.parallelism,
-        evaluation=plain.evaluation,
-        checkpoints=plain.checkpoints,
-        watching=plain.watching,
-    )
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two recipes differ, by dotted key."""
-    found = []
-    for key in there | here:
-        before, now = there.get(key), here.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found.append(f"{prefix}{key} is {before!r} there, {now!r} here")
-    return found
 
 
 def _say(console: Console, line: str) -> None:
