@@ -12,20 +12,20 @@ from btlm.train.recipe import Checkpoints, Data, Parallelism, Precision, Recipe
 from tests.train.tiny import TOKEN_BYTES, tiny_recipe
 
 
-def recipe_for_ranks(replicate: int = 1, gather_dtype: str = "float32", documents: bool = False) -> Recipe:
+def recipe_for_ranks(replicate: int = 1, documents: bool = False) -> Recipe:
     """In fp32, so that one process and several differ by the order of their sums alone."""
     return tiny_recipe(
-        precision=Precision("float32" if gather_dtype == "float32" else "bfloat16"),
-        parallelism=Parallelism(replicate, gather_dtype),  # type: ignore[arg-type]
+        precision=Precision("float32"),
+        parallelism=Parallelism(replicate),
         checkpoints=Checkpoints(every_steps=2, keep_last=9),
         data=Data(mask_documents=documents),
     )
 
 
-def main(data: str, output: str, steps: str, replicate: str, gather_dtype: str, documents: str) -> None:
+def main(data: str, output: str, steps: str, replicate: str, documents: str) -> None:
     torch.set_num_threads(1)
     ranks = join_ranks("cpu")
-    recipe = recipe_for_ranks(int(replicate), gather_dtype, documents == "True")
+    recipe = recipe_for_ranks(int(replicate), documents == "True")
     for record in train(recipe, TokenShards(data), Path(output), TOKEN_BYTES, ranks=ranks):
         if record["step"] == int(steps):
             break

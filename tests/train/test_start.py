@@ -143,6 +143,7 @@ def test_layers_that_are_not_there_are_an_error(base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks, and hides the warning
 def test_compiled_blocks_compute_the_same(
     shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

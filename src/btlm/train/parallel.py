@@ -90,11 +90,14 @@ def shard(model: nn.Module, blocks: nn.ModuleList, parallelism: Parallelism, ran
         ranks: All of them.
 
     Raises:
-        ValueError: The replicas do not divide the ranks.
+        ValueError: The replicas do not divide the ranks, or CPUs should gather bf16.
     """
     replicas = parallelism.replicate
     if ranks.world_size % replicas:
         raise ValueError(f"parallelism.replicate is {replicas}; give a divisor of the {ranks.world_size} ranks.")
+    if parallelism.gather_dtype == "bfloat16" and ranks.device.type == "cpu" and ranks.world_size > 1:
+        # Autocast gives LayerNorm fp32 weights on GPUs alone.
+        raise ValueError("parallelism.gather_dtype is bfloat16, which needs GPUs; set it to float32 for CPUs.")
     if ranks.world_size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
