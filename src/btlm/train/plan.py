@@ -12,7 +12,7 @@ from rich.text import Text
 
 from btlm.model import BTLMConfig
 
-from .loss import CHUNK_TOKENS
+from .memory import adapted_matrices, block_matrices, is_target, memory_per_device, num_adapter_parameters
 from .recipe import Recipe
 from .recipe_file import load_recipe
 
@@ -23,7 +23,6 @@ PEAK_TFLOPS = 989.0
 
 # More shards are worth a row while doubling them frees at least this part of the memory.
 _WORTH_A_ROW = 0.05
-_FP32 = 4
 
 
 def run_plan(
@@ -78,8 +77,8 @@ def plan(
         - ``flops_by_parameters``: 6 a parameter and token; 4 a frozen one.
         - ``flops``: of matrices, head and causal attention (:meth:`btlm.BTLMConfig.flops_per_token`).
         - ``micro_batch_tokens``: tokens of a forward pass of one device.
-        - ``memory``: rows of :func:`memory_per_device` for 1, 2, 4, ... ``shards``, until more make little difference
-          or a step has too few rows.
+        - ``memory``: rows of :func:`btlm.train.memory.memory_per_device` for 1, 2, 4, ... ``shards``, until more make
+          little difference or a step has too few rows.
         - ``mfu``, ``peak_tflops``: the assumptions behind
         - ``days``: rows of ``devices``, ``shards`` (devices that one copy of the state is cut over), ``micro_batches``
           (of each device in a step, the most of any stage), ``micro_batch_tokens`` (less than the recipe's where a
@@ -156,208 +155,6 @@ def plan(
     }
 
 
-# Memory
-
-
-def memory_per_device(
-    recipe: Recipe, shards: int, config: BTLMConfig | None = None, tokens: int | None = None
-) -> dict[str, Any]:
-    """Bytes of one device by what they are for, at the moment of a step when they are most.
-
-    Not counted: the CUDA context, buffers of NCCL, what the allocator loses to fragments, and what compilation saves.
-
-    Args:
-        recipe: The run.
-        shards: Devices that one copy of the state is cut over; 1 is a single process, without FSDP.
-        config: Of the model, where it is at hand.
-        tokens: Of a forward pass; the recipe's micro-batch by default.
-
-    Returns:
-        - ``shards``: as given.
-        - ``moment``: ``forward`` (of the last block), ``loss``, or ``backward`` (of a block).
-        - ``weights``: fp32, over the shards; with LoRA the frozen ones and the adapters.
-        - ``gradients``: fp32, over the shards; with LoRA those of the adapters.
-        - ``optimizer``: both moments of AdamW in fp32, for what has gradients, over the shards.
-        - ``gathered``: weights in use, and gradients that are not reduced yet; see :func:`_gathered_bytes`.
-        - ``activations``: of one forward pass in the graph, :func:`block_bytes_per_token` for each block; with
-          checkpointing the fp32 input of every block, and all of one block. Then the final norm, masks of documents,
-          and gradients within a block.
-        - ``head``: buffers of :mod:`btlm.train.loss`, in its forward or backward pass, whichever are more.
-        - ``total``.
-    """
-    config = config or recipe.config
-    tokens = tokens or recipe.micro_batch_tokens
-    adapters = num_adapter_parameters(recipe, config)
-    parameters = config.num_parameters()
-    trained = parameters if recipe.lora is None else adapters
-    state = {
-        "weights": math.ceil(_FP32 * (parameters + adapters) / shards),
-        "gradients": math.ceil(_FP32 * trained / shards),
-        "optimizer": math.ceil(2 * _FP32 * trained / shards),
-    }
-    gathered = _gathered_bytes(recipe, config, shards)
-    activations = _activation_bytes(recipe, config, tokens)
-    head = {"forward": 0, "loss": _head_bytes(recipe, config, shards, tokens), "backward": 0}
-    moment = max(head, key=lambda moment: gathered[moment] + activations[moment] + head[moment])
-    parts = {
-        **state,
-        "gathered": gathered[moment],
-        "activations": activations[moment],
-        "head": head[moment],
-    }
-    return {"shards": shards, "moment": moment, **parts, "total": sum(parts.values())}
-
-
-def _gathered_bytes(recipe: Recipe, config: BTLMConfig, shards: int) -> dict[str, int]:
-    """Bytes at each moment of weights as they are used, and of gradients before they are reduced.
-
-    FSDP2 (``torch.distributed.fsdp.fully_shard``, and ``foreach_reduce`` behind it) keeps what is outside the blocks
-    gathered during forward and backward, with its gradient. It gathers the blocks one by one, fetching one ahead; the
-    gradient of a block is copied to fp32 to be reduced. All else is in ``gather_dtype``.
-
-    Products in bf16 of fp32 weights add a bf16 copy. Autocast keeps those of all trained weights until the forward pass
-    ends, also under checkpointing; the graph keeps those of the blocks that it holds.
-    """
-    layers, size, lora = config.n_layer, _weight_bytes(recipe, shards), recipe.lora
-    adapters = num_adapter_parameters(recipe, config) // layers
-    matrices = sum(rows * columns + columns for rows, columns in block_matrices(config).values())
-    block = matrices + 4 * config.n_embd
-    outside = config.num_parameters() - layers * block
-
-    one_block = _product_bytes(recipe) * matrices if _product_bytes(recipe) < size else 0
-    checkpointing = recipe.precision.activation_checkpointing
-    copies = {
-        "forward": one_block * (1 if checkpointing and lora is not None else layers),
-        "loss": one_block * (0 if checkpointing else layers),
-        "backward": one_block * (1 if checkpointing else layers),
-    }
-    if shards == 1:
-        return copies
-    trained_block, trained_outside = (block, outside) if lora is None else (adapters, 0)
-    blocks = 2 * size * (block + adapters)
-    reduced = max(blocks + (size + _FP32) * trained_block, _FP32 * trained_outside)
-    return {
-        "forward": size * outside + blocks + copies["forward"],
-        "loss": size * outside + copies["loss"],
-        "backward": size * (outside + trained_outside) + reduced + copies["backward"],
-    }
-
-
-def _activation_bytes(recipe: Recipe, config: BTLMConfig, tokens: int) -> dict[str, int]:
-    """Bytes of activations at each moment of a forward and backward pass, those of the head apart."""
-    width, size, layers = config.n_embd, _product_bytes(recipe), config.n_layer
-    block = block_bytes_per_token(recipe, config)
-    final_norm = _FP32 * width + 2 * _FP32
-    # With checkpointing, the input of the block that is run again is among those that are kept.
-    graph, again = layers * block, 0
-    if recipe.precision.activation_checkpointing:
-        graph, again = layers * _FP32 * width, block - _FP32 * width
-    graph += width if config.embd_pdrop else 0
-    graph += 2 * _longest(recipe) if recipe.data.mask_documents else 0  # of documents; of documents and causality
-    # Of the residual stream, of the output of the feed-forward layer, and of what its activation takes and gives.
-    gradients = _FP32 * width + size * width + 2 * size * config.inner_dim
-    return {
-        "forward": tokens * (graph + again),
-        "loss": tokens * (graph + final_norm),
-        "backward": tokens * (graph + again + gradients),
-    }
-
-
-def block_bytes_per_token(recipe: Recipe, config: BTLMConfig) -> int:
-    """Bytes a token that the graph of one block keeps for the backward pass, its input among them.
-
-    Read off :class:`btlm.model.modeling_btlm.BTLMBlock` under autocast, and measured in ``tests/train/test_plan.py``:
-    each norm keeps its fp32 input and two statistics; each trained or adapted matrix its input in the dtype of
-    products, cast anew for each; attention its queries, keys, values and output, which ALiBi makes wider, and one sum a
-    head in fp32; the feed-forward layer what its activation is computed from. ``gelu_new`` is counted as on a CPU;
-    autocast on a GPU runs its power in fp32. Dropout keeps a mask of one byte a value. ``mask_documents`` keeps a mask
-    in the dtype of products.
-    """
-    width, inner, heads = config.n_embd, config.inner_dim, config.n_head
-    size, lora = _product_bytes(recipe), recipe.lora
-    alibi = config.position_embedding_type == "alibi"
-    # Features of btlm.model.alibi.fold_attention_bias, and head dimensions rounded up to a multiple of 8.
-    features = 8 if _longest(recipe) <= 2**16 else 10
-    attended = heads * math.ceil((config.head_dim + features) / 8) * 8 if alibi else width
-    kept = 2 * (_FP32 * width + 2 * _FP32) + 4 * size * attended + _FP32 * heads
-    kept += size * inner * {"swiglu": 3, "gelu_new": 4}.get(config.activation_function, 1)
-    kept += 2 * width if config.resid_pdrop else 0
-    kept += size * _longest(recipe) if recipe.data.mask_documents else 0
-
-    matrices = block_matrices(config)
-    used = list(matrices) if lora is None else _adapted(recipe, config)
-    # An input that is kept already: fp32 products read what the norm wrote, and some layers what the one before keeps.
-    # Adapters cast theirs twice, to fp32 and back, or drop some of it: a copy of its own.
-    kept_already = set()
-    if lora is None or (size == _FP32 and not lora.dropout):
-        kept_already |= {"mlp.c_fc2"} if size == _FP32 and "mlp.c_fc" in used else set()
-        kept_already |= set() if alibi else {"attn.c_proj"}
-        kept_already |= {"mlp.c_proj"} if config.activation_function == "relu" else set()
-    kept += sum(size * matrices[name][0] for name in used if name not in kept_already)
-    if lora is not None:
-        kept += sum(size * lora.rank + (matrices[name][0] if lora.dropout else 0) for name in used)
-    return kept
-
-
-def block_matrices(config: BTLMConfig) -> dict[str, tuple[int, int]]:
-    """Input and output width of every matrix of a block, by its name."""
-    width, inner = config.n_embd, config.inner_dim
-    return {
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, inner),
-        **({"mlp.c_fc2": (width, inner)} if config.activation_function == "swiglu" else {}),
-        "mlp.c_proj": (inner, width),
-    }
-
-
-def num_adapter_parameters(recipe: Recipe, config: BTLMConfig) -> int:
-    """Parameters of the adapters: ``rank * (in + out)`` for each adapted matrix (arXiv 2106.09685); 0 without LoRA."""
-    if recipe.lora is None:
-        return 0
-    matrices = block_matrices(config)
-    return config.n_layer * sum(recipe.lora.rank * sum(matrices[name]) for name in _adapted(recipe, config))
-
-
-def _adapted(recipe: Recipe, config: BTLMConfig) -> list[str]:
-    """The matrices of a block that have adapters."""
-    assert recipe.lora is not None
-    targets = recipe.lora.target_modules
-    return [name for name in block_matrices(config) if any(_names(target, name) for target in targets)]
-
-
-def _names(target: str, name: str) -> bool:
-    """Whether PEFT takes a target for this module: it names its last parts."""
-    return f".{name}".endswith(f".{target}")
-
-
-def _head_bytes(recipe: Recipe, config: BTLMConfig, shards: int, tokens: int) -> int:
-    size, weight = _product_bytes(recipe), _weight_bytes(recipe, shards)
-    head = config.vocab_size * config.n_embd
-    chunk = min(CHUNK_TOKENS, tokens) * config.vocab_size
-    # Logits, their probabilities, and an fp32 copy of bf16 logits; the gradient of the head and that of a chunk, and a
-    # copy of the head in the dtype of products.
-    forward = chunk * (size + _FP32 + (_FP32 if size != _FP32 else 0))
-    forward += head * (_FP32 + size + (size if size != weight else 0))
-    # The gradient before and after it is scaled, and in the dtype of the weight.
-    backward = head * (2 * _FP32 + (weight if weight != _FP32 else 0))
-    hidden = 2 * size * tokens * config.n_embd
-    return max(forward, backward) + hidden
-
-
-def _weight_bytes(recipe: Recipe, shards: int) -> int:
-    """Bytes of a weight as modules see it; nothing is gathered for a single process."""
-    return 2 if shards > 1 and recipe.parallelism.gather_dtype == "bfloat16" else _FP32
-
-
-def _product_bytes(recipe: Recipe) -> int:
-    return 2 if recipe.precision.dtype == "bfloat16" else _FP32
-
-
-def _longest(recipe: Recipe) -> int:
-    return max(stage.sequence_length for stage in recipe.stages)
-
-
 # Devices
 
 
@@ -375,7 +172,8 @@ def _raise_problems(
         # A name that only other activations have is none too many: PEFT passes over it.
         names = [*block_matrices(config), "mlp.c_fc2"]
         targets = recipe.lora.target_modules
-        if not _adapted(recipe, config) or not all(any(_names(part, name) for name in names) for part in targets):
+        known = all(any(is_target(target, name) for name in names) for target in targets)
+        if not known or not adapted_matrices(recipe, config):
             counted = ", ".join(dict.fromkeys(names))
             raise ValueError(f"lora.target_modules are {', '.join(targets)}; a plan counts adapters of {counted}.")
     rows, replicas = _rows(recipe), recipe.parallelism.replicate
