@@ -54,3 +54,20 @@ def test_sources_without_held_out_text_are_left_out(tmp_path: Path) -> None:
     result = evaluate_held_out(LossModel(model, torch.float32), shards, 16, 100, TOKEN_BYTES, ALONE)["bits_per_byte"]
     assert list(result) == ["a", "mean"]
     assert result["a"] == result["mean"]
+
+
+def test_held_out_documents_are_kept_apart_where_training_keeps_them_apart(tmp_path: Path) -> None:
+    end = len(TOKEN_BYTES) - 1
+    texts = [[5, 6, 7, 8, end], [9, 3, end]]
+    shards = write_streams(tmp_path / "shards", {"a": (range(99), [token for text in texts for token in text])})
+    torch.manual_seed(0)
+    model = BTLMLMHeadModel(tiny_recipe().config).eval()
+    loss_model = LossModel(model, torch.float32)
+    actual = evaluate_held_out(loss_model, shards, 32, 100, TOKEN_BYTES, ALONE, mask_documents=True)
+    nats, predicted = 0.0, [token for text in texts for token in text[1:]]
+    for text in texts:
+        with torch.no_grad():
+            log_probs = model(torch.tensor([text])).logits[0].double().log_softmax(-1)
+        nats -= float(log_probs[range(len(text) - 1), text[1:]].sum())
+    assert actual["nats_per_token"]["a"] == pytest.approx(nats / len(predicted), rel=1e-5)
+    assert actual["bits_per_byte"]["a"] == pytest.approx(nats / math.log(2) / TOKEN_BYTES[predicted].sum(), rel=1e-5)

@@ -1,11 +1,14 @@
+import errno
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from btlm.data.loader import TokenLoader
 from btlm.data.shards import TokenShards
 from btlm.model import BTLMLMHeadModel
-from btlm.train import Recipe, train
+from btlm.train import Recipe, checkpoint, train
 from btlm.train.recipe import Checkpoints, Optimizer, Precision, Stage
 from btlm.train.step import LossModel
 from tests.data.tiny import write_streams
@@ -607,6 +610,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert message.startswith(f"{tmp_path}/checkpoints/step-00000004 is damaged: {name} ")
     assert message.endswith("; the checkpoint before it is used.")
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_checkpoint_before_a_damaged_one_is_not_taken_for_an_old_one(
+    tmp_path: Path, shards: TokenShards, uninterrupted: Path
+) -> None:
+    recipe = tiny_recipe(DROPOUT, checkpoints=Checkpoints(every_steps=1, keep_last=2))
+    run(recipe, shards, tmp_path, steps=5)
+    damage(tmp_path / "checkpoints/step-00000005", "state/.metadata", "missing")
+    damage(tmp_path / "checkpoints/step-00000004", "state/.metadata", "missing")
+    with pytest.raises(ValueError, match="is whole"):
+        run(recipe, shards, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
+    shutil.copytree(tmp_path / "checkpoints/step-00000005", tmp_path / "checkpoints/step-00000007")
+    shutil.rmtree(tmp_path / "checkpoints/step-00000005")
+    assert len(run(tiny_recipe(DROPOUT), shards, tmp_path / "other", steps=3)) == 3
+    shutil.copytree(tmp_path / "other/checkpoints/step-00000002", tmp_path / "checkpoints/step-00000002")
+    run(recipe, shards, tmp_path, steps=1)
+    assert checkpoints(tmp_path) == [2, 3, 7], "those that were just written stay, whatever is damaged beyond them"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(
+    tmp_path: Path, shards: TokenShards, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(DROPOUT)
+    full = OSError(errno.ENOSPC, "No space left on device", "x.distcp")
+    run(recipe, shards, tmp_path, steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_state", Mock(side_effect=full))
+        with pytest.raises(
+            ValueError, match=r"^The checkpoint of step 4 could not .* \(.*No space left.*\)\. Make room"
+        ):
+            run(recipe, shards, tmp_path)
+    assert (tmp_path / "checkpoints/step-00000002").exists()
+    run(recipe, shards, tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_finished_model_is_not_trained_over(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="has a finished model and no checkpoint; give a new output folder"):
+        run(tiny_recipe(), shards, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path: Path, shards: TokenShards) -> None:

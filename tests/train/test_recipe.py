@@ -580,6 +580,11 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("micro_batch_tokens", 16, "micro_batch_tokens (16) is no multiple of stages[1].sequence_length (32)"),
     ("micro_batch_tokens", 48, "micro_batch_tokens (48) is no multiple of stages[1].sequence_length (32)"),
     ("schedule.warmup_tokens", 1281, "schedule.warmup_tokens (1281) is beyond the end of the run at 1280 tokens"),
+    (
+        "optimizer.clip_norm",
+        0,
+        "optimizer.clip_norm is 0, which leaves nothing of a gradient: give 1.0e+9 to clip none",
+    ),
     ("lora", {}, "lora is given without a model to adapt: name one in start.model"),
 ]
 

@@ -44,7 +44,16 @@ def test_a_spike_is_told_by_its_deviations() -> None:
 
 def test_a_spike_does_not_hide_the_next() -> None:
     monitor = SpikeMonitor(6.0, STEADY)
-    assert [monitor.check(9.0) for _ in range(5)] == pytest.approx([60.0] * 5)
+    found = [monitor.check(9.0) for _ in range(5)]
+    assert found[0] == pytest.approx(60.0)
+    assert all(deviations is not None and deviations > 30 for deviations in found)
+
+
+def test_a_lasting_rise_is_no_spike_for_ever() -> None:
+    monitor = SpikeMonitor(6.0, STEADY)
+    found = [monitor.check(4.0) for _ in range(2 * SPIKE_WINDOW)]
+    assert found[0] is not None
+    assert found[-1] is None
 
 
 def test_too_few_losses_tell_nothing() -> None:
@@ -52,7 +61,9 @@ def test_too_few_losses_tell_nothing() -> None:
 
 
 def test_earlier_spikes_count_as_little_after_a_resume() -> None:
-    assert SpikeMonitor(6.0, [*STEADY, 50.0]).check(3.7) == pytest.approx(7.0)
+    after = SpikeMonitor(6.0, [*STEADY, 50.0]).check(3.8)
+    assert after == SpikeMonitor(6.0, [*STEADY, 9.0]).check(3.8), "however high it was"
+    assert after is not None
 
 
 def test_a_spike_is_recorded(shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

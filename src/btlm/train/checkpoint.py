@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
@@ -65,7 +66,29 @@ def save_checkpoint(
 
     Returns:
         Its folder.
+
+    Raises:
+        ValueError: It could not be written.
     """
+    try:
+        return _save(output, step, trainee, optimizer, loader_state, recipe, ranks)
+    except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The checkpoint of step {step} could not be written to {output / FOLDER} ({reason}). Make room on the "
+            "disk; the same command goes on from the checkpoint before."
+        ) from error
+
+
+def _save(
+    output: Path,
+    step: int,
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    loader_state: Mapping[str, Any],
+    recipe: Recipe,
+    ranks: Ranks,
+) -> Path:
     final = output / FOLDER / f"step-{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     if ranks.first:
@@ -100,11 +123,14 @@ def save_checkpoint(
     return final
 
 
-def keep_checkpoints(output: Path, keep_last: int, keep_every_steps: int | None, ranks: Ranks) -> None:
-    """Remove all checkpoints but the last ones and those at multiples of ``keep_every_steps``."""
+def keep_checkpoints(output: Path, step: int, keep_last: int, keep_every_steps: int | None, ranks: Ranks) -> None:
+    """Remove all checkpoints up to a step but the last ones and those at multiples of ``keep_every_steps``.
+
+    Later ones are damaged, since the run resumed from one before them; they are replaced when it gets there.
+    """
     if ranks.first:
-        for step, folder in _checkpoints(output)[keep_last:]:
-            if keep_every_steps is None or step % keep_every_steps:
+        for earlier, folder in [found for found in _checkpoints(output) if found[0] <= step][keep_last:]:
+            if keep_every_steps is None or earlier % keep_every_steps:
                 _remove(folder)
     ranks.barrier()
 
@@ -156,6 +182,8 @@ def load_checkpoint(
         with _alone(ranks):
             load_state(state, checkpoint_id=folder / "state", no_dist=ranks.world_size == 1)
     except (CheckpointException, RuntimeError) as error:
+        if not any(word in str(error) for word in ("mismatch", "Missing key")):
+            raise
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{folder} does not fit the model of the recipe ({reason}); give a new output.") from error
     if world_size == ranks.world_size:

@@ -21,6 +21,7 @@ def evaluate_held_out(
     token_bytes: NDArray[np.int64],
     ranks: Ranks,
     rows_per_pass: int = 1,
+    mask_documents: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Loss on the first held-out documents of each source.
 
@@ -34,6 +35,7 @@ def evaluate_held_out(
         token_bytes: Bytes of text of every token id, int64 ``[vocab]``; 0 for end-of-text.
         ranks: That share the rows.
         rows_per_pass: Rows of a forward pass.
+        mask_documents: Keep attention and loss within documents, as in training with ``data.mask_documents``.
 
     Returns:
         ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty
@@ -56,9 +58,12 @@ def evaluate_held_out(
     for first in range(0, len(passes), ranks.world_size):
         place = first + ranks.rank
         index, ids = passes[min(place, len(passes) - 1)]
-        nats = float(model(torch.from_numpy(ids).to(ranks.device)))
+        documents = _documents(ids, token_bytes) if mask_documents else np.zeros_like(ids)
+        inside = documents[:, 1:] == documents[:, :-1]
+        on_device = [torch.from_numpy(array).to(ranks.device) for array in (ids, documents)]
+        nats = float(model(on_device[0], on_device[1] if mask_documents else None))
         if place < len(passes):
-            sums[index] += nats, ids[:, 1:].size, token_bytes[ids[:, 1:]].sum()
+            sums[index] += nats, inside.sum(), token_bytes[ids[:, 1:]][inside].sum()
     model.train(was_training)
     sums = np.array(ranks.sum(*sums.ravel().tolist())).reshape(sums.shape)
     counted = {source: total for source, total in zip(shards.sources, sums.tolist(), strict=True) if total[2]}
@@ -68,6 +73,12 @@ def evaluate_held_out(
         "nats_per_token": _with_mean({source: nats / tokens for source, (nats, tokens, _) in counted.items()}),
         "bits_per_byte": _with_mean({source: nats / math.log(2) / size for source, (nats, _, size) in counted.items()}),
     }
+
+
+def _documents(ids: NDArray[np.int64], token_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of the document of each token in its row, ``[B, L]`` both: a new one begins after end-of-text."""
+    ends = token_bytes[ids[:, :-1]] == 0
+    return np.pad(ends.cumsum(axis=1), ((0, 0), (1, 0)))
 
 
 def _with_mean(values: dict[str, float]) -> dict[str, float]:

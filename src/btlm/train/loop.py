@@ -129,7 +129,8 @@ def train(
                 checkpoint = save_checkpoint(
                     output, step, run.trainee, run.optimizer, loader.state_dict(), recipe, ranks
                 )
-                keep_checkpoints(output, recipe.checkpoints.keep_last, recipe.checkpoints.keep_every_steps, ranks)
+                kept = recipe.checkpoints
+                keep_checkpoints(output, step, kept.keep_last, kept.keep_every_steps, ranks)
             yield record
             if stopped and not last:
                 return
@@ -182,6 +183,8 @@ def _resume(output: Path, run: _Run, loader: TokenLoader, recipe: Recipe, ranks:
     """Load the newest whole checkpoint; returns its step, 0 without one."""
     found = find_checkpoint(output, ranks)
     if found is None:
+        if (output / "model").exists():
+            raise ValueError(f"{output} has a finished model and no checkpoint; give a new output folder.")
         return 0
     folder, marker = found
     if changes := changes_of_result(marker["recipe"], recipe):
@@ -206,7 +209,8 @@ def _evaluate(
     tokens = recipe.evaluation.tokens_per_source
     # Held-out rows end where the text does, and every length would be compiled by itself.
     with torch.compiler.set_stance("force_eager") if recipe.precision.compile else nullcontext():
-        return evaluate_held_out(model, shards, sequence_length, tokens, token_bytes, ranks, rows)
+        masked = recipe.data.mask_documents
+        return evaluate_held_out(model, shards, sequence_length, tokens, token_bytes, ranks, rows, masked)
 
 
 def _stage_of(recipe: Recipe, batch: Batch) -> Any:

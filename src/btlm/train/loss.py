@@ -70,7 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None
+        # The factor in fp32: rounded to bf16 it would scale the gradients of the blocks against those of the head.
+        return (grad_hidden.float() * grad_loss).to(grad_hidden.dtype), grad_weight, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -200,6 +200,9 @@ def _recipe_problems(values: dict[str, Any], started: bool) -> list[str]:
             problems.append(
                 f"schedule.warmup_tokens ({schedule.warmup_tokens}) is beyond the end of the run at {end} tokens"
             )
+    optimizer = values.get("optimizer")
+    if optimizer is not None and optimizer.clip_norm == 0:
+        problems.append("optimizer.clip_norm is 0, which leaves nothing of a gradient: give 1.0e+9 to clip none")
     precision, parallelism = values.get("precision"), values.get("parallelism")
     if precision and parallelism and precision.dtype == "float32" and parallelism.gather_dtype == "bfloat16":
         problems.append(

@@ -109,7 +109,7 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
         ValueError: The run there is of another recipe.
     """
     kept = output / "recipe.yaml"
-    begun = kept.exists() and (any((output / FOLDER).glob("step-*")) or (output / "model").exists())
+    begun = kept.exists() and (any((output / FOLDER).glob("step-????????")) or (output / "model").exists())
     if begun and (changes := changes_of_result(as_dict(load_recipe(kept)), recipe)):
         raise ValueError(
             f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "

@@ -1,5 +1,6 @@
 """What a run tells of itself: metrics.jsonl, TensorBoard, W&B, spikes of the loss, and the rate of the machine."""
 
+import hashlib
 import json
 import math
 import time
@@ -32,7 +33,7 @@ class SpikeMonitor:
     """Tells a loss that stands out from the steps before it.
 
     Args:
-        deviations: Standard deviations above the mean of the last ``SPIKE_WINDOW`` losses; a spike is not one of them.
+        deviations: Standard deviations above the mean of the last ``SPIKE_WINDOW`` losses.
         losses: Of earlier steps, in order.
     """
 
@@ -48,6 +49,8 @@ class SpikeMonitor:
             mean = sum(self._losses) / SPIKE_WINDOW
             deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / SPIKE_WINDOW)
             if deviation > 0 and loss - mean > self._deviations * deviation:
+                # It counts as the highest loss that is none: one changes little, and a lasting rise is got used to.
+                self._losses.append(mean + self._deviations * deviation)
                 return (loss - mean) / deviation
         self._losses.append(loss)
         return None
@@ -118,8 +121,15 @@ class _WeightsAndBiases:
             import wandb
         except ModuleNotFoundError as error:
             raise ValueError("watching.wandb_project needs W&B: pip install wandb, or set it to null.") from error
+        # The same output folder is the same run.
+        number = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(
-            project=watching.wandb_project, name=output.name, dir=str(output), config=as_dict(recipe), resume="allow"
+            project=watching.wandb_project,
+            id=number,
+            name=output.name,
+            dir=str(output),
+            config=as_dict(recipe),
+            resume="allow",
         )
 
     def log(self, record: dict[str, Any]) -> None:
