@@ -639,7 +639,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_state", Mock(side_effect=full))
         with pytest.raises(
-            ValueError, match=r"^The checkpoint of step 4 could not .* \(.*No space left.*\)\. Make room"
+            ValueError, match=r"^The checkpoint .*step-00000004 could not .* \(.*No space left.*\)\. Make room"
         ):
             run(recipe, shards, tmp_path)
     assert (tmp_path / "checkpoints/step-00000002").exists()

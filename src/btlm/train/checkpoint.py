@@ -70,56 +70,38 @@ def save_checkpoint(
     Raises:
         ValueError: It could not be written.
     """
-    try:
-        return _save(output, step, trainee, optimizer, loader_state, recipe, ranks)
-    except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"The checkpoint of step {step} could not be written to {output / FOLDER} ({reason}). Make room on the "
-            "disk; the same command goes on from the checkpoint before."
-        ) from error
-
-
-def _save(
-    output: Path,
-    step: int,
-    trainee: Trainee,
-    optimizer: torch.optim.Optimizer,
-    loader_state: Mapping[str, Any],
-    recipe: Recipe,
-    ranks: Ranks,
-) -> Path:
     final = output / FOLDER / f"step-{step:08d}"
     partial = final.with_name(final.name + _PARTIAL)
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
-    ranks.barrier()
-    weights = _whole_weights(trainee, ranks)
-    if ranks.first:
-        with _no_progress_bars():
-            trainee.saved.save_pretrained(str(partial / "model"), state_dict=weights)
-    del weights
-    with _alone(ranks):
-        save_state(_state(trainee, optimizer), checkpoint_id=partial / "state", no_dist=ranks.world_size == 1)
-    torch.save(_random_state(ranks), partial / "state" / f"random-{ranks.rank}.pt")
-    ranks.barrier()
-    if ranks.first:
-        marker = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": ranks.world_size,
-            "loader": dict(loader_state),
-            "recipe": as_dict(recipe),
-            "files": _digests(partial),
-        }
-        _write_synced(partial / MARKER, json.dumps(marker, indent=1))
-        for folder in (partial / "model", partial / "state", partial):
-            _sync(folder)
-        _remove(final)  # Only a damaged one can have this name.
-        partial.rename(final)
-        _sync(final.parent)
-    ranks.barrier()
+    with _writing(final):
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+        ranks.barrier()
+        weights = _whole_weights(trainee, ranks)
+        if ranks.first:
+            with _no_progress_bars():
+                trainee.saved.save_pretrained(str(partial / "model"), state_dict=weights)
+        del weights
+        with _alone(ranks):
+            save_state(_state(trainee, optimizer), checkpoint_id=partial / "state", no_dist=ranks.world_size == 1)
+        torch.save(_random_state(ranks), partial / "state" / f"random-{ranks.rank}.pt")
+        ranks.barrier()
+        if ranks.first:
+            marker = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": ranks.world_size,
+                "loader": dict(loader_state),
+                "recipe": as_dict(recipe),
+                "files": _digests(partial),
+            }
+            _write_synced(partial / MARKER, json.dumps(marker, indent=1))
+            for folder in (partial / "model", partial / "state", partial):
+                _sync(folder)
+            _remove(final)  # Only a damaged one can have this name.
+            partial.rename(final)
+            _sync(final.parent)
+        ranks.barrier()
     return final
 
 
@@ -287,6 +269,19 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
 
     with ThreadPoolExecutor() as pool:
         return {str(f.relative_to(folder)): value for f, value in zip(files, pool.map(digest, files), strict=True)}
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """Tell in one line why a checkpoint could not be written."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The checkpoint {final} could not be written ({reason}). Make room on the disk; the same command goes on "
+            "from the one before."
+        ) from error
 
 
 @contextmanager

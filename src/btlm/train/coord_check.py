@@ -119,7 +119,7 @@ def run_coord_check(
 
     Raises:
         ValueError: The recipe goes on from a model, is of standard parametrization and should be ablated, or has a
-            learning rate or clip_norm of 0; or the shards or the device cannot be used.
+            learning rate of 0; or the shards or the device cannot be used.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -133,8 +133,8 @@ def run_coord_check(
         if recipe.start is not None:
             raise ValueError(f"{recipe_path} goes on from start.model; the check needs the shape of a new model.")
         config, optimizer = recipe.config, recipe.optimizer
-    if 0 in (optimizer.lr, optimizer.clip_norm):
-        raise ValueError(f"lr is {optimizer.lr} and clip_norm {optimizer.clip_norm}: with a 0 nothing would change.")
+    if optimizer.lr == 0:
+        raise ValueError("optimizer.lr is 0, with which nothing would change; give a learning rate to check.")
     if check.ablations and not is_mup(config):
         raise ValueError(f"The recipe is of standard parametrization; there is no {check.ablate} to leave out.")
     batches = draw_batches(check, None if data is None else TokenShards(data))
