@@ -30,13 +30,7 @@ from tests.train.tiny import MODEL, TOKEN_BYTES, VOCAB_SIZE, tiny_recipe, tiny_s
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Runs that are compared bit for bit use the same number; for tensors this small one is also the fastest."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

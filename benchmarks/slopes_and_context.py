@@ -1,0 +1,55 @@
+"""Why interpolation hurts a model, and how much context it uses: two looks at the models of ``variable_length.py``.
+
+    python benchmarks/slopes_and_context.py runs/variable_length/long/model --input corpus/book.jsonl.zst
+
+Loss of the same held-out bytes with the slopes of all heads, or of one, divided by two, at a length inside that of
+training; and with more and more bytes before them.
+"""
+
+import argparse
+from unittest.mock import patch
+
+import torch
+from byte_stream import ByteStream
+from torch import Tensor
+from variable_length import held_out_windows, loss_at_end
+
+from btlm import BTLMLMHeadModel
+from btlm.model import attention_btlm
+
+LENGTHS = (12, 16, 32, 64, 128, 256, 512)
+
+
+def main() -> None:
+    """Print both as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder of a model that reads bytes")
+    parser.add_argument("--input", nargs="+", help="files or folders of long documents")
+    parser.add_argument("--megabytes", type=float, default=40, help="text of each source")
+    parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 bytes")
+    args = parser.parse_args()
+    if not args.model or not args.input:
+        print("Nothing is measured without a model and documents: give MODEL and --input.")
+        return
+    stream = ByteStream(args.input, int(args.megabytes * 1e6))
+    model = BTLMLMHeadModel.from_pretrained(args.model).eval()
+    windows = held_out_windows(stream, max(LENGTHS), args.windows)
+    heads = model.config.n_head
+    print("| slopes divided by 2 | nats a byte at 512, the last 128 |\n|---|---|")
+    settings = {"none": torch.ones(heads), "all": torch.full((heads,), 2.0)}
+    for head in range(heads):
+        settings[f"head {head + 1}, steepest first"] = torch.ones(heads).index_fill(0, torch.tensor(head), 2.0)
+    for name, divisors in settings.items():
+
+        def divided(slopes_H: Tensor, *_: object, divisors: Tensor = divisors) -> Tensor:
+            return (slopes_H / divisors)[None]
+
+        with patch.object(attention_btlm, "interpolated_slopes", divided):
+            print(f"| {name} | {float(loss_at_end(model, windows, 512, 128).mean()):.3f} |", flush=True)
+    print("\n| bytes of context | nats a byte of the last 8 |\n|---|---|")
+    for length in LENGTHS:
+        print(f"| {length} | {float(loss_at_end(model, windows, length, 8).mean()):.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
