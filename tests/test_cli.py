@@ -8,6 +8,7 @@ import pytest
 import btlm
 import btlm.data.inspect
 import btlm.data.run
+import btlm.infer.export_gguf
 import btlm.infer.generate
 import btlm.infer.info
 import btlm.infer.quantize
@@ -25,6 +26,8 @@ COMMANDS = [
     "generate",
     "info",
     "quantize",
+    "export-gguf",
+    "bench",
     "train",
     "coord-check",
     "transfer",
@@ -63,6 +66,7 @@ def called(monkeypatch):
         (btlm.infer.run, "run_generate"),
         (btlm.infer.info, "run_info"),
         (btlm.infer.quantize, "quantize"),
+        (btlm.infer.export_gguf, "export_gguf"),
         (btlm.train.run, "run_training"),
         (btlm.train.plan, "run_plan"),
         *((btlm.data.run, f"run_{step}") for step in DATA_STEPS[:-1]),
@@ -150,7 +154,15 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
     [
         ("info", ("run_info", (BUNDLED_MODEL,), {"as_json": False})),
         ("info recipe.yaml --json", ("run_info", ("recipe.yaml",), {"as_json": True})),
-        ("quantize m --output o", ("quantize", ("m", "o"), {})),
+        (
+            "quantize m o",
+            ("quantize", ("m", "o"), {"bits": 4, "group_size": 128, "table_bits": 8, "calibration": None}),
+        ),
+        (
+            "quantize m o --bits 8 --group-size 64 --table-bits 4 --calibrate t.txt",
+            ("quantize", ("m", "o"), {"bits": 8, "group_size": 64, "table_bits": 4, "calibration": "t.txt"}),
+        ),
+        ("export-gguf m o.gguf --type Q8_0", ("export_gguf", ("m", "o.gguf"), {"type": "Q8_0"})),
         ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "auto", {}), {})),
         ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda", {}), {})),
         ("train r.yaml --plan", ("run_plan", ("r.yaml", 0.4, 989.0, None, {}), {})),

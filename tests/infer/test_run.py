@@ -37,7 +37,7 @@ def test_standard_output_has_the_text_and_nothing_else(checkpoint, capsys):
     out, err = capsys.readouterr()
     assert out == continuation("Once upon a time")
     first, second = err.splitlines()
-    assert first == f"btlm: {checkpoint.name}, 24,112 parameters, float32 on cpu"
+    assert first.startswith(f"btlm: {checkpoint.name}, 24,112 parameters, float32 on cpu (")
     assert second.startswith("btlm: 16 prompt tokens, 6 new (first after ")
     assert second.endswith("; stopped at --max-new-tokens")
 

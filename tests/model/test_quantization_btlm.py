@@ -1,4 +1,4 @@
-"""Eight-bit folders load as plain models, within half a step of every weight."""
+"""The storage is what the module's text says, and folders in it load as plain models."""
 
 import json
 from typing import Any
@@ -7,71 +7,206 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from btlm.model import BTLMLMHeadModel
-from btlm.model.quantization_btlm import BTLMQuantizationConfig, dequantize, quantize, quantized_state_dict
+from btlm.model.quantization_btlm import (
+    BTLMQuantizationConfig,
+    dequantize,
+    pack,
+    pack_scale,
+    stored_matrices,
+    unpack,
+    unpack_scale,
+)
 from tests.model.tiny import tiny_model, tokens
 
+QUANTIZED = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}
+# Two groups of inputs, and a feed-forward width that is padded from 75 to 128.
+WIDE = {"n_embd": 128, "n_head": 4, "n_inner": 75}
 
-def write_eight_bit(model, folder):
-    model.config.quantization_config = {"quant_method": "btlm", "bits": 8}
+
+def random_q(outputs, inputs, bits, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**bits, (outputs, inputs), generator=generator).to(torch.uint8)
+
+
+def packed_by_loop(q, bits):
+    """Straight from the docstring of the module."""
+    outputs, inputs = q.shape
+    columns = 8 if bits == 4 else 4
+    stored = torch.zeros(outputs // 16, inputs // columns, 64, dtype=torch.uint8)
+    for r in range(outputs // 16):
+        for c in range(inputs // columns):
+            for n in range(16):
+                for i in range(4):
+                    if bits == 4:
+                        byte = int(q[16 * r + n, 8 * c + i]) + 16 * int(q[16 * r + n, 8 * c + 4 + i])
+                    else:
+                        byte = int(q[16 * r + n, 4 * c + i])
+                    stored[r, c, 4 * n + i] = byte
+    return stored
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_layout_is_that_of_the_text(bits):
+    q = random_q(48, 64, bits)
+    stored = pack(q, bits)
+    assert stored.is_contiguous()
+    assert torch.equal(stored, packed_by_loop(q, bits))
+    assert torch.equal(unpack(stored, bits), q)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (4, 128), (8, 64), (8, 128)])
+def test_values_are_steps_from_the_middle_times_the_scale_of_the_group(bits, group_size):
+    q = random_q(32, 256, bits)
+    scale = torch.randn(32, 256 // group_size).bfloat16().float()
+    stored_scale = pack_scale(scale)
+    assert stored_scale.shape == (2, 256 // group_size, 16)
+    assert stored_scale.dtype == torch.bfloat16
+    assert stored_scale[1, 1, 5] == scale[16 + 5, 1]
+    assert torch.equal(unpack_scale(stored_scale), scale)
+    values = dequantize(pack(q, bits), stored_scale, bits, group_size)
+    assert values.dtype == torch.float32
+    for n, k in [(0, 0), (5, 63), (17, 64), (31, 255), (16, 130)]:
+        assert values[n, k].item() == (int(q[n, k]) - 2 ** (bits - 1)) * scale[n, k // group_size].item()
+
+
+def write_folder(folder, model, quantization):
+    """A folder of random integers, and the weights that it stands for by the name of the module."""
+    config = BTLMQuantizationConfig(**quantization)
+    matrices = stored_matrices(model, config)
+    state, values = {}, {}
+    for name, tensor in model.state_dict().items():
+        matrix = matrices.get(name.rpartition(".")[0])
+        if matrix is None:
+            state[name] = tensor.float().contiguous()
+        elif name.endswith(".bias"):
+            state[name] = torch.nn.functional.pad(tensor, (0, matrix.padded_outputs - matrix.outputs))
+        else:
+            # Values in the padding too: they have to be cut off.
+            q = random_q(matrix.padded_outputs, matrix.padded_inputs, matrix.bits, seed=len(state))
+            groups = matrix.padded_inputs // matrix.group_size
+            state[name] = pack(q, matrix.bits)
+            # Of the width of the matrix, and exact in bf16 alone: fp16 has no such exponents.
+            state[f"{name}_scale"] = pack_scale(torch.randn(matrix.padded_outputs, groups) * 1e-8)
+            full = dequantize(state[name], state[f"{name}_scale"], matrix.bits, matrix.group_size)
+            values[name.removesuffix(".weight")] = full[: matrix.outputs, : matrix.inputs]
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    model.config.quantization_config = quantization
+    model.config.dtype = torch.float32  # else Transformers takes that of the first tensor, which are scales
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     del model.config.quantization_config
-    save_file(quantized_state_dict(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return values
 
 
 @pytest.mark.parametrize(
-    ("module", "channel_dim"), [(nn.Embedding(30, 7), 0), (nn.Linear(7, 30), 0), (Conv1D(30, 7), 1)]
+    "variant",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"activation_function": "gelu_new", "position_embedding_type": "learned"},
+        {"vocab_size": 96},
+    ],
 )
-def test_each_output_channel_has_a_scale_of_its_own(module, channel_dim):
-    torch.manual_seed(0)
-    channels = module.weight.shape[channel_dim]
-    sizes = torch.logspace(-4, 2, channels).unsqueeze(1 - channel_dim)
-    weight = torch.randn(module.weight.shape) * sizes
-    stored, scale = quantize(weight, module)
-    assert stored.dtype == torch.int8
-    assert scale.shape == (channels,)
-    error = (dequantize(stored, scale, module) - weight).abs()
-    assert (error <= scale.unsqueeze(1 - channel_dim) * 0.5001).all()
-    assert (stored.abs().amax(dim=1 - channel_dim) == 127).all()
-
-
-def test_a_channel_of_zeros_stays_zero():
-    module = Conv1D(3, 4)
-    stored, scale = quantize(torch.zeros(4, 3), module)
-    assert (dequantize(stored, scale, module) == 0).all()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_eight_bit_folder_loads_as_a_plain_model(tmp_path, tied):
-    original = tiny_model(tie_word_embeddings=tied)
-    write_eight_bit(original, tmp_path / "eight")
-    result: Any = BTLMLMHeadModel.from_pretrained(tmp_path / "eight", output_loading_info=True)
+@pytest.mark.parametrize(
+    "quantization", [QUANTIZED, {**QUANTIZED, "bits": 8, "group_size": 128}, {**QUANTIZED, "table_bits": 4}]
+)
+def test_a_quantized_folder_loads_as_a_plain_model(tmp_path, variant, quantization):
+    original = tiny_model(**WIDE, **variant)
+    values = write_folder(tmp_path / "few", original, quantization)
+    result: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "few", output_loading_info=True)
     loaded, report = result
     assert not any(report.values())
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+    tied = original.config.tie_word_embeddings
     assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
-    for name, module in original.named_modules():
-        weight = loaded.get_parameter(f"{name}.weight") if getattr(module, "mup_layer", None) else None
-        if weight is not None and not (tied and name == "lm_head"):
-            assert torch.equal(weight, dequantize(*quantize(module.weight, module), module)), name
+    assert len(values) == 3 * (4 + ("activation_function" not in variant)) + (1 if tied else 2)
+    for name, parameter in original.named_parameters():
+        module, _, kind = name.rpartition(".")
+        ours = loaded.get_parameter(name)
+        assert ours.shape == parameter.shape
+        if kind == "weight" and module in values:
+            expected = values[module].T if isinstance(original.get_submodule(module), Conv1D) else values[module]
+            assert torch.equal(ours, expected), name
+        elif not (tied and module == "lm_head"):
+            assert torch.equal(ours, parameter), name
 
     loaded.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    again = BTLMLMHeadModel.from_pretrained(tmp_path / "plain")
-    assert torch.equal(again(tokens(2, 20)).logits, loaded(tokens(2, 20)).logits)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(again(tokens(2, 20) % 96).logits, loaded(tokens(2, 20) % 96).logits)
 
 
-def test_weights_take_a_byte_each():
-    model = tiny_model()
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    stored = sum(tensor.nbytes for tensor in quantized_state_dict(model).values() if tensor.dtype == torch.int8)
-    assert stored == matrices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_decoded_from_exact_scales_whatever_the_dtype(tmp_path, dtype):
+    values = write_folder(tmp_path, tiny_model(**WIDE), {**QUANTIZED, "bits": 8})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    for name, expected in values.items():
+        weight = loaded.get_parameter(f"{name}.weight")
+        expected = expected if isinstance(loaded.get_submodule(name), nn.Embedding) else expected.T
+        assert torch.equal(weight, expected.to(dtype)), name
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 4}, {"bits": 8, "group_size": 64}, {"quant_method": "gptq"}])
+def test_zero_neurons_of_the_padding_change_nothing(tmp_path):
+    """The logits of the plain model are those of one with the padded width and zeros in the padding."""
+    narrow = tiny_model(**WIDE)
+    wide = tiny_model(**{**WIDE, "n_inner": 128})
+    state = narrow.state_dict()
+    for name, tensor in wide.state_dict().items():
+        if state[name].shape != tensor.shape:
+            padding = [size for a, b in zip(tensor.shape, state[name].shape, strict=True) for size in (a - b, 0)]
+            state[name] = torch.nn.functional.pad(state[name], padding[::-1])
+    wide.load_state_dict(state)
+    torch.testing.assert_close(wide(tokens(1, 20)).logits, narrow(tokens(1, 20)).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tensor", ["transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight_scale", "transformer.h.0.mlp.c_fc.bias"]
+)
+def test_a_tensor_of_another_shape_is_refused(tmp_path, tensor):
+    from safetensors.torch import load_file
+
+    write_folder(tmp_path, tiny_model(**WIDE), QUANTIZED)
+    state = {name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()}
+    state[tensor] = state[tensor][:-1].contiguous()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tensor} is .* where config.json makes it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bits": 5},
+        {"bits": True},
+        {"group_size": 32},
+        {"table_bits": 16},
+        {"quant_method": "gptq"},
+        {"sym": True},
+        {"group_size": None},
+        {"bits": "4"},
+    ],
+)
 def test_other_storage_is_refused(wrong):
-    with pytest.raises(ValueError, match="this version reads"):
-        BTLMQuantizationConfig(**wrong)
+    BTLMQuantizationConfig(**QUANTIZED)
+    with pytest.raises(ValueError, match=r"^quantization_config is .*this version reads .*\.$") as error:
+        BTLMQuantizationConfig(**{**QUANTIZED, **wrong})
+    assert "\n" not in str(error.value)
+
+
+def test_the_form_of_an_older_version_is_named():
+    with pytest.raises(ValueError, match="older version, make the folder again"):
+        BTLMQuantizationConfig(quant_method="btlm", bits=8)
+
+
+@pytest.mark.parametrize(("width", "group_size", "remedy"), [(192, 128, "use 64"), (48, 64, "neither 64 nor 128 does")])
+def test_a_group_size_that_does_not_fit_is_refused(width, group_size, remedy):
+    model = tiny_model(n_embd=width)
+    with pytest.raises(ValueError, match=rf"{group_size} does not divide n_embd, which is {width}; {remedy}"):
+        stored_matrices(model, BTLMQuantizationConfig(**{**QUANTIZED, "group_size": group_size}))

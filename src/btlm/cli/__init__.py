@@ -58,11 +58,14 @@ def _fail(problem: object) -> int:
 
 
 def _generate(arguments: Namespace) -> None:
-    from btlm.infer.generate import GenerationOptions
+    from btlm.infer.options import GenerationOptions
     from btlm.infer.run import run_generate
 
     values = {name: value for name, value in vars(arguments).items() if value is not None}
-    names = ("prompt", "prompt_file", "model", "dtype", "device", "context_scaling")
+    names = (
+        *("prompt", "prompt_file", "model", "dtype", "device", "context_scaling"),
+        *("engine", "cache_dtype", "kernels", "threads"),
+    )
     run = {name: values.pop(name) for name in names if name in values}
     run_generate(options=GenerationOptions(**values), **run)
 
@@ -79,7 +82,29 @@ def _quantize(arguments: Namespace) -> None:
     from btlm.infer.quantize import quantize
 
     with plain_messages():
-        quantize(arguments.model, arguments.output)
+        quantize(
+            arguments.model,
+            arguments.output,
+            bits=arguments.bits,
+            group_size=arguments.group_size,
+            table_bits=arguments.table_bits,
+            calibration=arguments.calibrate,
+        )
+
+
+def _bench(arguments: Namespace) -> None:
+    from btlm.infer.bench import run_bench
+
+    names = ("dtypes", "contexts", "new_tokens", "threads", "output")
+    run_bench(arguments.models, **{name: arguments[name] for name in names})
+
+
+def _export_gguf(arguments: Namespace) -> None:
+    from btlm.infer.export_gguf import export_gguf
+    from btlm.infer.messages import plain_messages
+
+    with plain_messages():
+        export_gguf(arguments.model, arguments.output, type=arguments.type)
 
 
 def _train(arguments: Namespace) -> None:
@@ -150,6 +175,8 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "generate": _generate,
     "info": _info,
     "quantize": _quantize,
+    "export-gguf": _export_gguf,
+    "bench": _bench,
     "train": _train,
     "coord-check": _coord_check,
     "transfer": _transfer,

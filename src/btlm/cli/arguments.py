@@ -23,7 +23,9 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND", description=None)
     commands.add_subcommand("generate", _generate_parser(), help="continue a prompt")
     commands.add_subcommand("info", _info_parser(), help="show the shape, muP and cost of a model or a recipe")
-    commands.add_subcommand("quantize", _quantize_parser(), help="write a copy of a model in eight bits")
+    commands.add_subcommand("quantize", _quantize_parser(), help="write a copy of a model in four or eight bits")
+    commands.add_subcommand("export-gguf", _export_gguf_parser(), help="write a model for llama.cpp")
+    commands.add_subcommand("bench", _bench_parser(), help="measure memory and speed of models")
     commands.add_subcommand("train", _train_parser(), help="train a model by a recipe")
     commands.add_subcommand("coord-check", _coord_check_parser(), help="check muP: sizes against width")
     commands.add_subcommand("transfer", _transfer_parser(), help="tune on a narrow proxy for a wide model")
@@ -53,7 +55,19 @@ def _generate_parser() -> ArgumentParser:
     model.add_argument(
         "--model", metavar="MODEL", help="checkpoint folder or Hugging Face id (default: the bundled one)"
     )
+    model.add_argument(
+        "--engine", metavar="E", help="btlm, transformers, or auto: btlm for all that it can do (default)"
+    )
     model.add_argument("--dtype", metavar="D", help="bfloat16, float16, float32 or auto, as stored (default)")
+    model.add_argument(
+        "--cache-dtype",
+        metavar="D",
+        help="of keys and values: int8, bfloat16, float32 or auto, int8 for quantized models (default)",
+    )
+    model.add_argument("--threads", type=whole, metavar="N", help="(default: one a processor)")
+    model.add_argument(
+        "--kernels", metavar="K", help="native, torch, an instruction path, or auto, the fastest here (default)"
+    )
     model.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps ... or auto, the fastest here (default)")
     model.add_argument(
         "--context-scaling",
@@ -69,7 +83,17 @@ def _generate_parser() -> ArgumentParser:
     choice.add_argument("--top-k", type=whole, metavar="K", help="sample from the top K tokens")
     choice.add_argument("--seed", type=whole, metavar="N", help="make the samples repeatable")
     choice.add_argument("--num-beams", type=whole, metavar="N", help="search N beams; the text comes at the end")
+    choice.add_argument(
+        "--repetition-penalty", type=number, metavar="X", help="above 1: prefer tokens that the text does not have"
+    )
     choice.add_argument("--no-repeat-ngram-size", type=whole, metavar="N", help="write no N tokens in a row twice")
+    choice.add_argument(
+        "--lookup-tokens",
+        type=whole,
+        metavar="N",
+        help="guess up to N tokens from the text itself and check them together: the same text, faster; 0 for none "
+        "(default: 3)",
+    )
     return parser
 
 
@@ -94,11 +118,64 @@ def _info_parser() -> ArgumentParser:
 
 def _quantize_parser() -> ArgumentParser:
     parser = new_parser(
-        "quantize MODEL --output FOLDER",
-        "Write a copy of a model whose weights take eight bits, half the size of bf16.",
+        "quantize MODEL OUT [options]",
+        "Write a copy of a model whose weights take four bits (or eight), read tensor by\ntensor.",
+        epilog="""examples:
+  btlm quantize cerebras/btlm-3b-8k-base btlm-3b-4bit
+  btlm quantize runs/mine/model mine-4bit --calibrate some-text.txt
+  btlm quantize runs/mine/model mine-8bit --bits 8""",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="receives the copy; must not exist")
+    parser.add_argument("output", metavar="OUT", help="folder that receives the copy; must not exist")
+    parser.add_argument("--bits", type=whole, metavar="N", default=4, help="of the blocks: 4 (default) or 8")
+    parser.add_argument(
+        "--group-size", type=whole, metavar="N", default=128, help="weights that share a scale: 64 or 128 (default)"
+    )
+    parser.add_argument(
+        "--table-bits", type=whole, metavar="N", default=8, help="of the token table and head: 8 (default) or 4"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="text to choose the weights by (GPTQ); without it each is rounded by itself"
+    )
+    return parser
+
+
+def _export_gguf_parser() -> ArgumentParser:
+    parser = new_parser(
+        "export-gguf MODEL OUT.gguf [--type T]",
+        "Write a model for llama.cpp, in its architecture `jais`.",
+        epilog="""examples:
+  btlm export-gguf cerebras/btlm-3b-8k-base btlm-3b.gguf --type Q4_0""",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("output", metavar="OUT.gguf", help="receives the model; must not exist")
+    parser.add_argument("--type", metavar="T", default="F16", help="F16 (default), Q8_0 or Q4_0")
+    return parser
+
+
+def _bench_parser() -> ArgumentParser:
+    parser = new_parser(
+        "bench [MODEL ...] [options]",
+        "Measure memory and speed of models by dtype and context; print a table and draw\ntwo plots.",
+        epilog="""examples:
+  btlm bench --output bench
+  btlm bench btlm-3b llama-7b --dtypes 4bit --contexts 512,8192
+  btlm bench runs/mine/model mine-4bit --contexts 2048""",
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        default=["btlm-3b"],
+        help="checkpoint folders, or shapes with random weights: btlm-3b (default), llama-7b",
+    )
+    parser.add_argument(
+        "--dtypes", metavar="D,D", default="4bit", help="of shapes: 4bit (default), 8bit, bfloat16, float32"
+    )
+    parser.add_argument("--contexts", metavar="N,N", default="512,2048", help="tokens (default: 512,2048)")
+    parser.add_argument("--new-tokens", type=whole, metavar="N", default=32, help="to decode (default: 32)")
+    parser.add_argument("--threads", type=whole, metavar="N", help="(default: one a processor)")
+    parser.add_argument("--output", metavar="FOLDER", help="receives bench.json, figure-1.png and figure-2.png")
     return parser
 
 

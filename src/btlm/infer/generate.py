@@ -4,7 +4,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,89 +15,8 @@ from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .load import end_ids
 from .messages import one_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How to continue a prompt: greedily, by beam search, or by sampling where one of its three options is given.
-
-    Args:
-        max_new_tokens: End here at the latest.
-        num_beams: Above 1, the most probable of that many continuations; known only at the end, so not streamed.
-        temperature: Sample; below 1 the probable tokens gain, above 1 the improbable ones.
-        top_p: Sample from the most probable tokens that hold this share of the probability.
-        top_k: Sample from this many of the most probable tokens.
-        no_repeat_ngram_size: Never write the same n-gram of tokens twice.
-        seed: Of the samples; drawn where it is not given.
-
-    Raises:
-        ValueError: Names every impossible value and contradiction, by the options of the command.
-    """
-
-    max_new_tokens: int = 128
-    num_beams: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    no_repeat_ngram_size: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"--{name.replace('_', '-')} is {getattr(self, name)} and must be {bounds}"
-            for name, holds, bounds in (
-                ("max_new_tokens", lambda value: value >= 1, "at least 1"),
-                ("num_beams", lambda value: value >= 1, "at least 1"),
-                ("temperature", lambda value: 0 < value < math.inf, "above 0 (without it, nothing is sampled)"),
-                ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-                ("top_k", lambda value: value >= 1, "at least 1"),
-                ("no_repeat_ngram_size", lambda value: value >= 1, "at least 1"),
-                ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
-            )
-            if getattr(self, name) is not None and not holds(getattr(self, name))
-        ]
-        if self.samples and self.num_beams > 1:
-            problems.append("--num-beams searches and --temperature, --top-p and --top-k sample; use one or the other")
-        if self.seed is not None and not self.samples:
-            problems.append("--seed needs sampling; add --temperature, --top-p or --top-k")
-        if problems:
-            raise ValueError(f"{'; '.join(problems)}.")
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn."""
-        return any(option is not None for option in (self.temperature, self.top_p, self.top_k))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationReport:
-    """What a generation did.
-
-    Args:
-        prompt_tokens, new_tokens: Counts; end-of-text is one of the new tokens.
-        first_token_s: Seconds to the first new token; ``None`` with beams.
-        total_s: Seconds to the last one.
-        end_of_text: The model ended the text; otherwise it met ``max_new_tokens``.
-        seed: That the samples can be drawn again with; ``None`` where nothing was sampled.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    first_token_s: float | None
-    total_s: float
-    end_of_text: bool
-    seed: int | None
-
-    def __str__(self) -> str:
-        ended = "end of text" if self.end_of_text else "--max-new-tokens"
-        if self.first_token_s is None:
-            speed = f"in {self.total_s:.2f} s, prompt included"
-        else:
-            speed = f"first after {self.first_token_s:.2f} s"
-            if self.new_tokens > 1 and self.total_s > self.first_token_s:
-                speed += f", then {(self.new_tokens - 1) / (self.total_s - self.first_token_s):.1f} tokens/s"
-        seed = "" if self.seed is None else f"; seed {self.seed}"
-        return f"{self.prompt_tokens:,} prompt tokens, {self.new_tokens:,} new ({speed}); stopped at {ended}{seed}"
+from .options import GenerationOptions, GenerationReport
+from .text import TextPieces, longer_than_trained
 
 
 def generate_text(
@@ -126,7 +44,7 @@ def generate_text(
         seed = secrets.randbelow(2**31)
     if seed is not None:
         torch.manual_seed(seed)
-    pieces = _TextPieces(tokenizer, write)
+    pieces = _Streamer(tokenizer, write)
     generation_config = _generation_config(model, options)
     # What the checkpoint recommends would fill in what the options leave open: they alone decide.
     recommended, model.generation_config = model.generation_config, GenerationConfig()
@@ -186,26 +104,14 @@ def length_warning(config: BTLMConfig, length: int) -> str | None:
             f"{config.n_positions:,}; shorten one of them."
         )
     trained = config.n_positions * (1.0 if scaling is None else scaling.get("factor", math.inf))
-    if length <= trained:
-        return None
-    factor = math.ceil(10 * length / config.n_positions) / 10
-    return (
-        f"the prompt and --max-new-tokens make {length:,} tokens, more than the {trained:,.0f} that this model is made "
-        f"for; the text gets better with --context-scaling dynamic, or --context-scaling {factor:g} which is faster"
-    )
+    return longer_than_trained(config.n_positions, trained, length)
 
 
-class _TextPieces(BaseStreamer):
-    """Receives token ids, the prompt's first, and writes text as soon as it ends in a whole character.
-
-    Transformers' ``TextStreamer`` holds text back until the next space; here a piece waits only for the bytes that its
-    last character lacks. At such a boundary byte-level BPE decodes each side for itself.
-    """
+class _Streamer(BaseStreamer):
+    """Receives token ids, the prompt's first, and passes on the others."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        self.tokenizer = tokenizer
-        self.write = write
-        self.waiting: list[int] = []
+        self.pieces = TextPieces(lambda ids: _decode(tokenizer, ids), write)
         self.seen_prompt = False
         self.first_token_at = self.last_token_at = 0.0
 
@@ -216,22 +122,17 @@ class _TextPieces(BaseStreamer):
             return
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
-        self.waiting += value.flatten().tolist()
-        text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.waiting.clear()
-            self.write(text)
+        self.pieces.put(value.flatten().tolist())
 
     def end(self) -> None:
-        """Write what is left, which may be part of a character."""
-        if self.waiting:
-            self.write(self._text())
-            self.waiting.clear()
+        """Write what is left."""
+        self.pieces.end()
 
-    def _text(self) -> str:
-        text = self.tokenizer.decode(self.waiting, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> GenerationConfig:
@@ -248,6 +149,7 @@ def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> Ge
         do_sample=options.samples,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
+        repetition_penalty=1.0 if options.repetition_penalty is None else options.repetition_penalty,
         no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else None,

@@ -55,7 +55,7 @@ def load_model(
     config = _read_config(folder, name_or_path)
     _set_context_scaling(config, context_scaling)
     _check_weights(folder, config)
-    tokenizer = _load_tokenizer(folder, config, name_or_path)
+    tokenizer = load_tokenizer_of(folder, config, name_or_path)
     model = _load_weights(folder, config, DTYPES[dtype], name_or_path)
     end_ids(model)
     try:
@@ -140,8 +140,8 @@ def _set_context_scaling(config: BTLMConfig, context_scaling: float | str) -> No
 # Weights
 
 
-def _check_weights(folder: Path, config: BTLMConfig) -> None:
-    """What can be told before anything is allocated."""
+def _check_weights(folder: Path, config: BTLMConfig) -> list[Path]:
+    """What can be told before anything is allocated; the files of the weights."""
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise ValueError(f"{folder} holds no weights; there should be model.safetensors or pytorch_model.bin.")
@@ -149,11 +149,13 @@ def _check_weights(folder: Path, config: BTLMConfig) -> None:
     for file in files:
         _check_file(file)
     size = sum(file.stat().st_size for file in files)
-    if size < config.num_parameters():  # a parameter takes a byte at least
+    quantized = getattr(config, "quantization_config", None) is not None
+    if size < config.num_parameters() * (0.5 if quantized else 1):  # bytes that a parameter takes at least
         raise ValueError(
             f"{folder}: config.json describes {config.num_parameters():,} parameters, and the weights take "
             f"{size:,} bytes; the two do not belong together, or a file is cut short."
         )
+    return files
 
 
 def _shards(index: Path) -> list[Path]:
@@ -220,7 +222,12 @@ def _load_weights(folder: Path, config: BTLMConfig, dtype: torch.dtype | str, na
 # Tokenizer
 
 
-def _load_tokenizer(folder: Path, config: BTLMConfig, name: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(folder: Path, config: BTLMConfig, name: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; that of GPT-2 where it has none but that vocabulary size.
+
+    Raises:
+        ValueError: There is none, or it does not fit the vocabulary.
+    """
     files = {file for file in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / file).is_file()}
     tokenizer: PreTrainedTokenizerBase
     try:

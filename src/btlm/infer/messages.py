@@ -5,9 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-from transformers.utils import logging as transformers_logging
-
 
 def note(text: str) -> None:
     """Tell something."""
@@ -32,25 +29,38 @@ def one_line(error: BaseException) -> str:
 def plain_messages() -> Iterator[None]:
     """While it is open, warnings of btlm are lines of :func:`warn`, and Transformers reports errors
     only, without progress bars but those of downloads."""
-    handler = _Lines()
-    ours = logging.getLogger("btlm")
-    propagate, verbosity = ours.propagate, transformers_logging.get_verbosity()
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
     progress = transformers_logging.is_progress_bar_enabled()
     downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
-    ours.addHandler(handler)
-    ours.propagate = False
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if downloads:  # of the Hub; the line above means the bars of both libraries
         enable_progress_bars()
     try:
+        with plain_warnings():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """While it is open, warnings of btlm are lines of :func:`warn`, each of them once."""
+    handler = _Lines()
+    ours = logging.getLogger("btlm")
+    propagate = ours.propagate
+    ours.addHandler(handler)
+    ours.propagate = False
+    try:
         yield
     finally:
         ours.removeHandler(handler)
         ours.propagate = propagate
-        transformers_logging.set_verbosity(verbosity)
-        if progress:
-            transformers_logging.enable_progress_bar()
 
 
 class _Lines(logging.Handler):
@@ -58,6 +68,10 @@ class _Lines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
+        self.seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        warn(record.getMessage())
+        text = record.getMessage()
+        if text not in self.seen:
+            self.seen.add(text)
+            warn(text)

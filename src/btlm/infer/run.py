@@ -2,13 +2,18 @@
 
 import io
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .generate import GenerationOptions, encode, generate_text, length_warning
-from .load import load_model
-from .locate import BUNDLED_MODEL
-from .messages import note, plain_messages, warn
+from .engine import CACHE_DTYPES, Engine
+from .locate import BUNDLED_MODEL, checkpoint_folder
+from .messages import note, plain_messages, plain_warnings, warn
+from .options import GenerationOptions, GenerationReport
+from .shape import read_shape
+from .text import TextPieces, encode, longer_than_trained, open_tokenizer
+
+ENGINES = ("auto", "btlm", "transformers")
 
 
 def run_generate(
@@ -20,6 +25,10 @@ def run_generate(
     dtype: str = "auto",
     device: str = "auto",
     context_scaling: float | str = "none",
+    engine: str = "auto",
+    cache_dtype: str = "auto",
+    kernels: str = "auto",
+    threads: int | None = None,
 ) -> None:
     """Write a prompt and its continuation to standard output, as the tokens come.
 
@@ -30,20 +39,105 @@ def run_generate(
         model: Folder of a checkpoint, or its id on the Hugging Face Hub.
         options: How to continue; greedily where not given.
         dtype, device, context_scaling: See :func:`btlm.infer.load_model`.
+        engine: ``"btlm"``, ``"transformers"``, or ``"auto"``: Transformers for what the engine does not do (beams,
+            another
+            dtype than the stored one, devices other than the processor, dynamic interpolation, networks other than
+            SwiGLU with ALiBi, pickled weights), else the engine.
+        cache_dtype, kernels, threads: See :meth:`btlm.infer.Engine.open`.
 
     Raises:
         ValueError: One line that says what cannot be used, and what to do.
     """
     options = options or GenerationOptions()
+    for name, value, known in (("engine", engine, ENGINES), ("cache dtype", cache_dtype, CACHE_DTYPES)):
+        if value not in known:
+            raise ValueError(f"The {name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"--threads is {threads} and must be between 1 and 1,024.")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character must not end the text
         sys.stdout.reconfigure(errors="replace")
+    text = _read_prompt(list(prompt), prompt_file)
+    with plain_warnings():
+        reason = _not_for_the_engine(model, options, dtype, device, context_scaling)
+        if reason is not None and engine == "btlm":
+            raise ValueError(f"The engine has {reason}; use --engine transformers.")
+        if reason is None and engine != "transformers":
+            factor = None if context_scaling == "none" else _factor(context_scaling)
+            _run_engine(text, model, options, factor, cache_dtype, kernels, threads)
+            return
+    ignored = {"--cache-dtype": cache_dtype != "auto", "--kernels": kernels != "auto", "--threads": threads is not None}
+    if given := [name for name, is_given in ignored.items() if is_given]:
+        raise ValueError(
+            f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers"
+            f"{'' if reason is None else f' (the engine has {reason})'}; leave them out."
+        )
+    _run_transformers(text, model, options, dtype, device, context_scaling)
+
+
+def _run_engine(
+    prompt: str,
+    model: Path | str,
+    options: GenerationOptions,
+    factor: float | None,
+    cache_dtype: str,
+    kernels: str,
+    threads: int | None,
+) -> None:
+    shape = read_shape(model, factor=factor)
+    tokenizer = open_tokenizer(model, checkpoint_folder(model), shape)
+    ids = encode(tokenizer, prompt)
+    length = len(ids) + options.max_new_tokens
+    engine = Engine.open(
+        model, cache_dtype=cache_dtype, context=length, kernels=kernels, threads=threads, factor=factor
+    )
+    used = engine.network.kernels
+    note(
+        f"{_name(model)}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.path()}, "
+        f"{used.threads()} {'thread' if used.threads() == 1 else 'threads'})"
+    )
+    if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):
+        warn(warning)
+    _write(prompt)
+    pieces = TextPieces(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), _write)
+    start = time.perf_counter()
+    first = last = start
+    text = engine.add(ids, options)
+    try:
+        while text.finished is None:
+            written = engine.step()
+            if written:
+                last = time.perf_counter()
+                first = last if first == start else first
+            pieces.put([token.id for _, token in written if token.id not in shape.end_ids])
+        pieces.end()
+    finally:
+        _write("\n")
+    note(
+        str(
+            GenerationReport(
+                prompt_tokens=len(ids),
+                new_tokens=text.new_tokens,
+                first_token_s=first - start,
+                total_s=last - start,
+                end_of_text=text.finished == "stop",
+                seed=text.sampler.seed,
+            )
+        )
+    )
+
+
+def _run_transformers(
+    text: str, model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
+) -> None:
+    from .generate import encode, generate_text, length_warning
+    from .load import load_model
+
     with plain_messages():
-        text = _read_prompt(list(prompt), prompt_file)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
         config = loaded.config
         note(
-            f"{Path(model).resolve().name if Path(model).is_dir() else model}, {config.num_parameters():,} parameters, "
-            f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}"
+            f"{_name(model)}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} on "
+            f"{loaded.device}"
         )
         if warning := length_warning(config, encode(tokenizer, text).shape[1] + options.max_new_tokens):
             warn(warning)
@@ -53,6 +147,52 @@ def run_generate(
         finally:
             _write("\n")
         note(str(report))
+
+
+def _not_for_the_engine(
+    model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
+) -> str | None:
+    """What of a generation the engine cannot do."""
+    if options.num_beams > 1:
+        return "no beams"
+    if dtype != "auto":
+        return "no dtype but the stored one"
+    if device not in ("auto", "cpu") or (device == "auto" and _has_cuda()):
+        return "no device but the processor"
+    if context_scaling == "dynamic":
+        return "no dynamic interpolation"
+    if context_scaling != "none" and not _factor(context_scaling) > 1:
+        return "no such interpolation"  # which loading refuses
+    folder = checkpoint_folder(model)
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return "only weights in safetensors"
+    try:
+        read_shape(model)
+    except ValueError as error:
+        if "--engine transformers" not in str(error):
+            raise
+        return "SwiGLU and ALiBi, at most with fixed interpolation and heads of 256"
+    return None
+
+
+def _factor(context_scaling: float | str) -> float:
+    try:
+        return float(context_scaling)
+    except ValueError:
+        return 0.0
+
+
+def _has_cuda() -> bool:
+    """Torch is asked where there is an NVIDIA driver: it takes seconds to import."""
+    if not Path("/dev/nvidiactl").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _name(model: Path | str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 
 def _read_prompt(words: list[str], prompt_file: Path | str | None) -> str:

@@ -1,0 +1,81 @@
+"""Tensors of a checkpoint where they lie in its files: nothing is read before it is used, and processes share the
+pages."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .locate import WEIGHTS
+
+# The layout of safetensors: a length of 8 bytes, a JSON header, and the data (github.com/huggingface/safetensors).
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000
+_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
+
+
+class MappedTensor(NamedTuple):
+    """A tensor in a mapped file; bf16 is held in uint16."""
+
+    dtype: str
+    values: npt.NDArray[Any]
+
+
+def map_tensors(folder: Path) -> dict[str, MappedTensor]:
+    """The tensors of a folder in safetensors, by name.
+
+    Raises:
+        ValueError: There are none, or a file is damaged or cut short.
+    """
+    if (folder / "model.safetensors").is_file():
+        return _map_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        kinds = [name for name in WEIGHTS if (folder / name).is_file()]
+        found = f"its weights are in {kinds[0]}" if kinds else "it holds no weights"
+        raise ValueError(f"{folder} has no model.safetensors; {found}.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a valid index of weight files.") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} names; download it again.")
+    return {key: tensor for name in names for key, tensor in _map_file(folder / name).items()}
+
+
+def _map_file(path: Path) -> dict[str, MappedTensor]:
+    size = path.stat().st_size
+    damaged = f"{path} is damaged or cut short ({size:,} bytes); get it again."
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, size - _LENGTH_BYTES):
+            raise ValueError(damaged)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(damaged) from error
+    content = np.memmap(path, np.uint8, "r")
+    start, tensors = _LENGTH_BYTES + length, {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(damaged) from error
+        if not 0 <= first <= last <= size - start:
+            raise ValueError(damaged)
+        if dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} is stored as {dtype}, which the engine does not read.")
+        item = np.dtype(_DTYPES[dtype])
+        if math.prod(shape) * item.itemsize != last - first:
+            raise ValueError(damaged)
+        if (start + first) % item.itemsize:  # legal, and slow everywhere: take it into memory
+            values = np.frombuffer(content[start + first : start + last].tobytes(), item)
+        else:
+            values = content[start + first : start + last].view(item)
+        tensors[name] = MappedTensor(dtype, np.asarray(values).reshape(shape))
+    return tensors

@@ -1,0 +1,58 @@
+"""Memory of this machine and of this process."""
+
+import sys
+from pathlib import Path
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take: what the machine has free, or what the process's limits leave.
+
+    Limits are those of its control group (Linux) and of its address space (``ulimit -v``). ``None`` where it cannot be
+    told.
+    """
+    known = [value for value in (_free(), _control_group(), _address_space()) if value is not None]
+    return min(known, default=None)
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has held at most (resident set, mapped files included)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gigabytes(size: float) -> str:
+    """As people read it: powers of 1,000."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _control_group() -> int | None:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return limit - pages * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return None

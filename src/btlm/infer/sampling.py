@@ -1,0 +1,99 @@
+"""Logits to the next token.
+
+The order of the rules is that of Transformers' ``generate``: repetition, n-grams, temperature, top-k, top-p.
+"""
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .options import GenerationOptions
+
+Floats = npt.NDArray[np.float32]
+
+
+class Sampler:
+    """The choices of one text; its draws depend on the seed alone, not on what else runs.
+
+    Args:
+        options: How to choose.
+
+    Attributes:
+        seed: That the draws can be repeated with; ``None`` where nothing is drawn.
+    """
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self.options = options
+        self.seed = options.seed
+        if options.samples and self.seed is None:
+            self.seed = secrets.randbelow(2**31)
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
+
+    def choose(self, logits: Floats, ids: Sequence[int]) -> int:
+        """The next token.
+
+        Args:
+            logits: ``[V]``.
+            ids: The text so far.
+        """
+        options = self.options
+        scores = logits
+        if options.repetition_penalty is not None and options.repetition_penalty != 1:
+            scores = scores.copy()
+            seen = np.unique(np.asarray(ids))
+            penalty = np.float32(options.repetition_penalty)
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        if options.no_repeat_ngram_size is not None:
+            banned = repeated(ids, options.no_repeat_ngram_size)
+            if len(banned):
+                scores = scores.copy()
+                scores[banned] = -np.inf
+        if not options.samples:
+            return int(scores.argmax())
+        return self._draw(scores)
+
+    def _draw(self, scores: Floats) -> int:
+        options = self.options
+        if options.temperature is not None:
+            scores = scores / np.float32(options.temperature)
+        tokens = np.arange(len(scores))
+        if options.top_k is not None and options.top_k < len(scores):
+            smallest = np.partition(scores, -options.top_k)[-options.top_k]
+            tokens = np.flatnonzero(scores >= smallest)
+            scores = scores[tokens]
+        probabilities = softmax(scores)
+        if options.top_p is not None and options.top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            order = order[before < options.top_p]
+            tokens, probabilities = tokens[order], probabilities[order]
+        cumulative = np.cumsum(probabilities)
+        point = self._random.random() * cumulative[-1]
+        return int(tokens[min(np.searchsorted(cumulative, point, side="right"), len(tokens) - 1)])
+
+
+def log_probability(logits: Floats, token: int) -> float:
+    """Of a token, in nats."""
+    most = logits.max()
+    return float(logits[token] - most - np.log(np.exp(logits - most).sum(dtype=np.float64)))
+
+
+def softmax(scores: Floats) -> npt.NDArray[np.float64]:
+    """Probabilities."""
+    weights = np.exp((scores - scores.max()).astype(np.float64))
+    probabilities: npt.NDArray[np.float64] = weights / weights.sum()
+    return probabilities
+
+
+def repeated(ids: Sequence[int], size: int) -> npt.NDArray[np.int64]:
+    """The tokens that would end an n-gram of that size which the text already has."""
+    text = np.asarray(ids, np.int64)
+    if len(text) < size:
+        return np.empty(0, np.int64)
+    if size == 1:
+        return np.unique(text)
+    windows = np.lib.stride_tricks.sliding_window_view(text, size)
+    same = (windows[:, :-1] == text[len(text) - size + 1 :]).all(axis=1)
+    return np.unique(windows[same, -1])

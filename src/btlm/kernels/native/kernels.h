@@ -1,0 +1,87 @@
+// What the instruction paths offer: kernels on a range of work, without threads and without allocation.
+//
+// Every sum runs in an order that depends on neither the number of tokens nor of threads, so that a token's result is the
+// same, bit for bit, alone or in a batch, in one chunk or many.
+#pragma once
+
+#include <cstdint>
+
+namespace btlm {
+
+constexpr int LANES = 16;        // outputs of a block of weights, keys of a block of the cache
+constexpr int KEY_BLOCK = 64;    // keys between two updates of the running maximum
+constexpr int QUERY_TILE = 32;   // queries that share keys while these are in the cache of the processor
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int PLAIN_TILE = 4096;  // partial sums that a task of plain weights keeps: tokens x outputs
+
+enum class Kind { q4, q8, f32, bf16 };
+
+// A weight matrix with `rows` outputs and `columns` inputs.
+struct Matrix {
+    Kind kind;
+    const void* weight;     // q4: [rows/16, columns/8, 64]; q8: [rows/16, columns/4, 64]; else a plain array
+    const uint16_t* scale;  // of q4 and q8: bf16 [rows/16, columns/group, 16]
+    const float* bias;      // [rows], or null
+    int64_t rows, columns;
+    int group;
+    bool input_major;  // of plain ones: [columns, rows] instead of [rows, columns]
+};
+
+// Eight-bit activations in panels of the path's `max_tokens` tokens (the last one has what is left). A panel is
+// [columns/4][tokens][4] values, and [columns/group][tokens] scales and sums.
+struct Activations {
+    int8_t* values;
+    float* scales;
+    int32_t* sums;
+    int64_t tokens, columns;
+    int group;
+};
+
+// Where a product goes: out[token * stride + row], stored, or added to what is there.
+struct Output {
+    float* out;
+    int64_t stride;
+    bool add;
+};
+
+// The keys and values of one layer for `slots` sequences of at most `capacity` tokens (a multiple of 64). Heads are padded
+// to `width`, a multiple of 16.
+//   int8: keys u8 = q + 128 [slots, heads, capacity/64, width/4, 64, 4], values s8 [slots, heads, capacity/4, width, 4],
+//         scales of both bf16 [slots, heads, capacity]
+//   else: keys [slots, heads, capacity/16, width, 16], values [slots, heads, capacity, width]
+enum class CacheKind { int8, bf16, f32 };
+struct Cache {
+    CacheKind kind;
+    void *keys, *values;
+    uint16_t *key_scales, *value_scales;
+    int64_t slots, heads, capacity, head_dim, width;
+};
+
+// Consecutive tokens of one sequence: rows `row`, `row + 1` ... of the batch, positions `start`, `start + 1` ...
+struct Segment {
+    int64_t row, slot, start, count;
+};
+
+struct Path {
+    const char* name;
+    int max_tokens;
+
+    // Panel `panel` of x, fp32 [tokens, columns] (`stride` between tokens).
+    void (*quantize)(const float* x, int64_t stride, Activations& into, int64_t panel);
+    // Blocks `first` to `last` of 16 rows. With a gate: out = product * silu(product of the gate).
+    void (*multiply_packed)(const Matrix&, const Matrix* gate, const Activations&, Output, int64_t first, int64_t last);
+    // Rows `first` to `last` of a plain matrix; scratch holds 2 * PLAIN_TILE floats.
+    void (*multiply_plain)(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output,
+                           int64_t first, int64_t last, float* scratch);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t columns, float* out);
+    // Row `row` of a table, times a factor.
+    void (*embed)(const Matrix&, int64_t row, float factor, float* out);
+    // One token's key and value of one head into the cache.
+    void (*append)(const Cache&, int64_t slot, int64_t head, int64_t position, const float* key, const float* value);
+    // `count` queries of one head at `start`, `start + 1` ... against the keys up to their own.
+    void (*attend)(const Cache&, int64_t slot, int64_t head, int64_t start, int64_t count, const float* queries,
+                   int64_t query_stride, float slope, float scale, float* out, int64_t out_stride);
+    int64_t (*sum_bytes)(const uint8_t* p, int64_t n);  // reads memory
+};
+
+}  // namespace btlm

@@ -1,0 +1,126 @@
+#include "operations.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace btlm {
+namespace {
+
+constexpr size_t LINE = 64;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void* Scratch::get(size_t bytes) {
+    if (memory.size() < bytes + LINE) memory = std::vector<unsigned char>(bytes + LINE);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + (LINE - address % LINE) % LINE;
+}
+
+Operations::Operations(int threads)
+    : path(available_paths().front()), team(threads), partial(static_cast<size_t>(threads)) {}
+
+Activations Operations::quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group) {
+    const auto count = static_cast<size_t>(tokens * columns), groups = static_cast<size_t>(tokens * (columns / group));
+    Activations into = {static_cast<int8_t*>(values.get(count)),
+                        static_cast<float*>(scales.get(groups * sizeof(float))),
+                        static_cast<int32_t*>(sums.get(groups * sizeof(int32_t))),
+                        tokens, columns, group};
+    const int64_t panels = divide_up(tokens, path->max_tokens);
+    const auto body = [&](int64_t first, int64_t last, int) {
+        for (int64_t panel = first; panel < last; ++panel) path->quantize(x, x_stride, into, panel);
+    };
+    team.run(panels, 1, body);
+    return into;
+}
+
+void Operations::linear(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
+                        Output to) {
+    if (m.kind == Kind::q4 || m.kind == Kind::q8) {
+        const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group);
+        const int64_t blocks = m.rows / LANES;
+        const int64_t grain = std::max<int64_t>(2, blocks / (threads() * 12) / 2 * 2);
+        team.run(blocks, grain, [&](int64_t first, int64_t last, int) {
+            path->multiply_packed(m, gate, activations, to, first, last);
+        });
+        return;
+    }
+    const int64_t widest = tokens < 8 ? 512 : 64;  // wide pieces read long rows, narrow ones keep more tokens' sums
+    const int64_t even = divide_up(divide_up(m.rows, threads()), LANES) * LANES;
+    const int64_t grain = std::min(widest, even);
+    for (Scratch& scratch : partial) scratch.get(2 * PLAIN_TILE * sizeof(float));
+    team.run(m.rows, grain, [&](int64_t first, int64_t last, int member) {
+        auto* scratch = static_cast<float*>(partial[static_cast<size_t>(member)].get(2 * PLAIN_TILE * sizeof(float)));
+        path->multiply_plain(m, gate, x, x_stride, tokens, to, first, last, scratch);
+    });
+}
+
+void Operations::layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t tokens,
+                            int64_t columns, float* out) {
+    team.run(tokens, 8, [&](int64_t first, int64_t last, int) {
+        for (int64_t t = first; t < last; ++t)
+            path->layer_norm(x + t * columns, weight, bias, eps, columns, out + t * columns);
+    });
+}
+
+void Operations::embed(const Matrix& m, const int64_t* ids, int64_t tokens, float factor, float* out) {
+    team.run(tokens, 32, [&](int64_t first, int64_t last, int) {
+        for (int64_t t = first; t < last; ++t) path->embed(m, ids[t], factor, out + t * m.columns);
+    });
+}
+
+void Operations::attend(const Cache& cache, const float* qkv, const Segment* segments, int64_t count,
+                        const float* slopes, float scale, float* out) {
+    const int64_t width = cache.heads * cache.head_dim, stride = 3 * width;
+    struct Piece {
+        const Segment* segment;
+        int64_t first, count;
+        bool append;
+    };
+    std::vector<Piece> pieces;
+    const auto append = [&](const Segment& s, int64_t head, int64_t first, int64_t n) {
+        for (int64_t t = first; t < first + n; ++t) {
+            const float* key = qkv + (s.row + t) * stride + width + head * cache.head_dim;
+            path->append(cache, s.slot, head, s.start + t, key, key + width);
+        }
+    };
+    for (int64_t i = 0; i < count; ++i) {
+        const Segment& s = segments[i];
+        const bool whole = s.count <= QUERY_TILE;  // its only piece can append what it reads
+        if (!whole)
+            team.run(cache.heads, 1, [&](int64_t first, int64_t last, int) {
+                for (int64_t head = first; head < last; ++head) append(s, head, 0, s.count);
+            });
+        for (int64_t t = (s.count - 1) / QUERY_TILE * QUERY_TILE; t >= 0; t -= QUERY_TILE)  // the longest ones first
+            pieces.push_back({&s, t, std::min<int64_t>(QUERY_TILE, s.count - t), whole});
+    }
+    const int64_t all = static_cast<int64_t>(pieces.size()) * cache.heads;
+    team.run(all, std::max<int64_t>(1, all / (threads() * 8)), [&](int64_t first, int64_t last, int) {
+        for (int64_t i = first; i < last; ++i) {
+            const Piece& piece = pieces[static_cast<size_t>(i / cache.heads)];
+            const Segment& s = *piece.segment;
+            const int64_t head = i % cache.heads, row = s.row + piece.first;
+            if (piece.append) append(s, head, piece.first, piece.count);
+            path->attend(cache, s.slot, head, s.start + piece.first, piece.count,
+                         qkv + row * stride + head * cache.head_dim, stride, slopes[head], scale,
+                         out + row * width + head * cache.head_dim, width);
+        }
+    });
+}
+
+int64_t Operations::sum_bytes(const uint8_t* p, int64_t n) {
+    constexpr int64_t PIECE = 1 << 20;
+    std::vector<int64_t> totals(static_cast<size_t>(threads()), 0);
+    team.run(divide_up(n, PIECE), 4, [&](int64_t first, int64_t last, int member) {
+        const int64_t end = std::min(last * PIECE, n);
+        for (int64_t at = first * PIECE; at < end; at += PIECE)
+            totals[static_cast<size_t>(member)] += path->sum_bytes(p + at, std::min(PIECE, end - at));
+    });
+    int64_t total = 0;
+    for (const int64_t part : totals) total += part;
+    return total;
+}
+
+}  // namespace btlm
