@@ -1,9 +1,11 @@
-# Every target installs what it needs into .venv first: the versions of constraints.txt, again when they change.
+# Every target installs what it needs into .venv first, and again when it changes: the versions of constraints.txt, and the
+# kernels, which take a C++ compiler (without one, they are torch's).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= Albert Einstein was known for
 ARGS ?=
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/btlm/kernels/native/*)
 
 # The prompt reaches the command through the environment and is never expanded, so quotes and dollar signs survive.
 override PROMPT := $(value PROMPT)
@@ -14,7 +16,7 @@ define install
 @rm -f $(2)
 @$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"BTLM needs Python 3.11 or newer, $(PYTHON) is {v}: name another one, as in make PYTHON=python3.12")'
 $(PYTHON) -m venv .venv
-$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.$(1)'
+PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --editable '.$(1)'
 @touch $(2)
 endef
 
@@ -45,8 +47,8 @@ clean:  ## remove .venv, caches and built packages
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.base: pyproject.toml constraints.txt
+.venv/.base: $(BUILT_FROM)
 	$(call install,,.venv/.base)
 
-.venv/.dev: pyproject.toml constraints.txt
+.venv/.dev: $(BUILT_FROM)
 	$(call install,[dev],.venv/.base .venv/.dev)

@@ -58,9 +58,8 @@ def main() -> None:
         texts = ours(args, Path(work))
         rows = [(kind, *theirs(args, Path(work), kind)) for kind in args.types]
     attention = f"flash attention {'on' if args.flash_attention else 'off'}, {args.cache} cache"
-    print(
-        f"\n{args.model}: {len(texts)} texts of {args.tokens:,} tokens; llama-cpp-python {rows[0][2]['version']}, {attention}"
-    )
+    version = rows[0][2]["version"]
+    print(f"\n{args.model}: {len(texts)} texts of {args.tokens:,} tokens; llama-cpp-python {version}, {attention}")
     same = sum(row["same_tokens"] for row in rows[0][2]["texts"])
     print(f"\nllama.cpp gives our tokens for {same} of {len(texts)} texts.\n")
     print(
@@ -69,10 +68,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for kind, size, result in rows:
         of = {key: np.array([row[key] for row in result["texts"]]) for key in result["texts"][0]}
-        print(
-            f"| {kind} | {size / 1e6:,.1f} | {of['largest'].max():.4f} | {of['mean'].mean():.5f} | {of['kl'].mean():.1e} "
-            f"| {of['same_first'].mean():.2%} | {of['loss'].mean():.4f} (ours {of['our_loss'].mean():.4f}) |"
-        )
+        distance = f"{of['largest'].max():.2g} | {of['mean'].mean():.2g} | {of['kl'].mean():.1e}"
+        loss = f"{of['loss'].mean():.4f} (ours {of['our_loss'].mean():.4f})"
+        print(f"| {kind} | {size / 1e6:,.1f} | {distance} | {of['same_first'].mean():.2%} | {loss} |")
     if not args.new:
         return
     print(f"\n| type | same greedy text of {args.new} tokens | the others: token that differs, margin of our choice |")

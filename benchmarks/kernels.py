@@ -1,0 +1,118 @@
+"""Speed of the engine's kernels at the shapes of BTLM-3B: products by the number of tokens, attention by the context.
+
+Weights and caches of several layers are visited in turn, so that they come from memory, as they do in a step.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from btlm.kernels import Kernels, load_kernels
+
+WIDTH, INNER, HEADS, GROUP = 2560, 6912, 32, 128
+LAYERS = 8
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernels", default="native")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 576, 2048])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    kernels = load_kernels(arguments.kernels, arguments.threads)
+    memory = np.ones(1 << 29, np.uint8)
+    read_s = min(seconds(lambda: kernels.sum_bytes(memory)) for _ in range(arguments.repeats))
+    print(f"{kernels.path()}, {kernels.threads()} threads, memory read {memory.nbytes / read_s / 1e9:.1f} GB/s")
+    products(kernels, arguments.tokens, arguments.repeats)
+    attention(kernels, arguments.contexts, arguments.repeats)
+
+
+def products(kernels: Kernels, tokens: list[int], repeats: int) -> None:
+    """Print the speed of a layer's products."""
+    layers = [
+        [
+            matrix(kernels, *shape)
+            for shape in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
+        ]
+        for _ in range(LAYERS)
+    ]
+    weights = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
+    print("\n| tokens | ms a layer | GB/s of weights | GOP/s |\n|---|---|---|---|")
+    for count in tokens:
+        x, inner = normal(count, WIDTH), np.empty((count, INNER), np.float32)
+        qkv, out = np.empty((count, 3 * WIDTH), np.float32), np.empty((count, WIDTH), np.float32)
+
+        def step() -> None:
+            for c_attn, c_proj, c_fc, c_fc2, mlp_c_proj in layers:
+                kernels.linear(x, c_attn, qkv)  # noqa: B023 - called before the loop goes on
+                kernels.linear(x, c_proj, out)  # noqa: B023
+                kernels.linear(x, c_fc, inner, gate=c_fc2)  # noqa: B023
+                kernels.linear(inner, mlp_c_proj, out)  # noqa: B023
+
+        step()
+        taken = statistics.median(seconds(step) for _ in range(repeats)) / LAYERS
+        size = weights * (0.5 + 2 / GROUP)
+        print(f"| {count} | {taken * 1e3:.2f} | {size / taken / 1e9:.1f} | {2 * weights * count / taken / 1e9:.0f} |")
+
+
+def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
+    """Print the speed of attention for one query."""
+    head_dim = WIDTH // HEADS
+    slopes = np.full(HEADS, 0.1, np.float32)
+    print("\n| keys | us a layer, one query | GB/s of keys and values |\n|---|---|---|")
+    for context in contexts:
+        room = -(-context // 64) * 64
+        layers = []
+        for _ in range(max(4, 32768 // room)):
+            keys, values = np.zeros((HEADS, room, head_dim), np.uint8), np.zeros((HEADS, room, head_dim), np.int8)
+            scales = [np.zeros((HEADS, room), np.uint16) for _ in range(2)]
+            layers.append(kernels.Cache("int8", keys, values, *scales, 1, HEADS, room, head_dim))
+            first = normal(context - 1, 3 * WIDTH)
+            kernels.attend(
+                first, layers[-1], segment(0, context - 1), slopes, 0.0125, np.empty_like(first[:, :WIDTH], order="C")
+            )
+        query, out, last = normal(1, 3 * WIDTH), np.empty((1, WIDTH), np.float32), segment(context - 1, 1)
+
+        def step() -> None:
+            for layer in layers:  # noqa: B023 - called before the loop goes on
+                kernels.attend(query, layer, last, slopes, 0.0125, out)  # noqa: B023
+
+        step()
+        taken = statistics.median(seconds(step) for _ in range(4 * repeats)) / len(layers)
+        size = 2 * HEADS * context * (head_dim + 2)
+        print(f"| {context:,} | {taken * 1e6:.0f} | {size / taken / 1e9:.1f} |")
+
+
+def matrix(kernels: Kernels, rows: int, columns: int) -> Any:
+    """A random 4-bit matrix."""
+    weight = np.random.default_rng(0).integers(0, 256, (rows // 16, columns // 8, 64), dtype=np.uint8)
+    scale = np.full((rows // 16, columns // GROUP, 16), 0x3C00, np.uint16)
+    return kernels.Matrix("q4", weight, scale, np.zeros(rows, np.float32), rows, columns, GROUP)
+
+
+def segment(start: int, count: int) -> Any:
+    """Consecutive tokens of one text."""
+    return np.array([[0, 0, start, count]])
+
+
+def normal(rows: int, columns: int) -> Any:
+    """Random activations."""
+    return np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """What a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

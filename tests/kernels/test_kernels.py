@@ -1,0 +1,489 @@
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from btlm.kernels import load_kernels
+from tests.kernels.tiny import CacheArrays, Weights, attention, furthest, rounded, silu, to_bf16
+
+twin = load_kernels("torch", 1)
+try:
+    PATHS = load_kernels("native", 1).paths()
+except ValueError:
+    PATHS = []
+native = pytest.mark.skipif(not PATHS, reason="btlm was installed without a compiler")
+each_path = pytest.mark.parametrize("path", PATHS or [pytest.param("native", marks=native)])
+each = pytest.mark.parametrize("name", ["torch", *PATHS])
+
+KINDS = [("q4", 64), ("q4", 128), ("q8", 64), ("q8", 128), ("bf16", 0), ("bf16", 1), ("f32", 0), ("f32", 1)]
+"""With the group of the packed ones, and 1 for the input-major ones of the plain ones."""
+
+
+def weights(rng, kind, group, rows, columns, bias=True):
+    if kind in ("q4", "q8"):
+        return Weights(rng, kind, rows, columns, group=group, bias=bias)
+    return Weights(rng, kind, rows, columns, input_major=bool(group), bias=bias)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """The kernels are one set for the process: leave them as they were."""
+    torch.set_num_threads(1)
+    yield
+    if PATHS:
+        load_kernels("native", 1)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def linear(kernels, x, source, gate=None, out=None, add=False):
+    out = np.full((len(x), source.rows), np.nan, np.float32) if out is None else out.copy()
+    kernels.linear(x, source.matrix(kernels), out, gate=gate and gate.matrix(kernels), add=add)
+    return out
+
+
+# Linear
+
+
+@each
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_linear_is_the_formula(name, kind, group, rng):
+    """Against fp64 numpy, value by value: torch and C++ could be wrong together."""
+    kernels = load_kernels(name, 1)
+    source, gate = (weights(rng, kind, group, 32, 128) for _ in range(2))
+    x = rng.standard_normal((3, 128), dtype=np.float32)
+    inputs = rounded(x, group) if kind in ("q4", "q8") else x.astype(np.float64)
+    product, opened = (inputs @ one.dense().T + one.bias for one in (source, gate))
+    before = rng.standard_normal((3, 32), dtype=np.float32)
+    assert furthest(linear(kernels, x, source), product) < 2e-6
+    assert furthest(linear(kernels, x, source, out=before, add=True), before + product) < 2e-6
+    assert furthest(linear(kernels, x, source, gate), product * silu(opened)) < 2e-6
+    assert furthest(linear(kernels, x, source, gate, before, add=True), before + product * silu(opened)) < 2e-6
+
+
+@each_path
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_linear_is_that_of_torch(path, kind, group, rng):
+    sizes = [(16, 128), (48, 256), (400, 128)]
+    if kind in ("bf16", "f32"):
+        sizes += [(37, 50), (1, 1), (17, 16), (600, 33), (15, 8)]
+    for rows, columns in sizes:
+        source, gate = (weights(rng, kind, group, rows, columns, bias=rows != 48) for _ in range(2))
+        for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 31, 64, 65, 70):
+            x = rng.standard_normal((tokens, columns), dtype=np.float32) * 3
+            before = rng.standard_normal((tokens, rows), dtype=np.float32)
+            theirs = [linear(twin, x, source), linear(twin, x, source, gate, before, add=True)]
+            for threads in (1, 2, 3):
+                kernels = load_kernels(path, threads)
+                ours = [linear(kernels, x, source), linear(kernels, x, source, gate, before, add=True)]
+                for a, b in zip(ours, theirs, strict=True):
+                    assert furthest(a, b) < 3e-6, (rows, columns, tokens, threads)
+
+
+@each
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_linear_of_extreme_inputs(name, kind, group, rng):
+    kernels = load_kernels(name, 1)
+    source = weights(rng, kind, group, 32, 256)
+    x = rng.standard_normal((6, 256), dtype=np.float32)
+    x[0] = 0
+    x[1] *= np.float32(1e30)
+    x[2] *= np.float32(1e-38)
+    x[3, 70] = 1e6
+    x[4, :128] = 0
+    x[5] = np.where(np.arange(256) % 2, 127, -127)
+    ours = linear(kernels, x, source)
+    assert np.isfinite(ours).all()
+    assert np.array_equal(ours[0], source.bias)
+    packed = kind in ("q4", "q8")
+    for token in (1, 3, 4, 5):
+        inputs = x[token : token + 1]
+        if packed:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inputs = np.nan_to_num(rounded(inputs, group))
+        assert furthest(ours[token : token + 1], inputs @ source.dense().T + source.bias) < 3e-6, token
+    assert furthest(ours[2], source.bias) < 1e-6
+
+
+@each_path
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_a_token_has_the_same_bits_in_every_company(path, kind, group, rng):
+    """Alone, in a batch, in panels cut elsewhere, on other numbers of threads."""
+    rows, columns = (208, 256) if kind in ("q4", "q8") else (205, 250)
+    source, gate = (weights(rng, kind, group, rows, columns) for _ in range(2))
+    x = rng.standard_normal((70, columns), dtype=np.float32)
+    before = rng.standard_normal((70, rows), dtype=np.float32)
+    for opening, add in ((None, False), (gate, False), (gate, True), (None, True)):
+        kernels = load_kernels(path, 1)
+        alone = np.concatenate(
+            [linear(kernels, x[i : i + 1], source, opening, before[i : i + 1], add) for i in range(70)]
+        )
+        for threads in (1, 2, 3, 5):
+            kernels = load_kernels(path, threads)
+            for first, last in ((0, 70), (1, 70), (3, 9), (5, 17), (0, 7), (69, 70)):
+                some = linear(kernels, x[first:last], source, opening, before[first:last], add)
+                assert np.array_equal(some, alone[first:last]), (threads, first, last, add)
+
+
+@each_path
+def test_values_of_activations_at_the_ends_of_eight_bits(path):
+    """All 127 or -127 against all 15, 0 or 255: where sums in 16 bits would saturate."""
+    for kind, weight in (("q4", 0x00), ("q4", 0xFF), ("q8", 0), ("q8", 255)):
+        source = Weights(np.random.default_rng(0), kind, 16, 128, group=128, bias=False)
+        source.weight[:] = weight
+        source.scale = to_bf16(np.ones((1, 1, 16)))
+        value = {"q4": {0: -8, 255: 7}, "q8": {0: -128, 255: 127}}[kind][weight]
+        for sign in (1, -1):
+            x = np.full((1, 128), 127 * sign, np.float32)
+            assert np.array_equal(linear(load_kernels(path, 1), x, source), np.full((1, 16), value * 127 * sign * 128))
+
+
+# Normalization, tables, bytes
+
+
+@each
+def test_layer_norm(name, rng):
+    kernels = load_kernels(name, 2)
+    for tokens, columns in ((1, 1), (1, 15), (3, 16), (9, 17), (33, 256), (2, 1000)):
+        x = rng.standard_normal((tokens, columns), dtype=np.float32) * 5 + 3
+        weight, bias = rng.standard_normal((2, columns), dtype=np.float32)
+        out = np.empty_like(x)
+        kernels.layer_norm(x, weight, bias, 1e-5, out)
+        exact = x.astype(np.float64)
+        exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
+        assert furthest(out, exact * weight + bias) < 2e-5
+        alone = np.empty((1, columns), np.float32)
+        kernels.layer_norm(x[-1:], weight, bias, 1e-5, alone)
+        if name != "torch":
+            assert np.array_equal(alone, out[-1:])
+        kernels.layer_norm(x, weight, bias, 1e-5, x)  # in place, as the engine does at the end
+        assert np.array_equal(x, out)
+
+
+@each
+@pytest.mark.parametrize(("kind", "group"), [pair for pair in KINDS if pair[1] != 1])
+def test_embed(name, kind, group, rng):
+    source = weights(rng, kind, group, 48, 128, bias=False)
+    ids = np.array([0, 47, 15, 16, 17, 47, *range(48)])
+    out = np.full((len(ids), 128), np.nan, np.float32)
+    load_kernels(name, 2).embed(ids, source.matrix(load_kernels(name, 2)), 2.5, out)
+    assert furthest(out, source.dense()[ids] * 2.5) < 1e-6
+
+
+@each
+def test_embed_of_a_width_that_is_no_multiple_of_16(name, rng):
+    source = Weights(rng, "bf16", 5, 21, bias=False)
+    out = np.full((2, 21), np.nan, np.float32)
+    kernels = load_kernels(name, 1)
+    kernels.embed(np.array([4, 1]), source.matrix(kernels), 1.0, out)
+    assert np.array_equal(out, source.dense()[[4, 1]].astype(np.float32))
+
+
+@each
+def test_sum_bytes(name, rng):
+    kernels = load_kernels(name, 2)
+    for size in (256, 1 << 20, (1 << 20) + 512, 5 << 20):
+        values = rng.integers(0, 256, size, np.uint8)
+        assert kernels.sum_bytes(values) == values.sum(dtype=np.int64)
+    assert kernels.sum_bytes(np.full(9 << 20, 255, np.uint8)) == 255 * (9 << 20)
+
+
+# Attention
+
+SIZES = [(2, 64), (4, 80), (3, 20), (1, 128), (2, 256), (1, 16), (2, 1), (1, 144)]
+SEGMENTS = [
+    [[0, 0, 0, 63]],
+    [[0, 0, 63, 1]],  # the last of a block
+    [[0, 0, 64, 1], [1, 1, 0, 130]],  # the first of the next one, beside another text
+    [[0, 1, 130, 1], [1, 0, 65, 100]],
+    [[0, 2, 0, 64], [64, 1, 131, 3]],
+    [[0, 2, 64, 33], [33, 1, 134, 32], [65, 0, 165, 1]],
+    [[0, 0, 166, 26], [26, 2, 97, 95]],  # to the end of the slots
+    [[0, 0, 10, 3]],  # again, over what was rejected
+]
+
+
+def slopes_of(heads):
+    return np.array([2.0 ** -(i + 1) for i in range(heads)], np.float32)
+
+
+def attend(kernels, cache, qkv, segments, heads, head_dim, scale=0.1):
+    out = np.full((len(qkv), heads * head_dim), np.nan, np.float32)
+    kernels.attend(qkv, cache, np.array(segments), slopes_of(heads), scale, out)
+    return out
+
+
+TOLERANCE = {"int8": 3e-5, "bf16": 3e-6, "f32": 3e-6}
+
+
+@each_path
+@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize(("heads", "head_dim"), SIZES)
+def test_attention_is_that_of_torch(path, kind, heads, head_dim, rng):
+    sizes = {"slots": 3, "heads": heads, "capacity": 192, "head_dim": head_dim}
+    theirs = CacheArrays(kind, **sizes)
+    their_cache = theirs.cache(twin)
+    ours = [CacheArrays(kind, **sizes) for _ in range(3)]
+    our_caches = [arrays.cache(load_kernels(path, 1)) for arrays in ours]
+    for segments in SEGMENTS:
+        tokens = sum(segment[3] for segment in segments)
+        qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32) * 2
+        expected = attend(twin, their_cache, qkv, segments, heads, head_dim)
+        outs = [
+            attend(load_kernels(path, threads), cache, qkv, segments, heads, head_dim)
+            for threads, cache in zip((1, 2, 3), our_caches, strict=True)
+        ]
+        assert furthest(outs[0], expected) < TOLERANCE[kind], segments
+        assert all(np.array_equal(out, outs[0]) for out in outs)
+        assert all(arrays.same_as(ours[0]) for arrays in ours)
+        if kind == "int8":  # padding of the keys apart, which products with zeros never see
+            assert same_integers(ours[0], theirs), segments
+        else:
+            assert ours[0].same_as(theirs), segments
+
+
+def same_integers(ours, theirs):
+    return ours.same_as(theirs)
+
+
+@each
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-6), ("bf16", 2e-2), ("int8", 4e-2)])
+def test_attention_is_the_formula(name, kind, tolerance, rng):
+    kernels = load_kernels(name, 1)
+    heads, head_dim, tokens = 3, 20, 150
+    qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32)
+    cache = CacheArrays(kind, slots=1, heads=heads, capacity=192, head_dim=head_dim).cache(kernels)
+    out = attend(kernels, cache, qkv, [[0, 0, 0, tokens]], heads, head_dim, 0.2)
+    assert furthest(out, attention(qkv, heads, slopes_of(heads), 0.2)) < tolerance
+
+
+@each_path
+@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+def test_attention_has_the_same_bits_in_chunks_and_in_company(path, kind, rng):
+    heads, head_dim, tokens = 2, 20, 190
+    qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32)
+    kernels = load_kernels(path, 1)
+
+    def empty(slots=1):
+        arrays = CacheArrays(kind, slots=slots, heads=heads, capacity=192, head_dim=head_dim)
+        return arrays.cache(kernels)
+
+    whole = attend(kernels, empty(), qkv, [[0, 0, 0, tokens]], heads, head_dim)
+    for threads, chunk in ((1, 1), (2, 7), (3, 32), (2, 33), (1, 64), (3, 100)):
+        kernels = load_kernels(path, threads)
+        cache, parts = empty(3), []
+        for start in range(0, tokens, chunk):
+            count = min(chunk, tokens - start)
+            other = rng.standard_normal((5, qkv.shape[1]), dtype=np.float32)
+            both = np.concatenate([other, qkv[start : start + count]])
+            segments = [[0, 2, start % 180, 5], [5, 1, start, count]]
+            parts.append(attend(kernels, cache, both, segments, heads, head_dim)[5:])
+        assert np.array_equal(np.concatenate(parts), whole), (threads, chunk)
+
+
+@each
+@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+def test_attention_of_extreme_values(name, kind, rng):
+    kernels = load_kernels(name, 1)
+    heads, head_dim, tokens = 2, 20, 80
+    width = heads * head_dim
+    qkv = rng.standard_normal((tokens, 3, width), dtype=np.float32)
+    qkv[0] = 0
+    qkv[3, 1] *= np.float32(1e6)  # one key that takes all
+    qkv[5, 2, 3] = 1e30  # values are free of softmax
+    qkv[6, 1] *= np.float32(1e-38)
+    qkv[7, 2] *= np.float32(1e-38)
+    cache = CacheArrays(kind, slots=1, heads=heads, capacity=128, head_dim=head_dim).cache(kernels)
+    qkv = qkv.reshape(tokens, -1)
+    out = attend(kernels, cache, qkv, [[0, 0, 0, tokens]], heads, head_dim)
+    assert np.isfinite(out).all()
+    assert np.array_equal(out[0], np.zeros(width))
+    exact = attention(qkv, heads, slopes_of(heads), 0.1)
+    for row in (1, 2, 3, 4):
+        assert furthest(out[row], exact[row]) < 0.05, row
+
+
+@each
+def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
+    """8,000 tokens: the bias reaches -4,000, and what is that far away is exactly 0."""
+    kernels = load_kernels(name, 1)
+    heads, head_dim, tokens = 1, 16, 8000
+    cache = CacheArrays("f32", slots=1, heads=heads, capacity=8000, head_dim=head_dim).cache(kernels)
+    qkv = rng.standard_normal((tokens, 3 * head_dim), dtype=np.float32)
+    attend(kernels, cache, qkv[:-1], [[0, 0, 0, tokens - 1]], heads, head_dim)
+    out = attend(kernels, cache, qkv[-1:], [[0, 0, tokens - 1, 1]], heads, head_dim)
+    near = attention(qkv[-400:], heads, slopes_of(heads), 0.1)[-1]
+    assert furthest(out[0], near) < 3e-6
+
+
+# What does not belong together
+
+
+@each
+@pytest.mark.parametrize(
+    "wrong",
+    ["x", "out", "token", "negative token", "slot", "capacity", "rows", "qkv", "attended", "slopes", "norm", "table"],
+)
+def test_wrong_shapes_are_one_line(name, wrong, rng):
+    kernels = load_kernels(name, 1)
+    source = Weights(rng, "f32", 24, 32)
+    matrix = source.matrix(kernels)
+    x, out = np.zeros((2, 32), np.float32), np.zeros((2, 24), np.float32)
+    cache = CacheArrays("f32", slots=2, heads=2, capacity=64, head_dim=16).cache(kernels)
+    qkv, attended, slopes = np.zeros((2, 96), np.float32), np.zeros((2, 32), np.float32), slopes_of(2)
+    ids = np.array([0, 1])
+    vector = np.zeros(32, np.float32)
+
+    def attend_with(segment=(0, 0, 0, 2), qkv=qkv, slopes=slopes, attended=attended):
+        kernels.attend(qkv, cache, np.array([segment]), slopes, 1.0, attended)
+
+    calls = {
+        "x": lambda: kernels.linear(x[:, :16].copy(), matrix, out),
+        "out": lambda: kernels.linear(x, matrix, out[:1]),
+        "token": lambda: kernels.embed(np.array([0, 24]), matrix, 1.0, x),
+        "negative token": lambda: kernels.embed(np.array([-1, 0]), matrix, 1.0, x),
+        "slot": lambda: attend_with((0, 2, 0, 2)),
+        "capacity": lambda: attend_with((0, 0, 63, 2)),
+        "rows": lambda: attend_with((1, 0, 0, 2)),
+        "qkv": lambda: attend_with(qkv=np.zeros((2, 90), np.float32)),
+        "attended": lambda: attend_with(attended=np.zeros((2, 16), np.float32)),
+        "slopes": lambda: attend_with(slopes=slopes_of(3)),
+        "norm": lambda: kernels.layer_norm(x, vector[:16], vector, 1e-5, x),
+        "table": lambda: kernels.embed(ids, matrix, 1.0, out),
+    }
+    with pytest.raises(ValueError, match=r"\w") as error:
+        calls[wrong]()
+    assert "\n" not in str(error.value)
+
+
+@each
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "q5"},
+        {"weight": np.zeros(10, np.uint8)},
+        {"scale": None},
+        {"scale": np.zeros(5, np.uint16)},
+        {"bias": np.zeros(5, np.float32)},
+        {"rows": 24},
+        {"group": 48},
+        {"rows": 0},
+        {"input_major": True},
+    ],
+)
+def test_impossible_matrices(name, change, rng):
+    source = Weights(rng, "q4", 32, 128, group=64)
+    given = {
+        "kind": "q4",
+        "weight": source.weight,
+        "scale": source.scale,
+        "bias": source.bias,
+        "rows": 32,
+        "columns": 128,
+        "group": 64,
+    }
+    with pytest.raises(ValueError, match=r"\w") as error:
+        load_kernels(name, 1).Matrix(**{**given, **change})
+    assert "\n" not in str(error.value)
+
+
+@each
+def test_a_gate_of_another_shape(name, rng):
+    kernels = load_kernels(name, 1)
+    source, gate = Weights(rng, "f32", 24, 32), Weights(rng, "f32", 25, 32)
+    with pytest.raises(ValueError, match="gate"):
+        linear(kernels, np.zeros((1, 32), np.float32), source, gate)
+
+
+@each
+@pytest.mark.parametrize("change", [{"capacity": 60}, {"head_dim": 257}, {"kind": "int4"}, {"slots": 3}, {"heads": 0}])
+def test_impossible_caches(name, change):
+    kernels = load_kernels(name, 1)
+    arrays = CacheArrays("int8", slots=2, heads=2, capacity=64, head_dim=16)
+    sizes = {"slots": 2, "heads": 2, "capacity": 64, "head_dim": 16, "kind": "int8"} | change
+    with pytest.raises(ValueError, match=r"\w") as error:
+        kernels.Cache(
+            keys=arrays.keys,
+            values=arrays.values,
+            key_scales=arrays.key_scales,
+            value_scales=arrays.value_scales,
+            **sizes,
+        )
+    assert "\n" not in str(error.value)
+
+
+@each
+@pytest.mark.parametrize("threads", [0, -1])
+def test_impossible_threads(name, threads):
+    with pytest.raises(ValueError, match=f"{threads} threads"):
+        load_kernels(name, 1).set_threads(threads)
+
+
+# Threads
+
+
+@native
+def test_thousands_of_small_calls(rng):
+    source = Weights(rng, "q8", 208, 64, group=64)
+    x = rng.standard_normal((1, 64), dtype=np.float32)
+    kernels = load_kernels("native", 1)
+    expected, matrix, out = linear(kernels, x, source), source.matrix(kernels), np.empty((1, 208), np.float32)
+    for threads in (2, 4, 9):
+        kernels.set_threads(threads)
+        for _ in range(700):
+            out[:] = 0
+            kernels.linear(x, matrix, out)
+            assert np.array_equal(out, expected), threads
+
+
+@native
+def test_calls_from_several_threads_of_python(rng):
+    kernels = load_kernels("native", 3)
+    sources = [Weights(rng, "q4", 112, 128, group=64) for _ in range(4)]
+    x = rng.standard_normal((9, 128), dtype=np.float32)
+    expected = [linear(kernels, x, source) for source in sources]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(150):
+            if not np.array_equal(linear(kernels, x, sources[i]), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@native
+def test_threads_come_and_go(rng):
+    kernels = load_kernels("native", 1)
+    source = Weights(rng, "f32", 200, 40)
+    x = rng.standard_normal((3, 40), dtype=np.float32)
+    expected = linear(kernels, x, source)
+    before = threading.active_count()
+    for threads in (1, 6, 2, 16, 1, 3) * 5:
+        kernels.set_threads(threads)
+        assert kernels.threads() == threads
+        assert np.array_equal(linear(kernels, x, source), expected)
+    assert threading.active_count() == before
+
+
+@native
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts CPU time as Linux does")
+def test_idle_threads_sleep(rng):
+    kernels = load_kernels("native", 4)
+    source = Weights(rng, "q8", 1600, 128, group=64)
+    x = rng.standard_normal((4, 128), dtype=np.float32)
+    linear(kernels, x, source)
+    used = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.06  # three threads that look for work would take most of 0.3 s a processor
