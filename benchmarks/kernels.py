@@ -73,7 +73,7 @@ def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
         for _ in range(max(4, 32768 // room)):
             keys, values = np.zeros((HEADS, room, head_dim), np.uint8), np.zeros((HEADS, room, head_dim), np.int8)
             scales = [np.zeros((HEADS, room), np.uint16) for _ in range(2)]
-            layers.append(kernels.Cache("int8", keys, values, *scales, 1, HEADS, room, head_dim))
+            layers.append(kernels.Cache("int8", keys, values, scales[0], scales[1], 1, HEADS, room, head_dim))
             first = normal(context - 1, 3 * WIDTH)
             kernels.attend(
                 first, layers[-1], segment(0, context - 1), slopes, 0.0125, np.empty_like(first[:, :WIDTH], order="C")

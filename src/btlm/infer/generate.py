@@ -145,7 +145,11 @@ def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> Ge
             "top_k": 0 if options.top_k is None else options.top_k,
         }
     ends = sorted(end_ids(model))
+    dynamic = (model.config.alibi_scaling or {}).get("train_seq_len") is not None
+    # On CUDA, Transformers compiles the steps of a static cache and captures them in a graph.
+    graphs = model.device.type == "cuda" and options.num_beams == 1 and not dynamic
     return GenerationConfig(
+        cache_implementation="static" if graphs else None,
         do_sample=options.samples,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,

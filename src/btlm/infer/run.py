@@ -1,9 +1,11 @@
 """`btlm generate`: a prompt from anywhere, its continuation to standard output, all else to standard error."""
 
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from .engine import CACHE_DTYPES, Engine
@@ -133,7 +135,19 @@ def _run_transformers(
     from .load import load_model
 
     with plain_messages():
+        group_size = _four_bits(model) if dtype == "auto" and device != "cpu" and _has_cuda() else None
+        if group_size is not None:
+            dtype = "bfloat16"
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
+        if group_size is not None and loaded.device.type == "cuda":
+            if find_spec("torchao") is None:
+                note(
+                    "the four-bit weights are decoded to bfloat16; pip install torchao keeps them in four bits on the GPU"
+                )
+            else:
+                from .cuda import to_int4
+
+                loaded = to_int4(loaded, group_size)
         config = loaded.config
         note(
             f"{_name(model)}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} on "
@@ -173,6 +187,13 @@ def _not_for_the_engine(
             raise
         return "SwiGLU and ALiBi, at most with fixed interpolation and heads of 256"
     return None
+
+
+def _four_bits(model: Path | str) -> int | None:
+    """The group size of a folder in four bits."""
+    config = json.loads((checkpoint_folder(model) / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") or {}
+    return quantization.get("group_size") if quantization.get("bits") == 4 else None
 
 
 def _factor(context_scaling: float | str) -> float:
