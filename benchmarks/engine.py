@@ -3,18 +3,20 @@
     pip install llama-cpp-python gguf   (compiles for minutes; into an environment of its own, to be named here)
     python benchmarks/engine.py --llama-python PYTHON [--only decode-512 prefill-512] [--repeats 3] [--output FILE]
 
-llama.cpp has no BTLM. Its architecture `jais` has the same mathematics, so that random weights of BTLM's shape cost there
-what BTLM would: all matrices in Q4_0, both tables too, feed-forward layers of 6,912 instead of 6,826, without which it
-could not quantize them. It is called through its C interface, without the copies and buffers of its Python class: batches
-of 512, cache in fp16 (it has no eight-bit one for heads of 80), flash attention as it chooses. Ours has 4-bit blocks of
-groups of 128, an 8-bit table, and the int8 cache of the engine's default; no tokens are guessed. The tokens are random.
+llama.cpp has no BTLM. Its architecture `jais` has the same mathematics, so that random weights of BTLM's shape cost
+there what BTLM would: all matrices in Q4_0, both tables too, feed-forward layers of 6,912 instead of 6,826, without
+which it could not quantize them. It is called through its C interface, without the copies and buffers of its Python
+class: batches of 512, cache in fp16 (it has no eight-bit one for heads of 80), flash attention as it chooses. Ours has
+4-bit blocks of groups of 128, an 8-bit table, and the int8 cache of the engine's default; no tokens are guessed. The
+tokens are random.
 
-Each figure is of a process of its own. Speed of decoding is that of the median step; memory is VmHWM, everything included,
-mapped files too, and the peer's is measured with and without mapping, of which the smaller counts. The limits are RLIMIT_AS:
-address space, all of the mapped file included, which is stricter than a limit of resident memory. First tokens come with the
-file in the page cache, from opening the model in a running process, and of the whole command `btlm generate`, against a
-Python process that loads llama.cpp, which is what is installed. How fast the memory can be read is measured before
-every turn. `--output` keeps every turn and the next call adds to it, so that long sections can be run in pieces. Linux.
+Each figure is of a process of its own. Speed of decoding is that of the median step; memory is VmHWM, everything
+included, mapped files too, and the peer's is measured with and without mapping, of which the smaller counts. The limits
+are RLIMIT_AS: address space, the whole mapped file included, which is stricter than a limit of resident memory. First
+tokens come with the file in the page cache: from opening the model in a running process; and the whole command `btlm
+generate`, against a Python process that loads llama.cpp and its model and evaluates as many tokens. How fast the memory
+can be read is measured before every turn. `--output` keeps every turn and the next call adds to it, so that long
+sections can be run in pieces. Linux.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +41,7 @@ READ_BYTES = 512 * 2**20
 
 
 class Measure(NamedTuple):
-    """A row of the table: a value of each side of a run, in units of ``scale``; ``over`` divides it by that of another."""
+    """A row of the table: a value of each side of a run, in units of ``scale``, or ``over`` that of one text."""
 
     run: str
     value: str
@@ -90,7 +93,7 @@ def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
         return {"ours": task, "peer": task, "ours-eight": eight, "peer-eight": eight}
     if run == "first-token":
         first = {**task, "prompt": 16, "new": 1}
-        return {side: first for side in ("ours", "peer", "ours-process", "peer-process")}
+        return dict.fromkeys(("ours", "peer", "ours-process", "peer-process"), first)
     if run == "one-thread":
         return {side: {**task, "threads": 1} for side in both}
     if run == "avx2":
@@ -158,6 +161,8 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
     options = c.llama_context_default_params()
     options.n_ctx = texts * (-(-(prompt + new) // 256) * 256)
     options.n_seq_max = texts
+    if "flash" in task:
+        options.flash_attn_type = task["flash"]
     options.n_threads = options.n_threads_batch = task["threads"]
     context = c.llama_init_from_model(model, options)
     if not model or not context:
@@ -267,7 +272,7 @@ def rate(task: dict[str, Any]) -> dict[str, Any]:
 
 def figures(begun: float, opened: float, first: float, ends: list[float], prompt: int, texts: int) -> dict[str, float]:
     """What a process tells: times when it began, had opened the model, had all first tokens, and ended each step."""
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(ends)]
     status = Path("/proc/self/status").read_text().splitlines()
     found = {
         "open": opened - begun,

@@ -19,7 +19,7 @@ import torch
 
 from btlm.data import TokenShards
 from btlm.data.tokenize import decode
-from btlm.infer import load_model
+from btlm.infer import Engine, load_model
 from btlm.infer.calibrate import CALIBRATION_TOKENS
 from btlm.infer.quantize import quantize
 from btlm.train import evaluate_held_out
@@ -41,8 +41,23 @@ def transformers_loss(folder: Path | str, shards: TokenShards, context: int, tok
     return {unit: by_source["mean"] for unit, by_source in held_out.items()}
 
 
+def engine_loss(folder: Path | str, shards: TokenShards, context: int, tokens: int) -> dict[str, float]:
+    """The same in the engine: eight-bit activations and cache where the weights are quantized, else fp32."""
+    engine = Engine.open(folder, context=context)
+    bytes_of, means = token_bytes(), []
+    for source in shards.sources:
+        ids = shards.source_tokens("validation", source, tokens).astype(np.int64)
+        rows = [row for row in np.split(ids, range(context, len(ids), context)) if len(row) > 1]
+        if rows:
+            nats = -sum(float(engine.score(row.tolist()).sum(dtype=np.float64)) for row in rows)
+            size = sum(int(bytes_of[row[1:]].sum()) for row in rows)
+            means.append((nats / sum(len(row) - 1 for row in rows), nats / math.log(2) / size))
+    nats_per_token, bits_per_byte = np.mean(means, axis=0)
+    return {"nats_per_token": float(nats_per_token), "bits_per_byte": float(bits_per_byte)}
+
+
 # What runs the folders; each is a column of its own.
-ENGINES: dict[str, Measure] = {"transformers": transformers_loss}
+ENGINES: dict[str, Measure] = {"transformers": transformers_loss, "engine": engine_loss}
 
 
 def training_text(shards: TokenShards, tokens: int) -> str:

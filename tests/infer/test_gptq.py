@@ -41,7 +41,7 @@ def test_the_factor_is_that_of_the_inverse(problem):
 
 
 def test_the_first_step_is_optimal_brain_surgery(problem):
-    """Inputs of the first group, by the formula of the paper (equation 2) with inverses in fp64, one after the other."""
+    """Inputs of the first group, by the paper's formula (equation 2) with inverses in fp64, one after the other."""
     weight, _, hessian, factor, _ = problem
     q, scale = gptq(weight, hessian, factor, 4, 128, sweeps=0)
     rest, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())

@@ -1,11 +1,14 @@
 import importlib.util
 import os
+from typing import cast
 
 import pytest
 import torch
 
-from btlm.kernels import load_kernels, processors, twin
+import btlm.kernels.twin
+from btlm.kernels import Kernels, load_kernels, processors
 
+twin = cast(Kernels, btlm.kernels.twin)
 HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
 native = pytest.mark.skipif(not HAS_NATIVE, reason="btlm was installed without a compiler")
 

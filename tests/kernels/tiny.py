@@ -74,11 +74,13 @@ def rounded(x: Array, group: int) -> npt.NDArray[np.float64]:
     groups = x.reshape(len(x), -1, group)
     most = np.abs(groups).max(-1, keepdims=True)
     q = np.rint(groups * (np.float32(127) / most))
-    return (q.astype(np.float64) * (most.astype(np.float64) / 127)).reshape(x.shape)
+    values: npt.NDArray[np.float64] = (q.astype(np.float64) * (most.astype(np.float64) / 127)).reshape(x.shape)
+    return values
 
 
 def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    opened: Array = x / (1 + np.exp(-x))
+    return opened
 
 
 class CacheArrays:

@@ -193,10 +193,10 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path, tensor):
         {"bits": "4"},
     ],
 )
-def test_other_storage_is_refused(wrong):
-    BTLMQuantizationConfig(**QUANTIZED)
+def test_other_storage_is_refused(wrong: dict[str, Any]):
+    BTLMQuantizationConfig(**dict[str, Any](QUANTIZED))
     with pytest.raises(ValueError, match=r"^quantization_config is .*this version reads .*\.$") as error:
-        BTLMQuantizationConfig(**{**QUANTIZED, **wrong})
+        BTLMQuantizationConfig(**dict[str, Any]({**QUANTIZED, **wrong}))
     assert "\n" not in str(error.value)
 
 

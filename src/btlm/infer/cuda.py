@@ -23,7 +23,7 @@ def to_linear(model: BTLMLMHeadModel) -> BTLMLMHeadModel:
         for name, child in module.named_children():
             if isinstance(child, Conv1D):
                 weight, bias = child.weight, child.bias
-                linear = nn.Linear(*weight.shape, device="meta", dtype=weight.dtype)
+                linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta", dtype=weight.dtype)
                 linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
                 linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
                 setattr(module, name, linear)

@@ -39,9 +39,10 @@ def map_tensors(folder: Path) -> dict[str, MappedTensor]:
         raise ValueError(f"{folder} has no model.safetensors; {found}.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a valid index of weight files.") from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing:
         raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} names; download it again.")
     return {key: tensor for name in names for key, tensor in _map_file(folder / name).items()}
 
@@ -54,19 +55,20 @@ def _map_file(path: Path) -> dict[str, MappedTensor]:
         if not 2 <= length <= min(_LONGEST_HEADER, size - _LENGTH_BYTES):
             raise ValueError(damaged)
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
+            entries = json.loads(file.read(length)).items()
+        except (AttributeError, ValueError) as error:
             raise ValueError(damaged) from error
     content = np.memmap(path, np.uint8, "r")
     start, tensors = _LENGTH_BYTES + length, {}
-    for name, entry in header.items():
+    for name, entry in entries:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape, (first, last) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(damaged) from error
-        if not 0 <= first <= last <= size - start:
+        if not (whole and first <= last <= size - start):
             raise ValueError(damaged)
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is stored as {dtype}, which the engine does not read.")

@@ -141,9 +141,7 @@ def _run_transformers(
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
         if group_size is not None and loaded.device.type == "cuda":
             if find_spec("torchao") is None:
-                note(
-                    "the four-bit weights are decoded to bfloat16; pip install torchao keeps them in four bits on the GPU"
-                )
+                note("the four-bit weights are decoded to bfloat16; with torchao installed they keep four bits")
             else:
                 from .cuda import to_int4
 

@@ -18,6 +18,7 @@ from btlm.model.quantization_btlm import dequantize
 
 from .protocol import Floats, Halves
 
+_PACKED = ("q4", "q8")
 _SMALLEST = 1e-30  # what is smaller is stored as 0: its reciprocal would overflow
 _QUERIES = 256  # attended to at once: bounds the scores
 
@@ -35,10 +36,30 @@ class Matrix:
     group: int = 0
     input_major: bool = False
 
+    def __post_init__(self) -> None:
+        packed = self.kind in _PACKED
+        _require(packed or self.kind in ("bf16", "f32"), f"the kind of matrix {self.kind} is not q4, q8, bf16 or f32")
+        sizes = [self.rows, self.columns]
+        _require(min(sizes) > 0, f"a matrix of {sizes} is empty")
+        count = self.rows * self.columns
+        size = count * {"q4": 1, "q8": 2, "bf16": 4, "f32": 8}[self.kind] // 2
+        _require(
+            self.weight.nbytes == size,
+            f"the weight holds {self.weight.nbytes} bytes, and {sizes} in {self.kind} takes {size}",
+        )
+        if packed:
+            fits = self.group > 0 and self.group % 16 == 0 and self.columns % self.group == 0
+            _require(fits, f"a group of {self.group} does not divide {self.columns} columns")
+            _require(self.rows % 16 == 0, f"{self.rows} rows are no multiple of 16")
+            scales = count // self.group
+            _require(self.scale is not None and self.scale.size == scales, "the scales do not fit the matrix")
+            _require(not self.input_major, "packed matrices have one layout")
+        _require(self.bias is None or self.bias.size == self.rows, "the bias does not fit the matrix")
+
     def dense(self) -> Tensor:
         """The weights, fp32 ``[N, K]``."""
         weight = _tensor(self.weight)
-        if self.kind in ("q4", "q8"):
+        if self.kind in _PACKED:
             assert self.scale is not None
             bits = 4 if self.kind == "q4" else 8
             columns = self.columns // (8 if bits == 4 else 4)
@@ -67,6 +88,22 @@ class Cache:
 
     def __post_init__(self) -> None:
         self.width = -(-self.head_dim // 16) * 16
+        _require(self.kind in ("int8", "bf16", "f32"), f"the kind of cache {self.kind} is not int8, bf16 or f32")
+        _require(
+            min(self.slots, self.heads, self.capacity) > 0 and self.capacity % 64 == 0,
+            "a cache needs slots, heads, and a capacity that is a multiple of 64",
+        )
+        _require(0 < self.head_dim <= 256, f"heads of {self.head_dim} exceed 256")
+        tokens = self.slots * self.heads * self.capacity
+        size = tokens * self.width * {"int8": 1, "bf16": 2, "f32": 4}[self.kind]
+        _require(
+            self.keys.nbytes == size and self.values.nbytes == size, f"keys and values must take {size} bytes each"
+        )
+        scales = [] if self.kind != "int8" else [self.key_scales, self.value_scales]
+        _require(
+            all(each is not None and each.size == tokens for each in scales),
+            f"an int8 cache needs {tokens} scales each of keys and values",
+        )
 
     def append(self, slot: int, start: int, key_THD: Tensor, value_THD: Tensor) -> None:
         """Store the keys and values of consecutive tokens."""
@@ -125,8 +162,11 @@ def linear(x: Floats, matrix: Matrix, out: Floats, gate: Matrix | None = None, a
             f"x is {list(x.shape)} and out {list(out.shape)}; a matrix of {[matrix.rows, matrix.columns]} needs "
             f"{[len(x), matrix.columns]} and {[len(x), matrix.rows]}."
         )
+    if gate is not None:
+        same = [(m.kind, m.rows, m.columns, m.group, m.input_major) for m in (matrix, gate)]
+        _require(same[0] == same[1], "the gate is not of the matrix's kind and shape")
     inputs = _tensor(x)
-    if matrix.kind in ("q4", "q8"):
+    if matrix.kind in _PACKED:
         inputs = _round_activations(inputs, matrix.group)
     product = _product(inputs, matrix)
     if gate is not None:
@@ -137,6 +177,9 @@ def linear(x: Floats, matrix: Matrix, out: Floats, gate: Matrix | None = None, a
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float, out: Floats) -> None:
     """See :meth:`btlm.kernels.Kernels.layer_norm`."""
+    columns = x.shape[1]
+    _require(len(weight) == len(bias) == columns, f"weight and bias must be [{columns}]")
+    _require_shape(out, x.shape, "out")
     _tensor(out).copy_(F.layer_norm(_tensor(x), (x.shape[1],), _tensor(weight), _tensor(bias), eps))
 
 
@@ -145,6 +188,7 @@ def embed(ids: npt.NDArray[np.int64], matrix: Matrix, factor: float, out: Floats
     for token in ids:
         if not 0 <= token < matrix.rows:
             raise ValueError(f"token {token} is not in a table of {matrix.rows}")
+    _require_shape(out, (len(ids), matrix.columns), "out")
     _tensor(out).copy_(matrix.dense()[_tensor(ids)] * factor)
 
 
@@ -153,6 +197,9 @@ def attend(
 ) -> None:
     """See :meth:`btlm.kernels.Kernels.attend`."""
     heads, head_dim = cache.heads, cache.head_dim
+    _require_shape(qkv, (len(qkv), 3 * heads * head_dim), "qkv")
+    _require_shape(out, (len(qkv), heads * head_dim), "out")
+    _require(len(slopes) == heads, "there must be a slope a head")
     query_THD, key_THD, value_THD = _tensor(qkv).view(len(qkv), 3, heads, head_dim).unbind(1)
     result_THD = _tensor(out).view(len(out), heads, head_dim)
     for row, slot, start, count in segments.tolist():
@@ -208,6 +255,15 @@ def use_path(name: str) -> None:
     """See :meth:`btlm.kernels.Kernels.use_path`."""
     if name != "torch":
         raise ValueError(f"this machine has no instruction path {name}")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _require_shape(array: npt.NDArray[Any], shape: tuple[int, ...], name: str) -> None:
+    _require(array.shape == shape, f"{name} is {list(array.shape)}, and must be {list(shape)}")
 
 
 def _product(inputs: Tensor, matrix: Matrix) -> Tensor:
