@@ -297,6 +297,8 @@ class Engine:
         Raises:
             ValueError: It does not fit the context, or no text can be added now.
         """
+        if len(ids) < 2:
+            raise ValueError(f"A score needs at least two tokens, and these are {len(ids)}.")
         text = self.add(ids, GenerationOptions(max_new_tokens=1), stop_ids=frozenset())
         slot = self._slots[text.slot]
         slot.ids = []  # all of it is computed
