@@ -2,8 +2,8 @@
 
 The error is ``tr(E H E^T)`` for the difference ``E`` of the weights and the second moments ``H`` of the inputs: the
 mean squared error of the outputs. GPTQ rounds one input after the other and makes good the error of each with those
-that are still to be rounded. Coordinate descent goes over all of them again, with all others rounded, and lets the scales
-follow; no step of it makes the error larger.
+that are still to be rounded. Coordinate descent goes over all of them again, with all others rounded, and lets the
+scales follow; no step of it makes the error larger.
 
 Letters: N outputs, K inputs, G groups of inputs, g inputs of a group.
 """
