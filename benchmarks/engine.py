@@ -6,17 +6,17 @@
 llama.cpp has no BTLM. Its architecture `jais` has the same mathematics, so that random weights of BTLM's shape cost
 there what BTLM would: all matrices in Q4_0, both tables too, feed-forward layers of 6,912 instead of 6,826, without
 which it could not quantize them. It is called through its C interface, without the copies and buffers of its Python
-class: batches of 512, cache in fp16 (it has no eight-bit one for heads of 80), flash attention as it chooses. Ours has
-4-bit blocks of groups of 128, an 8-bit table, and the int8 cache of the engine's default; no tokens are guessed. The
-tokens are random.
+class: batches of 512, cache in fp16 (it has no eight-bit one for heads of 80), flash attention as it chooses
+(`--flash`). Ours has 4-bit blocks of groups of 128, an 8-bit table, and the int8 cache of the engine's default; no
+tokens are guessed. The tokens are random.
 
-Each figure is of a process of its own. Speed of decoding is that of the median step; memory is VmHWM, everything
-included, mapped files too, and the peer's is measured with and without mapping, of which the smaller counts. The limits
-are RLIMIT_AS: address space, the whole mapped file included, which is stricter than a limit of resident memory. First
-tokens come with the file in the page cache: from opening the model in a running process; and the whole command `btlm
-generate`, against a Python process that loads llama.cpp and its model and evaluates as many tokens. How fast the memory
-can be read is measured before every turn. `--output` keeps every turn and the next call adds to it, so that long
-sections can be run in pieces. Linux.
+Each figure is of a process of its own; speed, after 32 tokens to warm up. Speed of decoding is that of the median
+step; memory is VmHWM, everything included, mapped files too, and the peer's is measured with and without mapping, of
+which the smaller counts. The limits are RLIMIT_AS: address space, the whole mapped file included, which is stricter
+than a limit of resident memory. First tokens come with the file in the page cache: from opening the model in a
+running process; and the whole command `btlm generate`, against a Python process that loads llama.cpp and its model
+and evaluates as many tokens. How fast the memory can be read is measured before every turn. `--output` keeps every
+turn and the next call adds to it, so that long sections can be run in pieces. Linux.
 """
 
 import argparse
@@ -75,7 +75,7 @@ MEASURES = {
 
 def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
     """The processes of one turn of a run, in their order, and what each is asked."""
-    task: dict[str, Any] = {"prompt": 512, "new": NEW, "threads": threads}
+    task: dict[str, Any] = {"prompt": 512, "new": NEW, "threads": threads, "warm": True}
     both = {"ours": task, "peer": task}
     if run == "512":
         return both
@@ -92,14 +92,14 @@ def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
         eight = {**task, "texts": TOGETHER}
         return {"ours": task, "peer": task, "ours-eight": eight, "peer-eight": eight}
     if run == "first-token":
-        first = {**task, "prompt": 16, "new": 1}
+        first = {**task, "prompt": 16, "new": 1, "warm": False}
         return dict.fromkeys(("ours", "peer", "ours-process", "peer-process"), first)
     if run == "one-thread":
         return {side: {**task, "threads": 1} for side in both}
     if run == "avx2":
         return {**both, "ours": {**task, "kernels": "avx2"}}
     assert run == "torch", run
-    return {"ours": {**task, "prompt": 16, "new": TORCH_NEW, "kernels": "torch"}}
+    return {"ours": {**task, "prompt": 16, "new": TORCH_NEW, "warm": False, "kernels": "torch"}}
 
 
 # In processes of their own
@@ -126,16 +126,18 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         threads=task["threads"],
     )
     opened = time.perf_counter()
+    if task["warm"]:
+        list(engine.generate(rng.integers(0, VOCABULARY, 32).tolist(), GenerationOptions(max_new_tokens=2)))
+    started = time.perf_counter()
     running = [engine.add(ids, options, stop_ids=frozenset()) for ids in prompts]
     ends: list[float] = []
     while any(text.new_tokens == 0 for text in running):
         engine.step()
     ends.append(time.perf_counter())
-    first = ends[0]
     while all(text.finished is None for text in running):
         engine.step()
         ends.append(time.perf_counter())
-    return figures(begun, opened, first, ends, prompt, texts)
+    return figures(begun, opened, started, ends, texts * prompt, texts)
 
 
 def peer(task: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +163,7 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
     options = c.llama_context_default_params()
     options.n_ctx = texts * (-(-(prompt + new) // 256) * 256)
     options.n_seq_max = texts
-    if "flash" in task:
-        options.flash_attn_type = task["flash"]
+    options.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[task["flash"]]
     options.n_threads = options.n_threads_batch = task["threads"]
     context = c.llama_init_from_model(model, options)
     if not model or not context:
@@ -181,6 +182,10 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
         c.llama_synchronize(context)
 
     opened = time.perf_counter()
+    if task["warm"]:
+        decode([(int(rows[0, i]), i, 0, i == 31) for i in range(32)])
+        c.llama_memory_clear(c.llama_get_memory(context), True)
+    started = time.perf_counter()
     for text in range(texts):
         for start in range(0, prompt, 512):
             places = range(start, min(start + 512, prompt))
@@ -194,7 +199,7 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
     )
     if not np.isfinite(logits).all() or logits.std() == 0:
         sys.exit("llama.cpp's logits are not numbers")
-    return figures(begun, opened, ends[0], ends, prompt, texts)
+    return figures(begun, opened, started, ends, texts * prompt, texts)
 
 
 def write_gguf(path: Path, layers: int) -> None:
@@ -270,14 +275,17 @@ def rate(task: dict[str, Any]) -> dict[str, Any]:
     return {"rate": READ_BYTES / statistics.median(seconds), "kernels": kernels.path()}
 
 
-def figures(begun: float, opened: float, first: float, ends: list[float], prompt: int, texts: int) -> dict[str, float]:
-    """What a process tells: times when it began, had opened the model, had all first tokens, and ended each step."""
+def figures(
+    begun: float, opened: float, started: float, ends: list[float], tokens: int, texts: int
+) -> dict[str, float]:
+    """What a process tells: times when it began, had opened the model, got prompts of so many tokens, and had the
+    first token of all texts and then each further one."""
     steps = [after - before for before, after in pairwise(ends)]
     status = Path("/proc/self/status").read_text().splitlines()
     found = {
         "open": opened - begun,
-        "first": first - begun,
-        "prefill": texts * prompt / (first - opened),
+        "first": ends[0] - begun,
+        "prefill": tokens / (ends[0] - started),
         "peak": int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024,
     }
     return found | ({"decode": texts / statistics.median(steps)} if steps else {})
@@ -289,7 +297,8 @@ def figures(begun: float, opened: float, first: float, ends: list[float], prompt
 def process(side: str, task: dict[str, Any], args: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
     """What one side of a turn measures; an ``error`` where it was limited and failed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"]), "OPENBLAS_NUM_THREADS": "1"}
-    task = {**task, "model": str(model), "gguf": str(gguf), "layers": args.layers}
+    environment.pop("OMP_WAIT_POLICY", None)  # "passive" would make the barriers of llama.cpp slow
+    task = {**task, "model": str(model), "gguf": str(gguf), "layers": args.layers, "flash": args.flash}
     kind, _, how = side.partition("-")
     python = str(args.llama_python) if kind == "peer" else sys.executable
     command = [python, __file__, "--one", kind, json.dumps(task)]
@@ -387,6 +396,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--flash", choices=("auto", "off", "on"), default="auto", help="attention of llama.cpp")
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer to try this file")
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="a 4-bit folder of BTLM-3B's shape, not a random one"
@@ -403,7 +413,7 @@ def main() -> None:
     if reason := missing(args):
         print(f"Nothing is measured without {reason}.")
         return
-    settings = {"layers": args.layers, "threads": args.threads}
+    settings = {"layers": args.layers, "threads": args.threads, "flash": args.flash}
     kept: dict[str, Any] = {**settings, "turns": {}}
     if args.output is not None and args.output.exists():
         kept = json.loads(args.output.read_text())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -69,6 +70,7 @@ def run_bench(
         raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")
     for subject in subjects:
         subject.check(max(lengths))
+    _tell_apart(subjects)
     if output is not None:
         _make_folder(Path(output))
     rows: list[dict[str, Any]] = []
@@ -140,7 +142,7 @@ class _Folder:
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise ValueError(f"{path!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
-        self.path = Path(path)
+        self.path, self.given = Path(path), path
         self.name = self.path.resolve().name
         self.shape = read_shape(path)
         tensors = map_tensors(self.path)
@@ -159,7 +161,8 @@ class _RandomModel:
     """A shape with random weights."""
 
     def __init__(self, name: str, dtype: str) -> None:
-        self.name, self.dtype = name, dtype
+        self.name = self.given = name
+        self.dtype = dtype
         self.sizes = SHAPES[name]
         self.weight_bytes = random_weight_bytes(self.sizes, dtype)
 
@@ -192,6 +195,14 @@ class _RandomModel:
 
 def _subjects(model: str, dtypes: Sequence[str]) -> list[_Folder | _RandomModel]:
     return [_RandomModel(model, dtype) for dtype in dtypes] if model in SHAPES else [_Folder(model)]
+
+
+def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
+    """Folders of the same name are called as they were given."""
+    names = Counter((subject.name, subject.dtype) for subject in subjects)
+    for subject in subjects:
+        if names[subject.name, subject.dtype] > 1:
+            subject.name = subject.given
 
 
 def _check_memory(name: str, dtype: str, shape: Shape, weights: int, context: int) -> None:
