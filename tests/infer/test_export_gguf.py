@@ -302,10 +302,6 @@ def test_plain_checkpoints_are_read_tensor_by_tensor(copy, checkpoint, tmp_path,
     assert error(tmp_path / "model.gguf", gguf_model()) < 2e-6
 
 
-def other_head(folder):
-    change_tensors(folder, lambda tensors: {**tensors, "lm_head.weight": torch.ones(SHAPE["vocab_size"], 32)})
-
-
 def without_prefix(folder):
     change_tensors(
         folder, lambda tensors: {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -313,12 +309,17 @@ def without_prefix(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [other_head, without_prefix, lambda folder: pickle_tensors(folder, _use_new_zipfile_serialization=False)]
+    "change", [without_prefix, lambda folder: pickle_tensors(folder, _use_new_zipfile_serialization=False)]
 )
 def test_other_checkpoints_are_what_they_load_as(copy, tmp_path, change):
     change(copy)
     export_gguf(str(copy), tmp_path / "model.gguf", type="F32")
     assert error(tmp_path / "model.gguf", load_model(copy)[0]) < 2e-6
+
+
+def test_a_head_that_contradicts_the_configuration_is_refused(copy, tmp_path):
+    change_tensors(copy, lambda tensors: {**tensors, "lm_head.weight": torch.ones(SHAPE["vocab_size"], 32)})
+    assert "lm_head.weight differs from transformer.wte.weight" in message(copy, tmp_path / "model.gguf")
 
 
 def quantize(folder):
@@ -434,7 +435,7 @@ def test_the_space_that_is_asked_for_is_enough(checkpoint, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("value", "kind", "expected"),
-    [(1e5, "F16", ["reaches 100000", "at most 65504", "another type"]), (np.nan, "Q8_0", ["reaches nan", "diverged"])],
+    [(1e5, "F16", ["reaches 100000", "at most 65504", "another type"]), (np.nan, "Q8_0", ["holds NaN"])],
 )
 def test_values_that_the_type_cannot_hold(copy, tmp_path, value, kind, expected):
     name = "transformer.h.1.mlp.c_fc.weight"

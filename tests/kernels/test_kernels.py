@@ -479,3 +479,11 @@ def test_idle_threads_sleep(rng):
     used = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - used < 0.06  # three threads that look for work would take most of 0.3 s a processor
+
+
+@native
+@pytest.mark.parametrize("out", [np.zeros((2, 32)), np.zeros((32, 2), np.float32).T], ids=["fp64", "strided"])
+def test_what_cannot_be_written_to_in_place_is_refused(out):
+    x = np.ones((2, 32), np.float32)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        load_kernels("native", 1).layer_norm(x, x[0], x[0], 1e-5, out)

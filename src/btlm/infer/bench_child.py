@@ -75,7 +75,7 @@ def measure(folder: Path, context: int, new_tokens: int, threads: int | None) ->
         "weight_bytes_read": sum(weights.values()) - _unread(shape, weights),
         "cache_bytes": cache_bytes(shape, dtype, 1, context),
         "cache_bytes_read": cache_bytes(shape, dtype, 1, context - new_tokens // 2),
-        "peak_bytes": _peak(),
+        "peak_bytes": peak_memory(),
     }
 
 
@@ -84,15 +84,6 @@ def _unread(shape: Shape, weights: dict[str, int]) -> int:
     if shape.tied:
         return 0
     return sum(size for name, size in weights.items() if name.removeprefix("transformer.").startswith("wte."))
-
-
-def _peak() -> int:
-    """Linux counts in ``ru_maxrss`` what the parent of a process had too; ``VmHWM`` is of this program alone."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        return peak_memory()
 
 
 def _tell(line: dict[str, Any]) -> None:

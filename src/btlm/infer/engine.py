@@ -20,13 +20,13 @@ from .locate import checkpoint_folder
 from .lookup import PromptLookup
 from .mapped import map_tensors
 from .memory import available_memory, gigabytes
-from .network import Network, weight_dtype
+from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
 from .sampling import Sampler, log_probability
 from .shape import Shape, read_shape
 
 CACHE_DTYPES = ("auto", *KINDS)
-_ACTIVATIONS = 100_000_000  # bytes beside weights and cache: activations, logits, Python
+_SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
 
 
 class Token(NamedTuple):
@@ -128,10 +128,12 @@ class Engine:
             ValueError: One line that says what cannot be used, and what to do.
         """
         shape = read_shape(name_or_path, factor=factor)
+        available = available_memory()  # before files are mapped, which count as address space
         tensors = map_tensors(checkpoint_folder(name_or_path))
         weights = sum(tensor.values.nbytes for tensor in tensors.values())
         context = shape.n_positions if context is None else context
-        _check_memory(shape, weights, _cache_dtype(cache_dtype, weight_dtype(shape, tensors)), context, num_texts)
+        dtype = _cache_dtype(cache_dtype, weight_dtype(shape, tensors))
+        _check_memory(shape, weights, dtype, context, num_texts, available)
         network = Network(load_kernels(kernels, threads), shape, tensors)
         return cls(network, cache_dtype=cache_dtype, context=context, num_texts=num_texts)
 
@@ -304,7 +306,7 @@ class Engine:
         slot.ids = []  # all of it is computed
         tokens = np.asarray(ids, np.int64)
         scores: list[npt.NDArray[np.float32]] = []
-        size = min(self.network.max_tokens, 64)  # bounds the logits
+        size = min(self.network.max_tokens, LOGIT_ROWS)
         for start in range(0, len(tokens) - 1, size):
             chunk = tokens[start : min(start + size, len(tokens) - 1)]
             segments = np.array([[0, text.slot, start, len(chunk)]])
@@ -402,11 +404,13 @@ def _cache_dtype(name: str, weights: str) -> str:
     return {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}.get(weights, "int8")
 
 
-def _check_memory(shape: Shape, weights: int, cache_dtype: str, context: int, num_texts: int) -> None:
+def _check_memory(
+    shape: Shape, weights: int, cache_dtype: str, context: int, num_texts: int, available: int | None
+) -> None:
     if context < 1 or num_texts < 1:
         raise ValueError(f"A context of {context} tokens and {num_texts} texts are not possible; both are at least 1.")
     cache = cache_bytes(shape, cache_dtype, num_texts, context)
-    needed, available = weights + cache + _ACTIVATIONS, available_memory()
+    needed = weights + cache + activation_bytes(shape) + _SPARE
     if available is not None and needed > available:
         smallest = cache_bytes(shape, "int8", num_texts, context)
         remedy = (

@@ -18,16 +18,16 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from btlm.data.parts import whole_file
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
-from .load import end_ids, load_config, load_model, load_tokenizer_of
-from .locate import WEIGHTS, checkpoint_folder
+from .load import check_weights, end_ids, load_config, load_model, load_tokenizer_of
+from .locate import checkpoint_folder
 from .messages import note
+from .weights import Weights, empty_model
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -43,8 +43,6 @@ BLOCK = 32
 K_BLOCK = 256
 
 _TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
-# Buffers of checkpoints that follow from the configuration.
-_BUFFERS = ("relative_pe.slopes", "attn.bias", "attn.masked_bias")
 # Bytes that a token and its merge may take in the file, generously: for the check of disk space alone.
 _TOKEN_BYTES = 100
 
@@ -221,9 +219,10 @@ def _encode(target: _Target, read: Callable[[str], Tensor], kind: "GGMLQuantizat
     tensor = target.convert(read(target.source).to(torch.float32, copy=True)).contiguous()
     assert tuple(tensor.shape) == target.shape
     largest, limit = float(tensor.abs().max()), TYPES[kind.name]
-    if not largest <= limit:  # nor NaN
-        remedy = "choose another type" if np.isfinite(largest) else "the checkpoint is of a run that diverged"
-        raise ValueError(f"{target.source} reaches {largest:.6g}, and {kind.name} holds at most {limit:.6g}; {remedy}.")
+    if largest > limit:
+        raise ValueError(
+            f"{target.source} reaches {largest:.6g}, and {kind.name} holds at most {limit:.6g}; choose another type."
+        )
     if kind.name == "F16":
         return tensor.half().numpy()  # several times as fast as numpy's conversion
     encoded: NDArray[Any] = quantize(tensor.numpy(), kind)
@@ -234,69 +233,14 @@ def _encode(target: _Target, read: Callable[[str], Tensor], kind: "GGMLQuantizat
 
 
 def _reader(folder: Path, config: BTLMConfig, name: str) -> Callable[[str], Tensor]:
-    """A function that gives tensors of the checkpoint by their names.
-
-    Plain checkpoints are mapped anew for each tensor, so that no page of the others stays in memory. What is stored in
-    another way, or damaged, goes through :func:`load_model`, which decodes it, or says what is wrong.
-    """
-    if getattr(config, "quantization_config", None) is None:
-        try:
-            files = _stored(folder)
-            if _fits(files, config):
-                tied = {_HEAD: _TABLE} if config.tie_word_embeddings else {}
-                return lambda key: _read(files[tied.get(key, key)], tied.get(key, key))
-        except Exception:
-            pass  # whatever it was, the lines below find it again and tell it
-    else:
+    """A function that gives tensors of the checkpoint by their names, one at a time where they are not quantized."""
+    if getattr(config, "quantization_config", None) is not None:
         note(f"the weights of {name} are quantized and are decoded first; an export of the original loses less")
-    model, _ = load_model(name, device="cpu")
-    state = model.state_dict()
-    return lambda key: state[key]
-
-
-def _stored(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
-    if file.name.endswith(".index.json"):
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        files = {folder / name for name in weight_map.values()}
-    else:
-        files = {file}
-    return {key: path for path in sorted(files) for key in _keys(path)}
-
-
-def _fits(files: dict[str, Path], config: BTLMConfig) -> bool:
-    """Whether the tensors are those of the configuration, no more, no fewer, of the right shape."""
-    with torch.device("meta"):
-        expected = BTLMLMHeadModel(config).state_dict()
-    stored = {key for key in files if not key.endswith(_BUFFERS)}
-    if config.tie_word_embeddings:
-        if _HEAD in stored and not torch.equal(_read(files[_HEAD], _HEAD), _read(files[_TABLE], _TABLE)):
-            return False
-        expected.pop(_HEAD)
-        stored.discard(_HEAD)
-    wanted = {key for key in expected if not key.endswith(_BUFFERS)}
-    return stored == wanted and all(_read(files[key], key).shape == expected[key].shape for key in wanted)
-
-
-def _keys(file: Path) -> list[str]:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    return list(_unpickle(file))
-
-
-def _read(file: Path, key: str) -> Tensor:
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-        return tensor
-    return _unpickle(file)[key]
-
-
-def _unpickle(file: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    return tensors
+        state = load_model(name, device="cpu")[0].state_dict()
+        return lambda key: state[key]
+    weights = Weights(check_weights(folder, config), empty_model(config))
+    tied = {_HEAD: _TABLE} if config.tie_word_embeddings else {}
+    return lambda key: weights.read(tied.get(key, key))
 
 
 # Vocabulary

@@ -52,9 +52,9 @@ def load_model(
         raise ValueError(f"The dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
     torch_device = _device(device)
     folder = checkpoint_folder(name_or_path)
-    config = _read_config(folder, name_or_path)
+    config = read_config(folder, name_or_path)
     _set_context_scaling(config, context_scaling)
-    _check_weights(folder, config)
+    check_weights(folder, config)
     tokenizer = load_tokenizer_of(folder, config, name_or_path)
     model = _load_weights(folder, config, DTYPES[dtype], name_or_path)
     end_ids(model)
@@ -75,7 +75,7 @@ def load_config(name_or_path: Path | str) -> BTLMConfig:
     Raises:
         ValueError: There is no such checkpoint, it is not one of BTLM, or its values are impossible.
     """
-    return _read_config(checkpoint_folder(name_or_path, weights=False), name_or_path)
+    return read_config(checkpoint_folder(name_or_path, weights=False), name_or_path)
 
 
 def end_ids(model: BTLMLMHeadModel) -> set[int]:
@@ -97,7 +97,12 @@ def end_ids(model: BTLMLMHeadModel) -> set[int]:
 # Configuration
 
 
-def _read_config(folder: Path, name: Path | str) -> BTLMConfig:
+def read_config(folder: Path, name: Path | str) -> BTLMConfig:
+    """The configuration of a folder.
+
+    Raises:
+        ValueError: It is not one of BTLM, or its values are impossible.
+    """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -140,8 +145,12 @@ def _set_context_scaling(config: BTLMConfig, context_scaling: float | str) -> No
 # Weights
 
 
-def _check_weights(folder: Path, config: BTLMConfig) -> list[Path]:
-    """What can be told before anything is allocated; the files of the weights."""
+def check_weights(folder: Path, config: BTLMConfig) -> list[Path]:
+    """The files of the weights, after all that can be told of them before anything is allocated.
+
+    Raises:
+        ValueError: They are missing, damaged, or too small for the configuration.
+    """
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise ValueError(f"{folder} holds no weights; there should be model.safetensors or pytorch_model.bin.")
@@ -166,7 +175,7 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} is not a valid index of weight files ({one_line(error)}).") from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{index.parent} lacks {_some(missing)}, which {index.name} names; download it again.")
+        raise ValueError(f"{index.parent} lacks {first_of(missing)}, which {index.name} names; download it again.")
     return files
 
 
@@ -215,7 +224,7 @@ def _load_weights(folder: Path, config: BTLMConfig, dtype: torch.dtype | str, na
         *report["error_msgs"],
     ]
     if problems:
-        raise ValueError(f"The weights of {name} do not fit its config.json: {_some(problems)}.")
+        raise ValueError(f"The weights of {name} do not fit its config.json: {first_of(problems)}.")
     return cast(BTLMLMHeadModel, model)
 
 
@@ -279,7 +288,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _some(items: Iterable[str], shown: int = 3) -> str:
+def first_of(items: Iterable[str], shown: int = 3) -> str:
+    """Some items and the number of the others, for use inside a line."""
     items = list(items)
     rest = len(items) - shown
     return "; ".join(items[:shown]) + (f"; and {rest} more" if rest > 0 else "")

@@ -47,7 +47,21 @@ def map_tensors(folder: Path) -> dict[str, MappedTensor]:
     return {key: tensor for name in names for key, tensor in _map_file(folder / name).items()}
 
 
-def _map_file(path: Path) -> dict[str, MappedTensor]:
+class Stored(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """What a file in safetensors holds, by name.
+
+    Raises:
+        ValueError: It is damaged or cut short.
+    """
     size = path.stat().st_size
     damaged = f"{path} is damaged or cut short ({size:,} bytes); get it again."
     with path.open("rb") as file:
@@ -58,26 +72,34 @@ def _map_file(path: Path) -> dict[str, MappedTensor]:
             entries = json.loads(file.read(length)).items()
         except (AttributeError, ValueError) as error:
             raise ValueError(damaged) from error
-    content = np.memmap(path, np.uint8, "r")
-    start, tensors = _LENGTH_BYTES + length, {}
+    start, stored = _LENGTH_BYTES + length, {}
     for name, entry in entries:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (first, last) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(damaged) from error
         if not (whole and first <= last <= size - start):
             raise ValueError(damaged)
+        stored[name] = Stored(dtype, shape, start + first, start + last)
+    return stored
+
+
+def _map_file(path: Path) -> dict[str, MappedTensor]:
+    stored, content, tensors = read_header(path), np.memmap(path, np.uint8, "r"), {}
+    for name, (dtype, shape, start, end) in stored.items():
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is stored as {dtype}, which the engine does not read.")
         item = np.dtype(_DTYPES[dtype])
-        if math.prod(shape) * item.itemsize != last - first:
-            raise ValueError(damaged)
-        if (start + first) % item.itemsize:  # legal, and slow everywhere: take it into memory
-            values = np.frombuffer(content[start + first : start + last].tobytes(), item)
+        if math.prod(shape) * item.itemsize != end - start:
+            raise ValueError(
+                f"{path} is damaged or cut short: {name} does not have the bytes of its shape; get it again."
+            )
+        if start % item.itemsize:  # legal, and slow everywhere: take it into memory
+            values = np.frombuffer(content[start:end].tobytes(), item)
         else:
-            values = content[start + first : start + last].view(item)
+            values = content[start:end].view(item)
         tensors[name] = MappedTensor(dtype, np.asarray(values).reshape(shape))
     return tensors

@@ -15,7 +15,12 @@ def available_memory() -> int | None:
 
 
 def peak_memory() -> int:
-    """Bytes of main memory that this process has held at most (resident set, mapped files included)."""
+    """Bytes of main memory that this program has held at most (resident set, mapped files included)."""
+    try:  # Linux counts in ru_maxrss what the parent of a process had too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,13 +41,20 @@ def _free() -> int | None:
 
 
 def _control_group() -> int | None:
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        return None if limit == "max" else int(limit) - used + int(statistics.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return None
+    """Of version 2, or of version 1."""
+    for folder, limit, used, idle in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = Path(folder, limit).read_text().strip()
+            taken = int(Path(folder, used).read_text())
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            if most != "max":
+                return int(most) - taken + int(statistics.get(idle, 0))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _address_space() -> int | None:

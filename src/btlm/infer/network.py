@@ -18,6 +18,9 @@ from .shape import Shape
 
 Floats = npt.NDArray[np.float32]
 
+MAX_TOKENS = 256  # of a forward pass
+LOGIT_ROWS = 64  # of the logits that are held at a time
+
 
 @dataclass(frozen=True)
 class _Norm:
@@ -50,7 +53,7 @@ class Network:
     """
 
     def __init__(
-        self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor], *, max_tokens: int = 256
+        self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor], *, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.kernels = kernels
         self.shape = shape
@@ -105,6 +108,12 @@ class Network:
         if len(rows):
             kernels.linear(wanted, self._head, logits)
         return logits[:, : shape.vocab_size]
+
+
+def activation_bytes(shape: Shape, max_tokens: int = MAX_TOKENS) -> int:
+    """Bytes of the activations of a forward pass, in fp32 and as the kernels round them, and of logits."""
+    widths = 6 * shape.n_embd + 5 * shape.n_inner // 4
+    return 4 * (max_tokens * widths + LOGIT_ROWS * shape.vocab_size)
 
 
 def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:

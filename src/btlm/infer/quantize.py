@@ -29,7 +29,7 @@ from btlm.model.quantization_btlm import (
 )
 
 from .calibrate import CALIBRATION_TOKENS, Rounded, calibration_rows, round_blocks
-from .load import _check_weights, _read_config, load_tokenizer_of
+from .load import check_weights, load_tokenizer_of, read_config
 from .locate import checkpoint_folder
 from .rounding import padded, round_weights, search_scales, values_of
 from .safetensors_writer import SafetensorsWriter, file_size
@@ -83,7 +83,7 @@ def quantize(
         raise ValueError(f"{output} exists; give a new folder or remove it.")
     quantization = _quantization(bits, group_size, table_bits)
     folder = checkpoint_folder(model)
-    config = _read_config(folder, model)
+    config = read_config(folder, model)
     if (stored := getattr(config, "quantization_config", None)) is not None:
         raise ValueError(
             f"{model} is quantized already ({stored.get('bits')} bits, groups of {stored.get('group_size')}); give the "
@@ -92,7 +92,7 @@ def quantize(
     if problem := group_size_problem(config, group_size):
         raise ValueError(problem)
     network = empty_model(config)
-    weights = Weights(_check_weights(folder, config), network)
+    weights = Weights(check_weights(folder, config), network)
     tokenizer = load_tokenizer_of(folder, config, model)
     rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
     matrices = stored_matrices(network, quantization)

@@ -120,6 +120,8 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
     Raises:
         ValueError: It is not a checkpoint of BTLM, or the engine does not run it.
     """
+    if factor is not None and not 1 <= factor < math.inf:
+        raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
     folder = checkpoint_folder(name_or_path)
     scaling = {} if factor is None else {"alibi_scaling": {"type": "linear", "factor": factor} if factor > 1 else None}
     try:

@@ -1,6 +1,5 @@
 """Tensors of a checkpoint one at a time, without the rest of it in memory."""
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -15,7 +14,8 @@ from torch import Tensor
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.alibi import alibi_slopes
 
-from .load import _some
+from .load import first_of
+from .mapped import read_header
 from .messages import one_line
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -91,7 +91,7 @@ class Weights:
         if has_copy and not problems and not torch.equal(self.read(_HEAD), self.read(_TABLE)):
             problems.append(f"{_HEAD} differs from {_TABLE}, where config.json says that they are one")
         if problems:
-            raise ValueError(f"The weights of {folder} do not fit its config.json: {_some(problems)}.")
+            raise ValueError(f"The weights of {folder} do not fit its config.json: {first_of(problems)}.")
 
 
 def empty_model(config: BTLMConfig) -> BTLMLMHeadModel:
@@ -104,18 +104,10 @@ def empty_model(config: BTLMConfig) -> BTLMLMHeadModel:
 
 def _safetensors(file: Path) -> dict[str, _Entry]:
     entries = {}
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{name} in {file} is stored as {entry['dtype']}; only {', '.join(_DTYPES)} can be quantized."
-            )
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+    for name, (dtype_name, shape, start, end) in read_header(file).items():
+        if dtype_name not in _DTYPES:
+            raise ValueError(f"{name} in {file} is stored as {dtype_name}; only {', '.join(_DTYPES)} can be converted.")
+        dtype = _DTYPES[dtype_name]
         entries[name] = _Entry(shape, dtype, _reader(file, start, end, dtype, shape))
     return entries
 
@@ -141,7 +133,7 @@ def _pickled(file: Path) -> dict[str, _Entry]:
             continue
         if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
             found = f"of {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"{name} in {file} is {found}; only tensors of numbers with a fraction can be quantized.")
+            raise ValueError(f"{name} in {file} is {found}; only tensors of numbers with a fraction can be converted.")
         read = partial(_mapped_tensor, file, name) if mapped else tensor.clone
         entries[name] = _Entry(tuple(tensor.shape), tensor.dtype, read)
     return entries

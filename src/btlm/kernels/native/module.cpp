@@ -214,6 +214,7 @@ void use_path(const std::string& name) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // What is written to is taken as it is: a converted copy would receive the result, and be lost.
     nb::class_<PyMatrix>(m, "Matrix")
         .def(nb::init<const std::string&, Any, std::optional<Halves>, std::optional<Floats>, int64_t, int64_t, int, bool>(),
              "kind"_a, "weight"_a, "scale"_a.none(), "bias"_a.none(), "rows"_a, "columns"_a, "group"_a = 0,
@@ -226,12 +227,13 @@ NB_MODULE(_native, m) {
                       std::optional<nb::ndarray<uint16_t, nb::c_contig, nb::device::cpu>>,
                       std::optional<nb::ndarray<uint16_t, nb::c_contig, nb::device::cpu>>, int64_t, int64_t, int64_t,
                       int64_t>(),
-             "kind"_a, "keys"_a, "values"_a, "key_scales"_a.none(), "value_scales"_a.none(), "slots"_a, "heads"_a,
+             "kind"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert().none(),
+             "value_scales"_a.noconvert().none(), "slots"_a, "heads"_a,
              "capacity"_a, "head_dim"_a);
-    m.def("linear", &linear, "x"_a, "matrix"_a, "out"_a, "gate"_a.none() = nb::none(), "add"_a = false);
-    m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "out"_a);
-    m.def("embed", &embed, "ids"_a, "matrix"_a, "factor"_a, "out"_a);
-    m.def("attend", &attend, "qkv"_a, "cache"_a, "segments"_a, "slopes"_a, "scale"_a, "out"_a);
+    m.def("linear", &linear, "x"_a, "matrix"_a, "out"_a.noconvert(), "gate"_a.none() = nb::none(), "add"_a = false);
+    m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "out"_a.noconvert());
+    m.def("embed", &embed, "ids"_a, "matrix"_a, "factor"_a, "out"_a.noconvert());
+    m.def("attend", &attend, "qkv"_a, "cache"_a, "segments"_a, "slopes"_a, "scale"_a, "out"_a.noconvert());
     m.def("sum_bytes", &sum_bytes, "values"_a);
     m.def("set_threads", &set_threads, "threads"_a);
     m.def("threads", [] { return shared().operations->threads(); });

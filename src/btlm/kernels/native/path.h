@@ -90,8 +90,8 @@ inline F exp(F x) {
     return keep_above(scale2(p, n), x, -87.0f);
 }
 
-inline F silu(F x) {
-    return lanes::div(x, lanes::add(lanes::set(1.0f), exp(lanes::sub(lanes::zero(), x))));
+inline F silu(F x) {  // below -87 exactly 0, as exp is
+    return lanes::keep_above(lanes::div(x, lanes::add(lanes::set(1.0f), exp(lanes::sub(lanes::zero(), x)))), x, -87.0f);
 }
 
 inline float largest(const float* x, int64_t n) {
