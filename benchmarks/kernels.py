@@ -7,6 +7,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,14 @@ def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
     """Print the speed of attention for one query."""
     head_dim = WIDTH // HEADS
     slopes = np.full(HEADS, 0.1, np.float32)
-    print("\n| keys | us a layer, one query | GB/s of keys and values |\n|---|---|---|")
-    for context in contexts:
+    print("\n| cache | keys | us a layer, one query | GB/s of keys and values |\n|---|---|---|---|")
+    for (kind, bits), context in product({"int8": 8, "int4": 4}.items(), contexts):
         room = -(-context // 64) * 64
         layers = []
         for _ in range(max(4, 32768 // room)):
-            keys, values = np.zeros((HEADS, room, head_dim), np.uint8), np.zeros((HEADS, room, head_dim), np.int8)
+            keys, values = (np.zeros((HEADS, room, head_dim * bits // 8), np.uint8) for _ in range(2))
             scales = [np.zeros((HEADS, room), np.uint16) for _ in range(2)]
-            layers.append(kernels.Cache("int8", keys, values, scales[0], scales[1], 1, HEADS, room, head_dim))
+            layers.append(kernels.Cache(kind, keys, values, scales[0], scales[1], 1, HEADS, room, head_dim))
             first = normal(context - 1, 3 * WIDTH)
             kernels.attend(
                 first, layers[-1], segment(0, context - 1), slopes, 0.0125, np.empty_like(first[:, :WIDTH], order="C")
@@ -86,8 +87,8 @@ def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
 
         step()
         taken = statistics.median(seconds(step) for _ in range(4 * repeats)) / len(layers)
-        size = 2 * HEADS * context * (head_dim + 2)
-        print(f"| {context:,} | {taken * 1e6:.0f} | {size / taken / 1e9:.1f} |")
+        size = 2 * HEADS * context * (head_dim * bits / 8 + 2)
+        print(f"| {kind} | {context:,} | {taken * 1e6:.0f} | {size / taken / 1e9:.1f} |")
 
 
 def matrix(kernels: Kernels, rows: int, columns: int) -> Any:

@@ -157,7 +157,7 @@ def test_a_score_needs_two_tokens_and_leaves_the_engine_usable(checkpoint):
 
 
 @native
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_chunks_of_a_prompt_change_nothing(checkpoint, cache_dtype):
     expected = write(engine(checkpoint, cache_dtype=cache_dtype), LONGER)
     for max_tokens in (1, 3, 16, 64):
@@ -165,7 +165,7 @@ def test_chunks_of_a_prompt_change_nothing(checkpoint, cache_dtype):
 
 
 @native
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8", "int4"])
 def test_texts_that_come_and_go_do_not_change_each_other(checkpoint, cache_dtype):
     prompts = [ENOUGH, [7], LONGER, ENOUGH[5:9], [3, 4]]
     samples: list[dict[str, Any]] = [
@@ -209,7 +209,7 @@ def test_texts_that_come_and_go_do_not_change_each_other(checkpoint, cache_dtype
 
 
 @native
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8", "int4"])
 def test_reused_prefixes_change_nothing(checkpoint, cache_dtype):
     one = engine(checkpoint, cache_dtype=cache_dtype, num_texts=2)
     said = [token.id for token in write(one, LONGER)]
@@ -254,7 +254,7 @@ RULES = [
 
 
 @native
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("good", [True, False])
 def test_guesses_change_nothing(checkpoint, monkeypatch, cache_dtype, rules, good):
@@ -387,10 +387,11 @@ def test_a_full_engine(checkpoint):
 
 
 def test_unknown_cache_dtypes(checkpoint):
-    with pytest.raises(ValueError, match=r"'fp8' is unknown; choose one of auto, int8, bfloat16, float32"):
+    with pytest.raises(ValueError, match=r"'fp8' is unknown; choose one of auto, int4, int8, bfloat16, float32"):
         Engine.open(checkpoint, cache_dtype="fp8", kernels="torch")
     assert [Engine.open(checkpoint, cache_dtype=name).cache.dtype for name in CACHE_DTYPES] == [
         "float32",
+        "int4",
         "int8",
         "bfloat16",
         "float32",
@@ -407,12 +408,12 @@ def test_more_context_than_memory(checkpoint, monkeypatch):
     monkeypatch.setattr("btlm.infer.engine.available_memory", lambda: 1_000_000_000)
     # 2 layers x 4 heads x keys and values x 16 (of 8) dimensions x 4 bytes: 1,024 bytes a token.
     with pytest.raises(
-        ValueError, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int8"
+        ValueError, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
     ) as error:
         Engine.open(checkpoint, context=1_000_000, num_texts=2)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="use a shorter context"):
-        Engine.open(checkpoint, context=10_000_000, cache_dtype="int8")
+        Engine.open(checkpoint, context=10_000_000, cache_dtype="int4")
     monkeypatch.setattr("btlm.infer.engine.available_memory", lambda: None)
     assert Engine.open(checkpoint).context == TINY["n_positions"]
 
@@ -438,7 +439,7 @@ def test_weights_that_do_not_fit(copy, change):
 # Few bits
 
 
-@pytest.mark.parametrize(("cache_dtype", "far"), [("bfloat16", 0.1), ("int8", 0.1)])
+@pytest.mark.parametrize(("cache_dtype", "far"), [("bfloat16", 0.1), ("int8", 0.1), ("int4", 0.5)])
 def test_smaller_caches_are_close_to_fp32(checkpoint, cache_dtype, far):
     exact = engine(checkpoint).score(LONGER)
     close = engine(checkpoint, cache_dtype=cache_dtype).score(LONGER)

@@ -219,11 +219,11 @@ def attend(kernels, cache, qkv, segments, heads, head_dim, scale=0.1):
     return out
 
 
-TOLERANCE = {"int8": 1e-4, "bf16": 1e-5, "f32": 1e-5}  # int8: probabilities of 16 bits
+TOLERANCE = {"int4": 1e-4, "int8": 1e-4, "bf16": 1e-5, "f32": 1e-5}  # int4, int8: probabilities of 16 bits
 
 
 @each_path
-@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f32"])
 @pytest.mark.parametrize(("heads", "head_dim"), SIZES)
 def test_attention_is_that_of_torch(path, kind, heads, head_dim, rng):
     sizes = {"slots": 3, "heads": heads, "capacity": 192, "head_dim": head_dim}
@@ -246,7 +246,7 @@ def test_attention_is_that_of_torch(path, kind, heads, head_dim, rng):
 
 
 @each
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-6), ("bf16", 2e-2), ("int8", 4e-2)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-6), ("bf16", 2e-2), ("int8", 4e-2), ("int4", 0.4)])
 def test_attention_is_the_formula(name, kind, tolerance, rng):
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 3, 20, 150
@@ -257,7 +257,7 @@ def test_attention_is_the_formula(name, kind, tolerance, rng):
 
 
 @each_path
-@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f32"])
 def test_attention_has_the_same_bits_in_chunks_and_in_company(path, kind, rng):
     heads, head_dim, tokens = 2, 20, 190
     qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32)
@@ -281,7 +281,7 @@ def test_attention_has_the_same_bits_in_chunks_and_in_company(path, kind, rng):
 
 
 @each
-@pytest.mark.parametrize("kind", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f32"])
 def test_attention_of_extreme_values(name, kind, rng):
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 2, 20, 80
@@ -299,7 +299,7 @@ def test_attention_of_extreme_values(name, kind, rng):
     assert np.array_equal(out[0], np.zeros(width))
     exact = attention(qkv, heads, slopes_of(heads), 0.1)
     for row in (1, 2, 3, 4):
-        assert furthest(out[row], exact[row]) < 0.05, row
+        assert furthest(out[row], exact[row]) < (0.3 if kind == "int4" else 0.05), row
 
 
 @each
@@ -395,7 +395,9 @@ def test_a_gate_of_another_shape(name, rng):
 
 
 @each
-@pytest.mark.parametrize("change", [{"capacity": 60}, {"head_dim": 257}, {"kind": "int4"}, {"slots": 3}, {"heads": 0}])
+@pytest.mark.parametrize(
+    "change", [{"capacity": 60}, {"head_dim": 257}, {"kind": "int5"}, {"kind": "int4"}, {"slots": 3}, {"heads": 0}]
+)
 def test_impossible_caches(name, change):
     kernels = load_kernels(name, 1)
     arrays = CacheArrays("int8", slots=2, heads=2, capacity=64, head_dim=16)

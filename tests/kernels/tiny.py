@@ -88,12 +88,13 @@ class CacheArrays:
 
     def __init__(self, kind: str, *, slots: int, heads: int, capacity: int, head_dim: int) -> None:
         self.kind, self.sizes = kind, (slots, heads, capacity, head_dim)
-        room = slots * heads * capacity * (-(-head_dim // 16) * 16)
-        self.keys: Array = np.zeros(room, {"int8": np.uint8, "bf16": np.uint16, "f32": np.float32}[kind])
-        self.values: Array = np.zeros(room, {"int8": np.int8, "bf16": np.uint16, "f32": np.float32}[kind])
+        room = slots * heads * capacity * (-(-head_dim // 16) * 16) // (2 if kind == "int4" else 1)
+        packed = kind in ("int4", "int8")
+        self.keys: Array = np.zeros(room, np.uint8 if packed else {"bf16": np.uint16, "f32": np.float32}[kind])
+        self.values: Array = np.zeros(room, np.int8 if kind == "int8" else self.keys.dtype)
         scales = slots * heads * capacity
-        self.key_scales = np.zeros(scales, np.uint16) if kind == "int8" else None
-        self.value_scales = np.zeros(scales, np.uint16) if kind == "int8" else None
+        self.key_scales = np.zeros(scales, np.uint16) if packed else None
+        self.value_scales = np.zeros(scales, np.uint16) if packed else None
 
     def cache(self, kernels: Kernels) -> LayerCache:
         return kernels.Cache(self.kind, self.keys, self.values, self.key_scales, self.value_scales, *self.sizes)

@@ -62,7 +62,7 @@ def _generate_parser() -> ArgumentParser:
     model.add_argument(
         "--cache-dtype",
         metavar="D",
-        help="of keys and values: int8, bfloat16, float32 or auto, int8 for quantized models (default)",
+        help="of keys and values: int4, int8, bfloat16, float32 or auto, int8 for quantized models (default)",
     )
     model.add_argument("--threads", type=whole, metavar="N", help="(default: one a processor)")
     model.add_argument(

@@ -10,9 +10,11 @@ from btlm.kernels import Kernels
 
 from .shape import Shape
 
-KINDS = {"int8": "int8", "bfloat16": "bf16", "float32": "f32"}
+KINDS = {"int4": "int4", "int8": "int8", "bfloat16": "bf16", "float32": "f32"}
 _BLOCK = 64  # tokens that the kernels visit together
+_BITS = {"int4": 4, "int8": 8, "bfloat16": 16, "float32": 32}
 _ELEMENT: dict[str, tuple[npt.DTypeLike, npt.DTypeLike]] = {
+    "int4": (np.uint8, np.uint8),
     "int8": (np.uint8, np.int8),
     "bf16": (np.uint16, np.uint16),
     "f32": (np.float32, np.float32),
@@ -25,7 +27,7 @@ class KVCache:
     Args:
         kernels: That will use it.
         shape: Of the network.
-        dtype: ``"int8"``, with a scale a token and head, ``"bfloat16"`` or ``"float32"``.
+        dtype: ``"int4"`` or ``"int8"``, with a scale a token and head, ``"bfloat16"`` or ``"float32"``.
         num_slots: Texts.
         capacity: Tokens of a text; rounded up to a multiple of 64.
     """
@@ -41,10 +43,11 @@ class KVCache:
         self.layers = []
         for _ in range(shape.n_layer):
             # Zeros are not touched by the allocation, so that a page takes memory when the first token comes to it.
-            keys_here = np.zeros((num_slots, heads, room // _BLOCK, _BLOCK * width), keys)
-            values_here = np.zeros((num_slots, heads, room // _BLOCK, _BLOCK * width), values)
+            of_block = _BLOCK * width // (2 if kind == "int4" else 1)
+            keys_here = np.zeros((num_slots, heads, room // _BLOCK, of_block), keys)
+            values_here = np.zeros((num_slots, heads, room // _BLOCK, of_block), values)
             scales: list[npt.NDArray[np.uint16]] = []
-            if kind == "int8":
+            if kind in ("int4", "int8"):
                 scales = [np.zeros((num_slots, heads, room // _BLOCK, _BLOCK), np.uint16) for _ in range(2)]
             self._arrays.append([keys_here, values_here, *scales])
             key_scales, value_scales = scales if scales else (None, None)
@@ -63,7 +66,7 @@ def cache_bytes(shape: Shape, dtype: str, num_slots: int, capacity: int) -> int:
     """Bytes of a full cache."""
     room = -(-capacity // _BLOCK) * _BLOCK
     width = -(-shape.head_dim // 16) * 16
-    of_head = {"int8": width + 2, "bfloat16": 2 * width, "float32": 4 * width}[dtype]
+    of_head = _BITS[dtype] * width // 8 + (2 if dtype in ("int4", "int8") else 0)
     return 2 * num_slots * shape.n_layer * shape.n_head * room * of_head
 
 

@@ -82,8 +82,8 @@ class Engine:
 
     Args:
         network: On its kernels.
-        cache_dtype: Of keys and values: ``"int8"``, ``"bfloat16"``, ``"float32"``, or ``"auto"``: int8 for quantized
-            weights, else that of the weights.
+        cache_dtype: Of keys and values: ``"int4"``, ``"int8"``, ``"bfloat16"``, ``"float32"``, or ``"auto"``: int8 for
+            quantized weights, else that of the weights.
         context: Tokens of a text, prompt and continuation; ``n_positions`` where not given.
         num_texts: That can be under way at the same time.
 
@@ -412,9 +412,9 @@ def _check_memory(
     cache = cache_bytes(shape, cache_dtype, num_texts, context)
     needed = weights + cache + activation_bytes(shape) + _SPARE
     if available is not None and needed > available:
-        smallest = cache_bytes(shape, "int8", num_texts, context)
+        smallest = cache_bytes(shape, "int4", num_texts, context)
         remedy = (
-            "a shorter context" if smallest == cache else f"a shorter context, or an int8 cache ({gigabytes(smallest)})"
+            "a shorter context" if smallest == cache else f"a shorter context, or an int4 cache ({gigabytes(smallest)})"
         )
         raise ValueError(
             f"{num_texts} x {context:,} tokens of context take {gigabytes(cache)} in {cache_dtype} beside weights of "

@@ -79,10 +79,13 @@ class Kernels(Protocol):
         """The cache of one layer; its arrays start as zeros.
 
         Args:
-            kind: ``"int8"``, ``"bf16"`` or ``"f32"``.
-            keys: int8: uint8 ``[S, H, L/64, W/4, 64, 4]``, 128 above the value; else ``[S, H, L/16, W, 16]``.
-            values: int8: int8 ``[S, H, L/4, W, 4]``; else ``[S, H, L, W]``.
-            key_scales, value_scales: int8: bf16 ``[S, H, L]``, one a token and head.
+            kind: ``"int4"``, ``"int8"``, ``"bf16"`` or ``"f32"``.
+            keys: int8: uint8 ``[S, H, L/64, W/4, 64, 4]``, 128 above the value. int4: uint8
+                ``[S, H, L/64, W/8, 64, 4]``, 8 above the value, the first four of eight dimensions in the low nibbles.
+                Else ``[S, H, L/16, W, 16]``.
+            values: int8: int8 ``[S, H, L/4, W, 4]``. int4: uint8 ``[S, H, L/8, W, 4]``, 8 above the value, the first
+                four of eight tokens in the low nibbles. Else ``[S, H, L, W]``.
+            key_scales, value_scales: int4 and int8: bf16 ``[S, H, L]``, one a token and head.
             slots, heads, capacity, head_dim: S, H, L (a multiple of 64) and D (at most 256).
         """
 
@@ -120,14 +123,13 @@ class Kernels(Protocol):
         """Append keys and values to the cache, then attend causally with ALiBi.
 
         With an int8 cache, queries, keys and values are rounded to eight bits, one scale a token and head, and
-        probabilities to sixteen.
+        probabilities to sixteen; with an int4 cache, keys and values to four bits, of -7 to 7.
 
         Args:
             qkv: ``[T, 3 * H * D]``.
             cache: Of the layer.
             segments: ``[*, 4]``: row of the first token, slot, its position, and the number of consecutive tokens. What
-                the
-                slot holds before that position belongs to the same text.
+                the slot holds before that position belongs to the same text.
             slopes: ``[H]``, interpolation included.
             scale: What products of queries and keys are multiplied by.
             out: ``[T, H * D]``.

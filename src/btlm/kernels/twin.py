@@ -19,6 +19,9 @@ from btlm.model.quantization_btlm import dequantize
 from .protocol import Floats, Halves
 
 _PACKED = ("q4", "q8")
+_CACHE_BITS = {"int4": 4, "int8": 8, "bf16": 16, "f32": 32}
+_PACKED_CACHES = {"int4": 7, "int8": 127}
+"""The largest number of each."""
 _SMALLEST = 1e-30  # what is smaller is stored as 0: its reciprocal would overflow
 _QUERIES = 256  # attended to at once: bounds the scores
 
@@ -88,21 +91,21 @@ class Cache:
 
     def __post_init__(self) -> None:
         self.width = -(-self.head_dim // 16) * 16
-        _require(self.kind in ("int8", "bf16", "f32"), f"the kind of cache {self.kind} is not int8, bf16 or f32")
+        _require(self.kind in _CACHE_BITS, f"the kind of cache {self.kind} is not int4, int8, bf16 or f32")
         _require(
             min(self.slots, self.heads, self.capacity) > 0 and self.capacity % 64 == 0,
             "a cache needs slots, heads, and a capacity that is a multiple of 64",
         )
         _require(0 < self.head_dim <= 256, f"heads of {self.head_dim} exceed 256")
         tokens = self.slots * self.heads * self.capacity
-        size = tokens * self.width * {"int8": 1, "bf16": 2, "f32": 4}[self.kind]
+        size = tokens * self.width * _CACHE_BITS[self.kind] // 8
         _require(
             self.keys.nbytes == size and self.values.nbytes == size, f"keys and values must take {size} bytes each"
         )
-        scales = [] if self.kind != "int8" else [self.key_scales, self.value_scales]
+        scales = [self.key_scales, self.value_scales] if self.kind in _PACKED_CACHES else []
         _require(
             all(each is not None and each.size == tokens for each in scales),
-            f"an int8 cache needs {tokens} scales each of keys and values",
+            f"a cache of {self.kind} needs {tokens} scales each of keys and values",
         )
 
     def append(self, slot: int, start: int, key_THD: Tensor, value_THD: Tensor) -> None:
@@ -111,13 +114,24 @@ class Cache:
         slots, heads, capacity, width = self.slots, self.heads, self.capacity, self.width
         key_THW, value_THW = (F.pad(x, (0, width - self.head_dim)) for x in (key_THD, value_THD))
         keys, values = _tensor(self.keys), _tensor(self.values)
-        if self.kind == "int8":
+        if self.kind in _PACKED_CACHES:
             assert self.key_scales is not None
             assert self.value_scales is not None
-            key_THW, key_scale = _quantize_heads(key_THW)
-            value_THW, value_scale = _quantize_heads(value_THW)
+            key_THW, key_scale = _quantize_heads(key_THW, _PACKED_CACHES[self.kind])
+            value_THW, value_scale = _quantize_heads(value_THW, _PACKED_CACHES[self.kind])
             for scales, new in ((self.key_scales, key_scale), (self.value_scales, value_scale)):
                 _bf16(scales).view(slots, heads, capacity)[slot, :, start : start + len(new)] = new.T
+            if self.kind == "int4":
+                key_THW8, value_THW8 = ((x + 8).to(torch.uint8) for x in (key_THW, value_THW))
+                stored_keys = keys.view(slots, heads, capacity // 64, width // 8, 64, 4)[slot]
+                low, high = key_THW8.view(len(positions), heads, width // 8, 2, 4).unbind(3)
+                stored_keys[:, positions // 64, :, positions % 64] = low | high << 4
+                stored_values = values.view(slots, heads, capacity // 8, width, 4)[slot]
+                for token, position in enumerate(positions.tolist()):  # two tokens share a byte
+                    byte = stored_values[:, position // 8, :, position % 4]
+                    new = value_THW8[token]
+                    byte.copy_(byte & 15 | new << 4 if position % 8 >= 4 else byte & 240 | new)
+                return
             stored_keys = keys.view(slots, heads, capacity // 64, width // 4, 64, 4)[slot]
             stored_keys[:, positions // 64, :, positions % 64] = (
                 (key_THW + 128).to(torch.uint8).view(len(positions), heads, width // 4, 4)
@@ -137,13 +151,21 @@ class Cache:
         """The first keys and values of a slot, fp32 ``[H, length, D]``."""
         slots, heads, capacity, width = self.slots, self.heads, self.capacity, self.width
         keys, values = _tensor(self.keys), _tensor(self.values)
-        if self.kind == "int8":
+        if self.kind in _PACKED_CACHES:
             assert self.key_scales is not None
             assert self.value_scales is not None
-            key_HLW = keys.view(slots, heads, capacity // 64, width // 4, 64, 4)[slot].transpose(2, 3)
-            value_HLW = values.view(slots, heads, capacity // 4, width, 4)[slot].transpose(2, 3)
-            key = key_HLW.reshape(heads, capacity, width)[:, :length].float() - 128
-            value = value_HLW.reshape(heads, capacity, width)[:, :length].float()
+            if self.kind == "int4":
+                packed = keys.view(slots, heads, capacity // 64, width // 8, 64, 4)[slot]
+                key_HLW = torch.stack([packed & 15, packed >> 4], 3).permute(0, 1, 4, 2, 3, 5)
+                packed = values.view(slots, heads, capacity // 8, width, 4)[slot]
+                value_HLW = torch.stack([packed & 15, packed >> 4], 2).transpose(3, 4)
+                zeros = (8, 8)
+            else:
+                key_HLW = keys.view(slots, heads, capacity // 64, width // 4, 64, 4)[slot].transpose(2, 3)
+                value_HLW = values.view(slots, heads, capacity // 4, width, 4)[slot].transpose(2, 3)
+                zeros = (128, 0)
+            key = key_HLW.reshape(heads, capacity, width)[:, :length].float() - zeros[0]
+            value = value_HLW.reshape(heads, capacity, width)[:, :length].float() - zeros[1]
             key = key * _bf16(self.key_scales).view(slots, heads, capacity)[slot, :, :length, None]
             value = value * _bf16(self.value_scales).view(slots, heads, capacity)[slot, :, :length, None]
         else:
@@ -213,8 +235,8 @@ def attend(
         for first in range(0, count, _QUERIES):
             queries = slice(row + first, row + min(first + _QUERIES, count))
             query_QHD = query_THD[queries]
-            if cache.kind == "int8":
-                query_QHD, query_scale = _quantize_heads(query_QHD)
+            if cache.kind in _PACKED_CACHES:
+                query_QHD, query_scale = _quantize_heads(query_QHD, 127)
                 query_QHD = query_QHD * query_scale.float()[..., None]
             scores_HQK = torch.einsum("qhd,hkd->hqk", query_QHD * scale, key_HKD)
             positions_Q = torch.arange(start + first, start + first + len(query_QHD))
@@ -279,10 +301,10 @@ def _round_activations(x_TK: Tensor, group: int) -> Tensor:
     return (rounded * torch.where(used, most / 127, 0.0)).view_as(x_TK)
 
 
-def _quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers of at most 127 in fp32, and bf16 scales without the last dimension."""
+def _quantize_heads(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers of at most the limit in fp32, and bf16 scales without the last dimension."""
     most = x.abs().amax(-1)
-    bits = (most / 127).view(torch.int32)
+    bits = (most / limit).view(torch.int32)
     scale = ((bits + 0xFFFF) >> 16 << 16).view(torch.float32)  # the next number above that bf16 has
     scale = torch.where(most > _SMALLEST, scale, 0.0)
     inverse = torch.where(most > _SMALLEST, 1 / scale, 0.0)

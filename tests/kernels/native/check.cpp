@@ -177,9 +177,8 @@ struct Store {
 
     Store(CacheKind kind, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim) {
         const int64_t width = (head_dim + LANES - 1) / LANES * LANES;
-        const int64_t item = kind == CacheKind::int8 ? 1 : kind == CacheKind::bf16 ? 2 : 4;
         const auto tokens = static_cast<size_t>(slots * heads * capacity);
-        keys.resize(tokens * static_cast<size_t>(width * item));
+        keys.resize(tokens * static_cast<size_t>(width * bits(kind) / 8));
         values.resize(keys.size());
         key_scales.resize(tokens);
         value_scales.resize(tokens);
@@ -200,7 +199,7 @@ void check_attention(const Path* plain, const Path* path, int threads) {
         {{0, 0, 97, 31}, {31, 1, 33, 95}},  // to the end of the slots
         {{0, 0, 5, 3}},
     };
-    for (const CacheKind kind : {CacheKind::int8, CacheKind::bf16, CacheKind::f32}) {
+    for (const CacheKind kind : {CacheKind::int4, CacheKind::int8, CacheKind::bf16, CacheKind::f32}) {
         for (const auto& [heads, head_dim] :
              std::vector<std::pair<int64_t, int64_t>>{{2, 64}, {3, 20}, {1, 80}, {1, 128}, {2, 256}, {2, 1}, {1, 144}}) {
             Store a(kind, 2, heads, 128, head_dim), b(kind, 2, heads, 128, head_dim);
@@ -214,7 +213,7 @@ void check_attention(const Path* plain, const Path* path, int threads) {
                 const auto count = static_cast<int64_t>(segments.size());
                 ours.attend(a.cache, qkv.data(), segments.data(), count, slopes.data(), 0.1f, x.data());
                 theirs.attend(b.cache, qkv.data(), segments.data(), count, slopes.data(), 0.1f, y.data());
-                compare(x, y, kind == CacheKind::int8 ? 1e-4f : 1e-5f, path->name, "attend", head_dim, tokens);
+                compare(x, y, packed(kind) ? 1e-4f : 1e-5f, path->name, "attend", head_dim, tokens);
                 const bool stored = a.keys == b.keys && a.values == b.values && a.key_scales == b.key_scales &&
                                     a.value_scales == b.value_scales;
                 expect(stored, path->name, "the cache after attend", head_dim, tokens);

@@ -48,8 +48,14 @@ struct Output {
 // to `width`, a multiple of 16.
 //   int8: keys u8 = q + 128 [slots, heads, capacity/64, width/4, 64, 4], values s8 [slots, heads, capacity/4, width, 4],
 //         scales of both bf16 [slots, heads, capacity]
+//   int4: q + 8, two a byte: keys [slots, heads, capacity/64, width/8, 64, 4], the low nibbles the first four of eight
+//         dimensions; values [slots, heads, capacity/8, width, 4], the low nibbles the first four of eight tokens; scales too
 //   else: keys [slots, heads, capacity/16, width, 16], values [slots, heads, capacity, width]
-enum class CacheKind { int8, bf16, f32 };
+enum class CacheKind { int4, int8, bf16, f32 };
+constexpr int bits(CacheKind kind) {
+    return kind == CacheKind::int4 ? 4 : kind == CacheKind::int8 ? 8 : kind == CacheKind::bf16 ? 16 : 32;
+}
+constexpr bool packed(CacheKind kind) { return bits(kind) <= 8; }
 struct Cache {
     CacheKind kind;
     void *keys, *values;

@@ -37,6 +37,14 @@ void require_rows(int64_t rows, int64_t columns, int64_t want_rows, int64_t want
             std::string(name) + " is " + shape(rows, columns) + ", and must be " + shape(want_rows, want_columns));
 }
 
+btlm::CacheKind cache_kind(const std::string& name) {
+    if (name == "int4") return btlm::CacheKind::int4;
+    if (name == "int8") return btlm::CacheKind::int8;
+    if (name == "bf16") return btlm::CacheKind::bf16;
+    require(name == "f32", "the kind of cache " + name + " is not int4, int8, bf16 or f32");
+    return btlm::CacheKind::f32;
+}
+
 template <class Array>
 int64_t size_of(const Array& array) {
     return static_cast<int64_t>(array.size());
@@ -84,21 +92,20 @@ struct PyCache {
             std::optional<nb::ndarray<uint16_t, nb::c_contig, nb::device::cpu>> value_scales_, int64_t slots, int64_t heads,
             int64_t capacity, int64_t head_dim)
         : keys(keys_), values(values_), key_scales(key_scales_), value_scales(value_scales_) {
-        const bool int8 = kind == "int8", bf16 = kind == "bf16";
-        require(int8 || bf16 || kind == "f32", "the kind of cache " + kind + " is not int8, bf16 or f32");
+        const btlm::CacheKind of = cache_kind(kind);
+        const bool packed = btlm::packed(of);
         require(slots > 0 && heads > 0 && capacity > 0 && capacity % btlm::KEY_BLOCK == 0,
                 "a cache needs slots, heads, and a capacity that is a multiple of 64");
         require(head_dim > 0 && head_dim <= btlm::MAX_HEAD_DIM, "heads of " + std::to_string(head_dim) + " exceed 256");
         const int64_t width = (head_dim + btlm::LANES - 1) / btlm::LANES * btlm::LANES;
-        const int64_t bytes = slots * heads * capacity * width * (int8 ? 1 : bf16 ? 2 : 4);
+        const int64_t bytes = slots * heads * capacity * width * btlm::bits(of) / 8;
         require(static_cast<int64_t>(keys.nbytes()) == bytes && static_cast<int64_t>(values.nbytes()) == bytes,
                 "keys and values must take " + std::to_string(bytes) + " bytes each");
         const int64_t scales = slots * heads * capacity;
-        require(!int8 || (key_scales && value_scales && size_of(*key_scales) == scales && size_of(*value_scales) == scales),
-                "an int8 cache needs " + std::to_string(scales) + " scales each of keys and values");
-        cache = {int8 ? btlm::CacheKind::int8 : bf16 ? btlm::CacheKind::bf16 : btlm::CacheKind::f32,
-                 keys.data(), values.data(), int8 ? key_scales->data() : nullptr, int8 ? value_scales->data() : nullptr,
-                 slots, heads, capacity, head_dim, width};
+        require(!packed || (key_scales && value_scales && size_of(*key_scales) == scales && size_of(*value_scales) == scales),
+                "a cache of " + kind + " needs " + std::to_string(scales) + " scales each of keys and values");
+        cache = {of, keys.data(), values.data(), packed ? key_scales->data() : nullptr,
+                 packed ? value_scales->data() : nullptr, slots, heads, capacity, head_dim, width};
     }
 };
 

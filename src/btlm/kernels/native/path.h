@@ -391,14 +391,14 @@ void multiply_plain(const Matrix& m, const Matrix* gate, const float* x, int64_t
 
 // Attention
 
-// Eight bits relative to a scale that bf16 holds exactly. Returns the scale.
-inline uint16_t quantize_head(const float* x, int64_t n, int8_t* q) {
+// Whole numbers of at most `limit` relative to a scale that bf16 holds exactly. Returns the scale.
+inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q) {
     const float most = largest(x, n);
     if (!(most > SMALLEST)) {
         std::memset(q, 0, static_cast<size_t>(n));
         return 0;
     }
-    const uint16_t scale = to_bf16_above(most / 127.0f);
+    const uint16_t scale = to_bf16_above(most / limit);
     const F inverse = lanes::set(1.0f / from_bf16(scale));
     for (int64_t i = 0; i < n; i += LANES) {
         uint8_t bytes[LANES];
@@ -408,16 +408,34 @@ inline uint16_t quantize_head(const float* x, int64_t n, int8_t* q) {
     return scale;
 }
 
-inline void append_int8(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
-    int8_t q[MAX_HEAD_DIM];
-    constexpr int64_t BLOCK = KEY_BLOCK;
-    auto* keys = static_cast<uint8_t*>(cache.keys) + (head_of_slot * cache.capacity + position / BLOCK * BLOCK) * cache.width;
-    cache.key_scales[head_of_slot * cache.capacity + position] = quantize_head(key, cache.head_dim, q);
-    for (int64_t d = 0; d < cache.width; ++d)
-        keys[d / 4 * BLOCK * 4 + position % BLOCK * 4 + d % 4] = static_cast<uint8_t>((d < cache.head_dim ? q[d] : 0) + 128);
-    auto* values = static_cast<int8_t*>(cache.values) + (head_of_slot * cache.capacity + position / 4 * 4) * cache.width;
-    cache.value_scales[head_of_slot * cache.capacity + position] = quantize_head(value, cache.head_dim, q);
-    for (int64_t d = 0; d < cache.head_dim; ++d) values[d * 4 + position % 4] = q[d];
+// Puts a number of -8 to 7 into one half of a byte.
+inline void put_nibble(uint8_t& byte, bool high, int value) {
+    byte = static_cast<uint8_t>(high ? (byte & 15) | (value + 8) << 4 : (byte & 240) | (value + 8));
+}
+
+template <int BITS>
+inline void append_packed(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
+    constexpr float LIMIT = BITS == 4 ? 7.0f : 127.0f;
+    constexpr int64_t BLOCK = KEY_BLOCK, STEP = BITS == 4 ? 8 : 4;  // dimensions, or tokens, in four bytes
+    int8_t q[MAX_HEAD_DIM] = {};
+    const int64_t head = head_of_slot * cache.capacity, row = cache.width * BITS / 8;
+    auto* keys = static_cast<uint8_t*>(cache.keys) + (head + position / BLOCK * BLOCK) * row + position % BLOCK * 4;
+    cache.key_scales[head + position] = quantize_head(key, cache.head_dim, LIMIT, q);
+    for (int64_t d = 0; d < cache.width; ++d) {
+        uint8_t& byte = keys[d / STEP * BLOCK * 4 + d % 4];
+        if constexpr (BITS == 4)
+            put_nibble(byte, d % 8 >= 4, q[d]);
+        else
+            byte = static_cast<uint8_t>(q[d] + 128);
+    }
+    auto* values = static_cast<uint8_t*>(cache.values) + (head + position / STEP * STEP) * row + position % 4;
+    cache.value_scales[head + position] = quantize_head(value, cache.head_dim, LIMIT, q);
+    for (int64_t d = 0; d < cache.width; ++d) {
+        if constexpr (BITS == 4)
+            put_nibble(values[d * 4], position % 8 >= 4, q[d]);
+        else
+            values[d * 4] = static_cast<uint8_t>(q[d]);
+    }
 }
 
 inline void store_as(float x, float* to) { *to = x; }
@@ -435,7 +453,8 @@ inline void append_plain(const Cache& cache, int64_t head_of_slot, int64_t posit
 
 void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
     const int64_t head_of_slot = slot * cache.heads + head;
-    if (cache.kind == CacheKind::int8) return append_int8(cache, head_of_slot, position, key, value);
+    if (cache.kind == CacheKind::int4) return append_packed<4>(cache, head_of_slot, position, key, value);
+    if (cache.kind == CacheKind::int8) return append_packed<8>(cache, head_of_slot, position, key, value);
     if (cache.kind == CacheKind::bf16) return append_plain<uint16_t>(cache, head_of_slot, position, key, value);
     append_plain<float>(cache, head_of_slot, position, key, value);
 }
@@ -443,8 +462,8 @@ void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, co
 // A query and its running softmax.
 struct Query {
     float most, sum;
-    float scale;        // int8: of the query times that of the scores
-    int32_t offset;     // int8: what the keys' offset of 128 adds to a product
+    float scale;        // packed: of the query times that of the scores
+    int32_t offset;     // packed: what the keys' offset of 8 or 128 adds to a product
     alignas(64) float total[MAX_HEAD_DIM];
     alignas(64) float values[MAX_HEAD_DIM];
     alignas(64) int8_t bytes[MAX_HEAD_DIM];
@@ -487,17 +506,27 @@ inline void fetch(const void* p, int64_t bytes) {
 }
 
 // total = total * kept + unit * (the sum over a block of keys of their values times 256 * high + low), N * 16 dimensions.
-template <int N>
-inline void sum_values(const uint8_t* high, const uint8_t* low, const int8_t* values, int64_t stride, F unit, F kept,
-                       float* total) {
+template <int BITS, int N>
+inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I low_start, const uint8_t* values,
+                       int64_t stride, F unit, F kept, float* total) {
+    constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // tokens in four bytes
     I of_high[N], of_low[N];
-    BTLM_UNROLL for (int i = 0; i < N; ++i) of_high[i] = of_low[i] = lanes::iset(0);
-    for (int64_t t = 0; t < KEY_BLOCK / 4; ++t) {
-        const int32_t four_high = load_quad(high + t * 4), four_low = load_quad(low + t * 4);
+    BTLM_UNROLL for (int i = 0; i < N; ++i) {
+        of_high[i] = high_start;
+        of_low[i] = low_start;
+    }
+    for (int64_t t = 0; t < KEY_BLOCK; t += STEP) {
+        const int32_t four_high = load_quad(high + t), four_low = load_quad(low + t);
         BTLM_UNROLL for (int i = 0; i < N; ++i) {
-            const B four = lanes::load_bytes(values + t * stride + i * 64);
+            const B bytes = lanes::load_bytes(values + t / STEP * stride + i * 64);
+            const B four = BITS == 4 ? lanes::low_nibbles(bytes) : bytes;
             of_high[i] = lanes::dot_signed(of_high[i], four_high, four);
             of_low[i] = lanes::dot_signed(of_low[i], four_low, four);
+            if constexpr (BITS == 4) {
+                const B next = lanes::high_nibbles(bytes);
+                of_high[i] = lanes::dot_signed(of_high[i], load_quad(high + t + 4), next);
+                of_low[i] = lanes::dot_signed(of_low[i], load_quad(low + t + 4), next);
+            }
         }
     }
     BTLM_UNROLL for (int i = 0; i < N; ++i) {
@@ -506,30 +535,46 @@ inline void sum_values(const uint8_t* high, const uint8_t* low, const int8_t* va
     }
 }
 
+inline int32_t sum_block(const uint8_t* bytes) {  // of a block of keys
+    return lanes::reduce_add(lanes::dot_bytes(lanes::iset(0), lanes::load_bytes(bytes), 0x01010101));
+}
+
 // For what is left of a head, at most 128 dimensions.
+template <int BITS>
 inline auto value_sums(int64_t dimensions) {
-    constexpr decltype(&sum_values<1>) SIZES[] = {sum_values<1>, sum_values<2>, sum_values<3>, sum_values<4>,
-                                                  sum_values<5>, sum_values<6>, sum_values<7>, sum_values<8>};
+    constexpr decltype(&sum_values<BITS, 1>) SIZES[] = {
+        sum_values<BITS, 1>, sum_values<BITS, 2>, sum_values<BITS, 3>, sum_values<BITS, 4>,
+        sum_values<BITS, 5>, sum_values<BITS, 6>, sum_values<BITS, 7>, sum_values<BITS, 8>};
     return SIZES[(dimensions < 8 * LANES ? dimensions : 8 * LANES) / LANES - 1];
 }
 
-inline void attend_block_int8(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
-                              bool next, Query& q) {
+template <int BITS>
+inline void attend_block_packed(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
+                                bool next, Query& q) {
     constexpr int BLOCKS = KEY_BLOCK / LANES;
-    const int64_t at = head_of_slot * cache.capacity + first_key, quads = cache.width / 4;
-    const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * cache.width;
-    const auto* values = static_cast<const int8_t*>(cache.values) + at * cache.width;
+    const int64_t at = head_of_slot * cache.capacity + first_key, row = cache.width * BITS / 8;
+    const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * row;
+    const auto* values = static_cast<const uint8_t*>(cache.values) + at * row;
 
     // What comes next: this head's next block, or the first one of the next head.
-    const int64_t ahead = next ? KEY_BLOCK * cache.width : (head_of_slot + 1) * cache.capacity * cache.width - at * cache.width;
-    fetch(keys + ahead, KEY_BLOCK * cache.width);
-    fetch(values + ahead, KEY_BLOCK * cache.width);
+    const int64_t ahead = next ? KEY_BLOCK * row : ((head_of_slot + 1) * cache.capacity - at) * row;
+    fetch(keys + ahead, KEY_BLOCK * row);
+    fetch(values + ahead, KEY_BLOCK * row);
     I products[BLOCKS];
     for (int s = 0; s < BLOCKS; ++s) products[s] = lanes::iset(q.offset);
-    for (int64_t c = 0; c < quads; ++c) {
-        const int32_t quad = load_quad(q.bytes + c * 4);
-        BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s)
-            products[s] = lanes::dot_bytes(products[s], lanes::load_bytes(keys + (c * BLOCKS + s) * 64), quad);
+    for (int64_t c = 0; c < row / 4; ++c) {
+        if constexpr (BITS == 4) {
+            const int32_t quad = load_quad(q.bytes + c * 8), next_quad = load_quad(q.bytes + c * 8 + 4);
+            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s) {
+                const B both = lanes::load_bytes(keys + (c * BLOCKS + s) * 64);
+                products[s] = lanes::dot_nibbles(products[s], lanes::low_nibbles(both), quad);
+                products[s] = lanes::dot_nibbles(products[s], lanes::high_nibbles(both), next_quad);
+            }
+        } else {
+            const int32_t quad = load_quad(q.bytes + c * 4);
+            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s)
+                products[s] = lanes::dot_bytes(products[s], lanes::load_bytes(keys + (c * BLOCKS + s) * 64), quad);
+        }
     }
     F scores[BLOCKS];
     for (int s = 0; s < BLOCKS; ++s) {
@@ -538,7 +583,7 @@ inline void attend_block_int8(const Cache& cache, int64_t head_of_slot, int64_t 
     }
     const float correction = softmax_step(q, scores, first_key, position, slope);
 
-    // Probabilities times the scales of the values, in 16 bits of which each half meets the values' 8 by itself.
+    // Probabilities times the scales of the values, in 16 bits of which each half meets the values' bits by itself.
     F most = lanes::zero();
     for (int s = 0; s < BLOCKS; ++s) {
         scores[s] = lanes::mul(scores[s], lanes::load_bf16(cache.value_scales + at + s * LANES));
@@ -553,10 +598,12 @@ inline void attend_block_int8(const Cache& cache, int64_t head_of_slot, int64_t 
         lanes::store_bytes(low + s * LANES, weight);
         lanes::store_bytes(high + s * LANES, lanes::shift_right_8(weight));
     }
+    const I high_start = lanes::iset(BITS == 4 ? -8 * sum_block(high) : 0);
+    const I low_start = lanes::iset(BITS == 4 ? -8 * sum_block(low) : 0);
     const F unit = lanes::set(some ? largest_weight / 65535.0f : 0.0f), kept = lanes::set(correction);
     for (int64_t d = 0; d < cache.width; d += 8 * LANES) {
-        const auto add_values = value_sums(cache.width - d);
-        add_values(high, low, values + d * 4, cache.width * 4, unit, kept, q.total + d);
+        const auto add_values = value_sums<BITS>(cache.width - d);
+        add_values(high, low, high_start, low_start, values + d * 4, cache.width * 4, unit, kept, q.total + d);
     }
 }
 
@@ -593,11 +640,11 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
     q.most = -INFINITY;
     q.sum = 0.0f;
     std::memset(q.total, 0, sizeof q.total);
-    if (cache.kind == CacheKind::int8) {
+    if (packed(cache.kind)) {
         std::memset(q.bytes, 0, sizeof q.bytes);
-        q.scale = from_bf16(quantize_head(values, cache.head_dim, q.bytes)) * scale;
+        q.scale = from_bf16(quantize_head(values, cache.head_dim, 127.0f, q.bytes)) * scale;
         q.offset = 0;
-        for (int64_t d = 0; d < cache.head_dim; ++d) q.offset -= 128 * q.bytes[d];
+        for (int64_t d = 0; d < cache.head_dim; ++d) q.offset -= (cache.kind == CacheKind::int4 ? 8 : 128) * q.bytes[d];
     } else {
         for (int64_t d = 0; d < cache.head_dim; ++d) q.values[d] = values[d] * scale;
     }
@@ -606,7 +653,8 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
 void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
             int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
     const int64_t head_of_slot = slot * cache.heads + head;
-    const auto step = cache.kind == CacheKind::int8   ? attend_block_int8
+    const auto step = cache.kind == CacheKind::int4   ? attend_block_packed<4>
+                      : cache.kind == CacheKind::int8 ? attend_block_packed<8>
                       : cache.kind == CacheKind::bf16 ? attend_block_plain<uint16_t>
                                                       : attend_block_plain<float>;
     Query tile[QUERY_TILE];
