@@ -8,7 +8,7 @@ there what BTLM would: all matrices in Q4_0, both tables too, feed-forward layer
 which it could not quantize them. It is called through its C interface, without the copies and buffers of its Python
 class: batches of 512, cache in fp16 (it has no eight-bit one for heads of 80), no flash attention, which decodes
 a third slower here (`--flash`). Ours has 4-bit blocks of groups of 128, an 8-bit table, and the int8 cache of the
-engine's default; no tokens are guessed. The tokens are random.
+engine's default, or an int4 one where it is named; no tokens are guessed. The tokens are random.
 
 Each figure is of a process of its own; speed, after 32 tokens to warm up. Speed of decoding is that of the median
 step; memory is VmHWM, everything included, mapped files too, and the peer's is measured with and without mapping, of
@@ -69,12 +69,22 @@ MEASURES = {
     "one-thread-prefill-512": Measure("one-thread", "prefill", "tokens/s"),
     "avx2-decode-512": Measure("avx2", "decode", "tokens/s"),
     "avx2-prefill-512": Measure("avx2", "prefill", "tokens/s"),
+    "int4-cache-decode-512": Measure("int4-512", "decode", "tokens/s"),
+    "int4-cache-decode-7000": Measure("int4-7000", "decode", "tokens/s"),
+    "int4-cache-eight-512": Measure("int4-together", "decode", "tokens/s", ours="ours-eight", peer="peer-eight"),
+    "int4-cache-eight-over-one-512": Measure(
+        "int4-together", "decode", "times", ours="ours-eight", peer="peer-eight", over=True
+    ),
+    "int4-cache-memory-8192": Measure("int4-memory-8192", "peak", "GB", 1e9),
     "torch-decode-16": Measure("torch", "decode", "tokens/s"),
 }
 
 
 def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
     """The processes of one turn of a run, in their order, and what each is asked."""
+    if run.startswith("int4-"):
+        of_run = sides(run.removeprefix("int4-"), threads)
+        return {side: {**task, "cache": "int4"} for side, task in of_run.items()}
     task: dict[str, Any] = {"prompt": 512, "new": NEW, "threads": threads, "warm": True}
     both = {"ours": task, "peer": task}
     if run == "512":
@@ -120,6 +130,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
     engine = Engine.open(
         task["model"],
+        cache_dtype=task.get("cache", "auto"),
         context=prompt + new,
         num_texts=texts,
         kernels=task.get("kernels", "auto"),

@@ -11,6 +11,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -41,9 +42,11 @@ def transformers_loss(folder: Path | str, shards: TokenShards, context: int, tok
     return {unit: by_source["mean"] for unit, by_source in held_out.items()}
 
 
-def engine_loss(folder: Path | str, shards: TokenShards, context: int, tokens: int) -> dict[str, float]:
+def engine_loss(
+    folder: Path | str, shards: TokenShards, context: int, tokens: int, cache_dtype: str = "auto"
+) -> dict[str, float]:
     """The same in the engine: eight-bit activations and cache where the weights are quantized, else fp32."""
-    engine = Engine.open(folder, context=context)
+    engine = Engine.open(folder, context=context, cache_dtype=cache_dtype)
     bytes_of, means = token_bytes(), []
     for source in shards.sources:
         ids = shards.source_tokens("validation", source, tokens).astype(np.int64)
@@ -57,7 +60,11 @@ def engine_loss(folder: Path | str, shards: TokenShards, context: int, tokens: i
 
 
 # What runs the folders; each is a column of its own.
-ENGINES: dict[str, Measure] = {"transformers": transformers_loss, "engine": engine_loss}
+ENGINES: dict[str, Measure] = {
+    "transformers": transformers_loss,
+    "engine": engine_loss,
+    "engine, int4 cache": partial(engine_loss, cache_dtype="int4"),
+}
 
 
 def training_text(shards: TokenShards, tokens: int) -> str:
@@ -96,17 +103,18 @@ def main() -> None:
     )
     losses = " | ".join(f"{name}: perplexity | change | bits a byte" for name in ENGINES)
     print(f"| blocks | group | table bits | MB | {losses} |\n|---|---|---|---|{'---|---|---|' * len(ENGINES)}")
-    base = {name: measure(args.model, shards, args.context, args.tokens) for name, measure in ENGINES.items()}
+    reference: float | None = None  # the model as it is, in Transformers
 
-    def show(*cells: object, folder: Path | None) -> None:
-        for name, measure in ENGINES.items():
-            loss = base[name] if folder is None else measure(folder, shards, args.context, args.tokens)
+    def show(*cells: object, folder: Path | str) -> None:
+        nonlocal reference
+        for measure in ENGINES.values():
+            loss = measure(folder, shards, args.context, args.tokens)
             perplexity = math.exp(loss["nats_per_token"])
-            change = perplexity / math.exp(base[name]["nats_per_token"]) - 1
-            cells += (f"{perplexity:.3f}", f"{change:+.2%}", f"{loss['bits_per_byte']:.4f}")
+            reference = reference or perplexity
+            cells += (f"{perplexity:.3f}", f"{perplexity / reference - 1:+.2%}", f"{loss['bits_per_byte']:.4f}")
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
-    show("as they are", "", "", "", folder=None)
+    show("as they are", "", "", "", folder=args.model)
     with tempfile.TemporaryDirectory() as temporary:
         text = args.calibration
         if text is None and "gptq" in args.methods:
