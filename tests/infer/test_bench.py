@@ -1,9 +1,11 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -204,6 +206,30 @@ def test_interruption_leaves_nothing(monkeypatch, tmp_path):
     assert not left_behind(tmp_path)
 
 
+def test_termination_leaves_nothing(tmp_path):
+    """Of the process, in the middle of writing the weights of btlm-3b."""
+    place = tmp_path / "place"
+    place.mkdir()
+    command = [sys.executable, "-m", "btlm", "bench", "btlm-3b", "--contexts", "64"]
+    environment = os.environ | {"TMPDIR": str(place)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(place.glob("btlm-bench-*/model.safetensors")):
+            time.sleep(0.01)
+        process.terminate()
+        _, told = process.communicate()
+    assert (process.returncode, told.count("Traceback")) == (143, 0)
+    assert not list(place.iterdir())
+
+
+def test_cache_dtype(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_random_model(folder, SMALL, "4bit")
+    (row,) = run_bench([str(folder)], contexts=[64], new_tokens=8, cache_dtype="int4", threads=1)
+    assert row["cache_dtype"] == "int4"
+    assert row["cache_bytes"] == 2 * 2 * 4 * 64 * 18  # half a byte for each of 32 dimensions, and a scale of two bytes
+
+
 def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
     def child(task, progress, title, total):
         if task.get("context") == 96:
@@ -228,6 +254,7 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
         ({"contexts": "8"}, "must exceed the 8 of --new-tokens"),
         ({"new_tokens": 2}, "--new-tokens is 2 and must be at least 3"),
         ({"threads": 0}, "--threads is 0"),
+        ({"cache_dtype": "int3"}, "The cache dtype 'int3' is unknown; choose one of auto, int4"),
         ({"models": ["nowhere"]}, "'nowhere' is no folder, and the shapes are btlm-3b, llama-7b"),
         ({"models": []}, "There is no model"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from btlm.infer import BUNDLED_MODEL, Engine, GenerationOptions
-from btlm.infer.engine import CACHE_DTYPES
+from btlm.infer.cache import CACHE_DTYPES
 from btlm.infer.mapped import map_tensors
 from btlm.infer.network import Network
 from btlm.infer.shape import read_shape

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from jsonargparse import Namespace
 
@@ -54,6 +56,16 @@ def _fail(problem: object) -> int:
     return 2
 
 
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that it takes its unfinished files away."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # Commands. A stage is imported when it is asked for, so that help and mistakes do not wait for torch.
 
 
@@ -81,7 +93,7 @@ def _quantize(arguments: Namespace) -> None:
     from btlm.infer.messages import plain_messages
     from btlm.infer.quantize import quantize
 
-    with plain_messages():
+    with plain_messages(), _sigterm_unwinds():
         quantize(
             arguments.model,
             arguments.output,
@@ -95,15 +107,16 @@ def _quantize(arguments: Namespace) -> None:
 def _bench(arguments: Namespace) -> None:
     from btlm.infer.bench import run_bench
 
-    names = ("dtypes", "contexts", "new_tokens", "threads", "output")
-    run_bench(arguments.models, **{name: arguments[name] for name in names})
+    names = ("dtypes", "contexts", "new_tokens", "cache_dtype", "threads", "output")
+    with _sigterm_unwinds():
+        run_bench(arguments.models, **{name: arguments[name] for name in names})
 
 
 def _export_gguf(arguments: Namespace) -> None:
     from btlm.infer.export_gguf import export_gguf
     from btlm.infer.messages import plain_messages
 
-    with plain_messages():
+    with plain_messages(), _sigterm_unwinds():
         export_gguf(arguments.model, arguments.output, type=arguments.type)
 
 

@@ -174,6 +174,7 @@ def _bench_parser() -> ArgumentParser:
     )
     parser.add_argument("--contexts", metavar="N,N", default="512,2048", help="tokens (default: 512,2048)")
     parser.add_argument("--new-tokens", type=whole, metavar="N", default=32, help="to decode (default: 32)")
+    parser.add_argument("--cache-dtype", metavar="D", default="auto", help="as of btlm generate")
     parser.add_argument("--threads", type=whole, metavar="N", help="(default: one a processor)")
     parser.add_argument("--output", metavar="FOLDER", help="receives bench.json, figure-1.png and figure-2.png")
     return parser

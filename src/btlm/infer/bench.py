@@ -23,7 +23,7 @@ from rich.table import Table
 from btlm.data.parts import whole_file
 
 from .bench_weights import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
-from .cache import cache_bytes
+from .cache import cache_bytes, cache_dtype_of
 from .mapped import map_tensors
 from .memory import available_memory, gigabytes
 from .network import weight_dtype
@@ -39,6 +39,7 @@ def run_bench(
     dtypes: str | Sequence[str] = ("4bit",),
     contexts: str | Sequence[int] = (512, 2048),
     new_tokens: int = 32,
+    cache_dtype: str = "auto",
     threads: int | None = None,
     output: Path | str | None = None,
 ) -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ def run_bench(
         dtypes: Of shapes, some of :data:`DTYPES`; or a string with commas.
         contexts: Tokens, the decoded ones included, which are the last; or a string with commas.
         new_tokens: To decode, at least 3: speed is that of the median step.
+        cache_dtype: Of keys and values; see :class:`btlm.infer.Engine`.
         threads: See :func:`btlm.kernels.load_kernels`.
         output: Folder that receives ``bench.json`` after every measurement, and ``figure-1.png`` and ``figure-2.png``.
 
@@ -69,7 +71,7 @@ def run_bench(
     if not subjects:
         raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")
     for subject in subjects:
-        subject.check(max(lengths))
+        subject.check(max(lengths), cache_dtype)
     _tell_apart(subjects)
     if output is not None:
         _make_folder(Path(output))
@@ -83,6 +85,7 @@ def run_bench(
                     title = f"{place} {escape(subject.name)} {subject.dtype} {context:,}"
                     rate = _child({"threads": threads}, progress, f"{title}: memory", 1)
                     task = {"folder": str(folder), "context": context, "new_tokens": new_tokens, "threads": threads}
+                    task["cache_dtype"] = cache_dtype
                     row: dict[str, Any] = {"model": subject.name, "dtype": subject.dtype, "context": context}
                     row |= _child(task, progress, title, context)
                     row["read_bytes_per_s"] = rate["bytes_per_s"]
@@ -149,8 +152,9 @@ class _Folder:
         self.weight_bytes = sum(tensor.values.nbytes for tensor in tensors.values())
         self.dtype = weight_dtype(self.shape, tensors).replace("-bit", "bit")
 
-    def check(self, context: int) -> None:
-        _check_memory(self.name, self.dtype, self.shape, self.weight_bytes, context)
+    def check(self, context: int, cache_dtype: str) -> None:
+        cache = cache_bytes(self.shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
 
     @contextmanager
     def folder(self, progress: Progress) -> Iterator[Path]:
@@ -166,9 +170,10 @@ class _RandomModel:
         self.sizes = SHAPES[name]
         self.weight_bytes = random_weight_bytes(self.sizes, dtype)
 
-    def check(self, context: int) -> None:
+    def check(self, context: int, cache_dtype: str) -> None:
         shape = Shape.from_config(shape_config(self.sizes, self.dtype))
-        _check_memory(self.name, self.dtype, shape, self.weight_bytes, context)
+        cache = cache_bytes(shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
         self._check_disk()
 
     def _check_disk(self) -> None:
@@ -205,10 +210,7 @@ def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
             subject.name = subject.given
 
 
-def _check_memory(name: str, dtype: str, shape: Shape, weights: int, context: int) -> None:
-    cache = cache_bytes(
-        shape, {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}.get(dtype, "int8"), 1, context
-    )
+def _check_memory(name: str, dtype: str, weights: int, cache: int, context: int) -> None:
     needed, available = weights + cache + _PROGRAM, available_memory()
     if available is not None and needed > available:
         raise ValueError(

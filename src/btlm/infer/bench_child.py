@@ -42,7 +42,9 @@ def read_rate(threads: int | None) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, context: int, new_tokens: int, threads: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, context: int, new_tokens: int, threads: int | None, cache_dtype: str = "auto"
+) -> dict[str, Any]:
     """Fill a context with a random text, the last tokens of it decoded.
 
     Returns:
@@ -51,7 +53,7 @@ def measure(folder: Path, context: int, new_tokens: int, threads: int | None) ->
         the full cache, and of what a step reads of it; and ``peak_bytes``, everything included.
     """
     start = time.perf_counter()
-    engine = Engine.open(folder, context=context, threads=threads)
+    engine = Engine.open(folder, context=context, cache_dtype=cache_dtype, threads=threads)
     opened = time.perf_counter()
     shape, dtype = engine.shape, engine.cache.dtype
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, context - new_tokens).tolist()

@@ -11,6 +11,7 @@ from btlm.kernels import Kernels
 from .shape import Shape
 
 KINDS = {"int4": "int4", "int8": "int8", "bfloat16": "bf16", "float32": "f32"}
+CACHE_DTYPES = ("auto", *KINDS)
 _BLOCK = 64  # tokens that the kernels visit together
 _BITS = {"int4": 4, "int8": 8, "bfloat16": 16, "float32": 32}
 _ELEMENT: dict[str, tuple[npt.DTypeLike, npt.DTypeLike]] = {
@@ -60,6 +61,19 @@ class KVCache:
         for arrays in self._arrays:
             for array in arrays:
                 array[target, :, :blocks] = array[source, :, :blocks]
+
+
+def cache_dtype_of(name: str, weights: str) -> str:
+    """The dtype that a name of :data:`CACHE_DTYPES` means beside weights of a dtype.
+
+    Raises:
+        ValueError: There is no such dtype.
+    """
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"The cache dtype {name!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}.")
+    if name != "auto":
+        return name
+    return {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}.get(weights, "int8")
 
 
 def cache_bytes(shape: Shape, dtype: str, num_slots: int, capacity: int) -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from btlm.kernels import load_kernels
 
-from .cache import KINDS, KVCache, cache_bytes, common_prefix
+from .cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
 from .locate import checkpoint_folder
 from .lookup import PromptLookup
 from .mapped import map_tensors
@@ -25,7 +25,6 @@ from .options import GenerationOptions
 from .sampling import Sampler, log_probability
 from .shape import Shape, read_shape
 
-CACHE_DTYPES = ("auto", *KINDS)
 _SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
 
 
@@ -96,7 +95,7 @@ class Engine:
     ) -> None:
         shape = network.shape
         context = shape.n_positions if context is None else context
-        dtype = _cache_dtype(cache_dtype, network.weight_dtype)
+        dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
         self.network = network
         self.shape = shape
         self.context = context
@@ -132,7 +131,7 @@ class Engine:
         tensors = map_tensors(checkpoint_folder(name_or_path))
         weights = sum(tensor.values.nbytes for tensor in tensors.values())
         context = shape.n_positions if context is None else context
-        dtype = _cache_dtype(cache_dtype, weight_dtype(shape, tensors))
+        dtype = cache_dtype_of(cache_dtype, weight_dtype(shape, tensors))
         _check_memory(shape, weights, dtype, context, num_texts, available)
         network = Network(load_kernels(kernels, threads), shape, tensors)
         return cls(network, cache_dtype=cache_dtype, context=context, num_texts=num_texts)
@@ -394,14 +393,6 @@ class _Batch:
 
     def rows(self) -> npt.NDArray[np.int64]:
         return np.array(self._rows, np.int64)
-
-
-def _cache_dtype(name: str, weights: str) -> str:
-    if name not in CACHE_DTYPES:
-        raise ValueError(f"The cache dtype {name!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}.")
-    if name != "auto":
-        return name
-    return {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}.get(weights, "int8")
 
 
 def _check_memory(

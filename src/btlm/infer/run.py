@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from .engine import CACHE_DTYPES, Engine
+from .cache import CACHE_DTYPES
+from .engine import Engine
 from .locate import BUNDLED_MODEL, checkpoint_folder
 from .messages import note, plain_messages, plain_warnings, warn
 from .options import GenerationOptions, GenerationReport
