@@ -75,7 +75,6 @@ MEASURES = {
     "int4-cache-eight-over-one-512": Measure(
         "int4-together", "decode", "times", ours="ours-eight", peer="peer-eight", over=True
     ),
-    "int4-cache-memory-8192": Measure("int4-memory-8192", "peak", "GB", 1e9),
     "torch-decode-16": Measure("torch", "decode", "tokens/s"),
 }
 

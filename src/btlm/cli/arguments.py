@@ -149,7 +149,7 @@ def _export_gguf_parser() -> ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
     parser.add_argument("output", metavar="OUT.gguf", help="receives the model; must not exist")
-    parser.add_argument("--type", metavar="T", default="F16", help="F16 (default), Q8_0 or Q4_0")
+    parser.add_argument("--type", metavar="T", default="F16", help="F16 (default), Q8_0, Q4_0 or F32")
     return parser
 
 

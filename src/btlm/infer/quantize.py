@@ -164,12 +164,12 @@ def _rounded(
 
 def _quantization(bits: int, group_size: int, table_bits: int) -> BTLMQuantizationConfig:
     for name, value, choices in (
-        ("bits", bits, BITS),
-        ("group size", group_size, GROUP_SIZES),
-        ("bits of tables", table_bits, BITS),
+        ("The bits are", bits, BITS),
+        ("The group size is", group_size, GROUP_SIZES),
+        ("The bits of tables are", table_bits, BITS),
     ):
         if value not in choices:
-            raise ValueError(f"The {name} are {value}; choose {' or '.join(map(str, choices))}.")
+            raise ValueError(f"{name} {value}; choose {' or '.join(map(str, choices))}.")
     return BTLMQuantizationConfig(bits, group_size, table_bits)
 
 
