@@ -107,7 +107,7 @@ def test_forms_of_a_checkpoint_give_the_same(wide, tmp_path):
     ("options", "problem"),
     [
         ({"bits": 3}, "bits are 3; choose 4 or 8"),
-        ({"group_size": 32}, "group size are 32; choose 64 or 128"),
+        ({"group_size": 32}, "group size is 32; choose 64 or 128"),
         ({"table_bits": 2}, "bits of tables are 2; choose 4 or 8"),
         ({"calibration": "missing.txt"}, "missing.txt cannot be read"),
     ],
