@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -378,3 +379,29 @@ def test_a_prompt_through_a_pipe(checkpoint):
     assert process.returncode == 0
     assert out.startswith("Grüße")
     assert [line.split(":")[0] for line in err.splitlines()] == ["btlm", "btlm"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("btlm.infer.quantize.quantize", ["quantize", "model", "copy"]),
+        ("btlm.infer.export_gguf.export_gguf", ["export-gguf", "model", "copy.gguf"]),
+        ("btlm.infer.bench.run_bench", ["bench"]),
+    ],
+)
+def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):
+    """Undisturbed by a second one, as a shell sends to a group and a supervisor to each of it."""
+    cleared = []
+
+    def terminated(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleared.append(True)
+
+    monkeypatch.setattr(stage, terminated)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert (ended.value.code, cleared) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -85,6 +85,7 @@ def test_a_file_cut_short_anywhere(tmp_path):
         b"\xff\xfe",
         b"[]",
         b"7",
+        b"[" * 100_000,
         {"x": 5},
         {"x": {"dtype": "F32"}},
         {"x": entry(offsets=(0,))},
@@ -116,8 +117,8 @@ def test_a_header_longer_than_the_file(tmp_path):
 
 def test_a_dtype_that_is_not_read(tmp_path):
     save_file({"x": torch.zeros(2, dtype=torch.float64)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="x is stored as F64"):
-        map_tensors(tmp_path)
+    assert map_tensors(tmp_path)["x"].dtype == "F64"
+    assert map_tensors(tmp_path)["x"].values.dtype == np.uint8  # of which nobody makes numbers by mistake
 
 
 def test_folders_without_safetensors(tmp_path):

@@ -1,6 +1,7 @@
 """From a checkpoint to a quantized folder, and back through Transformers and the engine."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from btlm.infer import Engine, load_model
+from btlm.infer.calibrate import calibration_rows
 from btlm.infer.mapped import read_header
-from btlm.infer.quantize import quantize
-from tests.infer.tiny import byte_tokenizer, cut, pickle_tensors, save_tiny, set_config, tiny_model
+from btlm.infer.quantize import _new_folder, quantize
+from tests.infer.tiny import byte_tokenizer, change_tensors, cut, pickle_tensors, save_tiny, set_config, tiny_model
 
 # Groups of 64 divide the width, and neither group divides the feed-forward width.
 WIDE: dict[str, Any] = {"n_embd": 128, "n_inner": 150, "n_positions": 512, "initializer_range": 0.1}
@@ -117,6 +120,60 @@ def test_impossible_options_are_refused(wide, tmp_path, options, problem):
         quantize(wide, tmp_path / "copy", **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_calibration_rows_are_of_all_of_a_text(tmp_path):
+    """Also where a piece of the text holds many rows, which is so where they are short or the tokens long."""
+    lines = [f"line {number}\n" for number in range(20_000)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    config = tiny_model(n_positions=256).config
+    rows = calibration_rows(tmp_path / "text.txt", byte_tokenizer(), config, 8 * 256)
+    assert rows.shape == (8, 256)
+    numbers = [int(re.findall(r"line (\d+)\n", str(byte_tokenizer().decode(row)))[0]) for row in rows.tolist()]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] > 18_000
+    steps = np.diff(numbers)
+    assert steps.min() > 1_000
+
+
+def test_two_runs_to_one_place_do_not_mix(wide, tmp_path):
+    """The slower one finds the folder of the other, and leaves it as it is."""
+    slower = _new_folder(tmp_path / "copy")
+    partial = slower.__enter__()
+    (partial / "half").touch()
+    assert subprocess.run([sys.executable, "-m", "btlm", "quantize", wide, tmp_path / "copy"]).returncode == 0
+    assert partial.exists()
+    with pytest.raises(OSError, match="not empty"):
+        slower.__exit__(None, None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    assert (tmp_path / "copy" / "model.safetensors").exists()
+    assert not (tmp_path / "copy" / "half").exists()
+
+
+@pytest.mark.parametrize("names", [("transformer.relative_pe.slopes",), None])
+def test_fp64_is_rounded_too(wide, tmp_path, names):
+    shutil.copytree(wide, tmp_path / "wide")
+    quantize(wide, tmp_path / "expected")
+    change_tensors(
+        tmp_path / "wide",
+        lambda tensors: {name: t.double() if names is None or name in names else t for name, t in tensors.items()},
+    )
+    quantize(tmp_path / "wide", tmp_path / "copy")
+    expected, copied = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "copy"))
+    assert all(torch.equal(tensor.float(), copied[name].float()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_causality_buffers_of_old_checkpoints_are_passed_over(wide, tmp_path, dtype):
+    shutil.copytree(wide, tmp_path / "old")
+    quantize(wide, tmp_path / "expected")
+    buffer = torch.ones(1, 1, 8, 8).to(dtype)
+    change_tensors(tmp_path / "old", lambda tensors: {**tensors, "transformer.h.0.attn.bias": buffer})
+    quantize(tmp_path / "old", tmp_path / "copy")
+    expected, copied = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "copy"))
+    assert expected == copied
+    scores = [Engine.open(folder, kernels="torch").score(IDS) for folder in (wide, tmp_path / "old")]
+    assert np.array_equal(scores[0], scores[1])
 
 
 def test_what_cannot_be_quantized_is_refused_before_any_work(wide, checkpoint, tmp_path):

@@ -114,6 +114,12 @@ def test_log_probability_and_softmax(logits):
         assert np.allclose(softmax(scores), np.exp(exact), atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_smallest_temperatures_are_greedy(logits, temperature):
+    sampler = Sampler(GenerationOptions(temperature=temperature, seed=0))
+    assert {sampler.choose(logits, [0]) for _ in range(20)} == {int(logits.argmax())}
+
+
 def test_a_tie_is_kept_by_top_k():
     counts = distribution(GenerationOptions(top_k=1, seed=0), np.array([1.0, 2.0, 2.0, 0.0], np.float32), draws=100)
     assert counts[[0, 3]].sum() == 0

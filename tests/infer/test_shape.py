@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from btlm.infer.shape import Shape, read_shape
+from btlm.infer.shape import _QUANTIZATION, Shape, read_shape
 from btlm.model import BTLMConfig
 from btlm.model.alibi import alibi_slopes
+from btlm.model.quantization_btlm import BITS, GROUP_SIZES
 from tests.infer.tiny import END, TINY, set_config, tiny_model
+
+QUANTIZED = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}
 
 
 def config(**values):
@@ -107,17 +110,39 @@ def test_what_the_engine_does_not_run(copy, values, what):
         ("layer_norm_epsilon", None),
         ("eos_token_id", "end"),
         ("eos_token_id", 300),
+        ("alibi_scaling", {"type": "linear", "factor": 0}),
+        ("alibi_scaling", {"type": "linear", "factor": -2.0}),
+        ("alibi_scaling", {"type": "linear", "factor": math.nan}),
+        ("alibi_scaling", {"type": "linear", "factor": math.inf}),
+        ("quantized by 8", 8),
+        ("bits", {**QUANTIZED, "bits": 3}),
+        ("group_size", {**QUANTIZED, "group_size": 0}),
+        ("table_bits", {**QUANTIZED, "table_bits": None}),
+        ("gptq", {**QUANTIZED, "quant_method": "gptq"}),
     ],
 )
 def test_impossible_values_are_one_line_that_names_them(key, value):
-    given = config(**{key: value})
+    given = config(**{key if key in config() else "quantization_config": value})
     with pytest.raises(ValueError, match=key) as error:
         Shape.from_config(given, given["eos_token_id"])
     assert "\n" not in str(error.value)
 
 
-def test_a_configuration_that_is_broken(copy):
-    (copy / "config.json").write_text("{")
+def test_storage_is_that_of_the_model():
+    assert tuple(BITS) == _QUANTIZATION["bits"] == _QUANTIZATION["table_bits"]
+    assert tuple(GROUP_SIZES) == _QUANTIZATION["group_size"]
+
+
+def test_folders_of_an_older_version(copy):
+    set_config(copy, quantization_config={"quant_method": "btlm", "bits": 8})
+    with pytest.raises(ValueError, match="older version") as error:
+        read_shape(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_a_configuration_that_is_broken(copy, content):
+    (copy / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json") as error:
         read_shape(copy)
     assert "\n" not in str(error.value)

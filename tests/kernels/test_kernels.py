@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -303,6 +305,20 @@ def test_attention_of_extreme_values(name, kind, rng):
 
 
 @each
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_infinity_of_a_text_that_is_gone_does_not_matter(name, kind, rng):
+    kernels = load_kernels(name, 1)
+    heads, head_dim = 2, 20
+    qkv = rng.standard_normal((70, 3 * heads * head_dim), dtype=np.float32)
+    caches = [CacheArrays(kind, slots=1, heads=heads, capacity=128, head_dim=head_dim).cache(kernels) for _ in range(2)]
+    gone = qkv.copy()
+    gone[3:6, heads * head_dim :] = np.inf
+    attend(kernels, caches[0], gone, [[0, 0, 0, 70]], heads, head_dim)
+    outs = [attend(kernels, cache, qkv[:2], [[0, 0, 0, 2]], heads, head_dim) for cache in caches]
+    assert np.array_equal(*outs)
+
+
+@each
 def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
     """The bias reaches -1,500, and what is that far away is exactly 0."""
     kernels = load_kernels(name, 1)
@@ -321,7 +337,10 @@ def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
 @each
 @pytest.mark.parametrize(
     "wrong",
-    ["x", "out", "token", "negative token", "slot", "capacity", "rows", "qkv", "attended", "slopes", "norm", "table"],
+    [
+        *("x", "out", "token", "negative token", "slot", "negative slot", "capacity", "negative start", "rows"),
+        *("negative row", "no tokens", "overflow", "qkv", "attended", "slopes", "norm", "table"),
+    ],
 )
 def test_wrong_shapes_are_one_line(name, wrong, rng):
     kernels = load_kernels(name, 1)
@@ -342,6 +361,11 @@ def test_wrong_shapes_are_one_line(name, wrong, rng):
         "token": lambda: kernels.embed(np.array([0, 24]), matrix, 1.0, x),
         "negative token": lambda: kernels.embed(np.array([-1, 0]), matrix, 1.0, x),
         "slot": lambda: attend_with((0, 2, 0, 2)),
+        "negative slot": lambda: attend_with((0, -1, 0, 2)),
+        "negative start": lambda: attend_with((0, 0, -1, 2)),
+        "negative row": lambda: attend_with((-1, 0, 0, 2)),
+        "no tokens": lambda: attend_with((0, 0, 0, 0)),
+        "overflow": lambda: attend_with((1, 0, 1, 2**63 - 1)),
         "capacity": lambda: attend_with((0, 0, 63, 2)),
         "rows": lambda: attend_with((1, 0, 0, 2)),
         "qkv": lambda: attend_with(qkv=np.zeros((2, 90), np.float32)),
@@ -414,7 +438,7 @@ def test_impossible_caches(name, change):
 
 
 @each
-@pytest.mark.parametrize("threads", [0, -1])
+@pytest.mark.parametrize("threads", [0, -1, 1025])
 def test_impossible_threads(name, threads):
     with pytest.raises(ValueError, match=f"{threads} threads"):
         load_kernels(name, 1).set_threads(threads)
@@ -469,6 +493,53 @@ def test_threads_come_and_go(rng):
         assert kernels.threads() == threads
         assert np.array_equal(linear(kernels, x, source), expected)
     assert threading.active_count() == before
+
+
+@native
+@pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
+def test_more_threads_than_the_system_gives():
+    """Those that were started end, and the ones from before go on."""
+    code = """if True:
+        import resource
+        from pathlib import Path
+        import numpy as np
+        from btlm.kernels import load_kernels
+        kernels = load_kernels("native", 2)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
+        try:
+            kernels.set_threads(1000)
+        except ValueError as error:
+            print(error)
+        x = np.ones((2, 16), np.float32)
+        kernels.layer_norm(x, x[0], x[0], 1e-5, x)
+        print(kernels.threads(), x.sum())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1000 threads are more than the system gives; use fewer\n2 32.0\n", done.stderr
+
+
+@native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_a_fork_has_threads_of_its_own(rng):
+    kernels = load_kernels("native", 3)
+    source = Weights(rng, "q8", 1600, 128, group=64)
+    x = rng.standard_normal((4, 128), dtype=np.float32)
+    expected = linear(kernels, x, source)
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads() == 3
+        kernels.set_threads(2)
+        os._exit(0 if same and np.array_equal(linear(kernels, x, source), expected) else 1)
+    until = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    assert np.array_equal(linear(kernels, x, source), expected)
 
 
 @native

@@ -45,6 +45,11 @@ def test_every_path_by_its_name():
     assert load_kernels("native", 1).path() == load_kernels("native", 1).paths()[0]
 
 
+def test_no_threads_are_not_all_threads():
+    with pytest.raises(ValueError, match="0 threads are not between 1 and 1,024"):
+        load_kernels("torch", 0)
+
+
 def test_torch_by_its_name():
     assert load_kernels("torch", 1) is twin
     assert (twin.path(), twin.paths(), twin.threads()) == ("torch", ["torch"], 1)
@@ -57,6 +62,8 @@ def test_the_variable_decides_where_nothing_is_named(monkeypatch):
     assert load_kernels(threads=1) is twin
     if HAS_NATIVE:
         assert load_kernels("native", 1) is not twin
+    monkeypatch.setenv("BTLM_KERNELS", "auto")
+    assert (load_kernels(threads=1) is twin) is not HAS_NATIVE
     monkeypatch.setenv("BTLM_KERNELS", "sse9")
     with pytest.raises(ValueError, match="'sse9'"):
         load_kernels()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 for what the user can put right, 130 after Ctrl-C, and 141 where the reader of the
-        output went away.
+        output went away. SIGTERM raises ``SystemExit`` with 143 in commands that have files to take away.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -59,7 +60,15 @@ def _fail(problem: object) -> int:
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
     """SIGTERM ends the command as an exception does, so that it takes its unfinished files away."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # there is somebody else who cares for it
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the clearing up
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

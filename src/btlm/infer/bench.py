@@ -24,7 +24,7 @@ from btlm.data.parts import whole_file
 
 from .bench_weights import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
 from .cache import cache_bytes, cache_dtype_of
-from .mapped import map_tensors
+from .mapped import map_tensors, resident_bytes
 from .memory import available_memory, gigabytes
 from .network import weight_dtype
 from .shape import Shape, read_shape
@@ -149,7 +149,7 @@ class _Folder:
         self.name = self.path.resolve().name
         self.shape = read_shape(path)
         tensors = map_tensors(self.path)
-        self.weight_bytes = sum(tensor.values.nbytes for tensor in tensors.values())
+        self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
         self.dtype = weight_dtype(self.shape, tensors).replace("-bit", "bit")
 
     def check(self, context: int, cache_dtype: str) -> None:

@@ -90,7 +90,8 @@ def calibration_rows(path: Path | str, tokenizer: PreTrainedTokenizerBase, confi
         raise ValueError(
             f"The calibration text {path} has {found:,} tokens; give one of at least {_FEWEST}, better {tokens:,}."
         )
-    return torch.tensor(rows[:wanted])
+    taken = min(wanted, len(rows))
+    return torch.tensor([rows[len(rows) * i // taken] for i in range(taken)])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ the steps are cut, so that neither batching, nor chunks, nor reused prefixes, no
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -18,7 +18,7 @@ from btlm.kernels import load_kernels
 from .cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
 from .locate import checkpoint_folder
 from .lookup import PromptLookup
-from .mapped import map_tensors
+from .mapped import map_tensors, resident_bytes
 from .memory import available_memory, gigabytes
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
@@ -48,6 +48,7 @@ class Text:
         ids: The prompt, then what was written.
         prompt_tokens: Length of the prompt.
         reused_tokens: Of the prompt, already in the cache when the text came.
+        tokens: What was written.
         finished: ``None``, ``"stop"`` at a stop id, or ``"length"`` at ``max_new_tokens``.
     """
 
@@ -59,12 +60,13 @@ class Text:
     sampler: Sampler
     lookup: PromptLookup
     stop_ids: frozenset[int]
+    tokens: list[Token] = field(default_factory=list)
     finished: str | None = None
 
     @property
     def new_tokens(self) -> int:
         """Number of tokens written."""
-        return len(self.ids) - self.prompt_tokens
+        return len(self.tokens)
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Engine:
         shape = read_shape(name_or_path, factor=factor)
         available = available_memory()  # before files are mapped, which count as address space
         tensors = map_tensors(checkpoint_folder(name_or_path))
-        weights = sum(tensor.values.nbytes for tensor in tensors.values())
+        weights = sum(resident_bytes(tensor) for tensor in tensors.values())
         context = shape.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, weight_dtype(shape, tensors))
         _check_memory(shape, weights, dtype, context, num_texts, available)
@@ -180,18 +182,23 @@ class Engine:
             self._check(ids, choice)
         waiting = list(enumerate(zip(prompts, each, strict=True)))[::-1]
         running: dict[Text, int] = {}
+        given: dict[Text, int] = {}  # a step that others take writes for these texts too
         try:
             while waiting or running:
                 while waiting and self.has_room:
                     index, (ids, choice) = waiting.pop()
-                    running[self.add(ids, choice, stop_ids=stop_ids)] = index
+                    text = self.add(ids, choice, stop_ids=stop_ids)
+                    running[text], given[text] = index, 0
                 if not running:
                     raise ValueError("The engine is full with the texts of others; remove one.")
-                for text, token in self.step():
-                    if text in running:
-                        yield running[text], token
-                for text in [text for text in running if text.finished]:
-                    del running[text]
+                if all(given[text] == len(text.tokens) for text in running):
+                    self.step()
+                for text, index in list(running.items()):
+                    while given[text] < len(text.tokens):
+                        given[text] += 1
+                        yield index, text.tokens[given[text] - 1]
+                    if text.finished:
+                        del running[text]
         finally:
             for text in running:
                 self.remove(text)
@@ -306,16 +313,18 @@ class Engine:
         tokens = np.asarray(ids, np.int64)
         scores: list[npt.NDArray[np.float32]] = []
         size = min(self.network.max_tokens, LOGIT_ROWS)
-        for start in range(0, len(tokens) - 1, size):
-            chunk = tokens[start : min(start + size, len(tokens) - 1)]
-            segments = np.array([[0, text.slot, start, len(chunk)]])
-            logits = self.network.forward(chunk, segments, self.cache, np.arange(len(chunk)))
-            most = logits.max(axis=1, keepdims=True)
-            total = np.log(np.exp(logits - most).sum(axis=1, dtype=np.float64)) + most[:, 0]
-            following = tokens[start + 1 : start + 1 + len(chunk)]
-            scores.append((logits[np.arange(len(chunk)), following] - total).astype(np.float32))
-        slot.ids = tokens[:-1].tolist()
-        self.remove(text)
+        try:
+            for start in range(0, len(tokens) - 1, size):
+                chunk = tokens[start : min(start + size, len(tokens) - 1)]
+                segments = np.array([[0, text.slot, start, len(chunk)]])
+                logits = self.network.forward(chunk, segments, self.cache, np.arange(len(chunk)))
+                most = logits.max(axis=1, keepdims=True)
+                total = np.log(np.exp(logits - most).sum(axis=1, dtype=np.float64)) + most[:, 0]
+                following = tokens[start + 1 : start + 1 + len(chunk)]
+                scores.append((logits[np.arange(len(chunk)), following] - total).astype(np.float32))
+            slot.ids = tokens[:-1].tolist()
+        finally:
+            self.remove(text)
         return np.concatenate(scores)
 
     def _check(self, ids: Sequence[int], options: GenerationOptions) -> None:
@@ -341,6 +350,7 @@ class Engine:
             choice = text.sampler.choose(row, text.ids)
             text.ids.append(choice)
             tokens.append(Token(choice, log_probability(row, choice)))
+            text.tokens.append(tokens[-1])
             if choice in text.stop_ids:
                 text.finished = "stop"
             elif text.new_tokens >= text.sampler.options.max_new_tokens:
@@ -401,12 +411,15 @@ def _check_memory(
     if context < 1 or num_texts < 1:
         raise ValueError(f"A context of {context} tokens and {num_texts} texts are not possible; both are at least 1.")
     cache = cache_bytes(shape, cache_dtype, num_texts, context)
-    needed = weights + cache + activation_bytes(shape) + _SPARE
+    rest = weights + activation_bytes(shape) + _SPARE
+    needed = rest + cache
     if available is not None and needed > available:
         smallest = cache_bytes(shape, "int4", num_texts, context)
-        remedy = (
-            "a shorter context" if smallest == cache else f"a shorter context, or an int4 cache ({gigabytes(smallest)})"
-        )
+        remedy = "a shorter context (for btlm generate, fewer --max-new-tokens)"
+        if rest + cache_bytes(shape, "int4", 1, 1) > available:
+            remedy = "weights in fewer bits (btlm quantize)"
+        elif smallest < cache and rest + smallest <= available:
+            remedy += f", or an int4 cache ({gigabytes(smallest)})"
         raise ValueError(
             f"{num_texts} x {context:,} tokens of context take {gigabytes(cache)} in {cache_dtype} beside weights of "
             f"{gigabytes(weights)}: {gigabytes(needed)} in all, and {gigabytes(available)} of memory are free; use "

@@ -186,6 +186,10 @@ class _Weights:
         tensor = self.tensors.get(name) or self.tensors.get(name.removeprefix("transformer."))
         if tensor is None:
             raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
+        if tensor.dtype not in ("U8", "F32", "BF16", "F16"):
+            raise ValueError(
+                f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
+            )
         if tensor.values.shape != shape or tensor.dtype not in dtypes:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.values.shape)} where config.json makes it {dtypes[0]} "

@@ -1,5 +1,7 @@
 """`btlm quantize`: a checkpoint in four or eight bits, tensor by tensor, so that it never has to fit in memory."""
 
+import glob
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -180,7 +182,7 @@ def _layout(
     for name, shape in shapes.items():
         matrix = matrices.get(name.rpartition(".")[0])
         if matrix is None:
-            keeps = name.endswith("relative_pe.slopes")
+            keeps = name.endswith("relative_pe.slopes") and weights.dtype(name) != torch.float64
             layout[name] = (weights.dtype(name) if keeps else torch.float32, shape)
         elif name.endswith(".bias"):
             layout[name] = (torch.float32, (matrix.padded_outputs,))
@@ -206,8 +208,10 @@ def _check_disk(output: Path, size: int) -> None:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A temporary name that becomes ``output`` when the block ends without an error; else nothing is left."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):  # of processes that were killed
+        if not _lives(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -215,6 +219,16 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, PermissionError):
+        return True  # not a number of ours, or a process of somebody else
+    except OSError:
+        return False
+    return True
 
 
 def _write_description(

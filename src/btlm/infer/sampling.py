@@ -5,6 +5,7 @@ The order of the rules is that of Transformers' ``generate``: repetition, n-gram
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +55,10 @@ class Sampler:
             return int(scores.argmax())
         return self._draw(scores)
 
-    def _draw(self, scores: Floats) -> int:
+    def _draw(self, scores: npt.NDArray[np.floating[Any]]) -> int:
         options = self.options
-        if options.temperature is not None:
-            scores = scores / np.float32(options.temperature)
+        if options.temperature is not None:  # the largest becomes 0, which no small temperature makes infinite
+            scores = (scores - scores.max()).astype(np.float64) / options.temperature
         tokens = np.arange(len(scores))
         if options.top_k is not None and options.top_k < len(scores):
             smallest = np.partition(scores, -options.top_k)[-options.top_k]
@@ -80,7 +81,7 @@ def log_probability(logits: Floats, token: int) -> float:
     return float(logits[token] - most - np.log(np.exp(logits - most).sum(dtype=np.float64)))
 
 
-def softmax(scores: Floats) -> npt.NDArray[np.float64]:
+def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Probabilities."""
     weights = np.exp((scores - scores.max()).astype(np.float64))
     probabilities: npt.NDArray[np.float64] = weights / weights.sum()

@@ -14,7 +14,12 @@ from .locate import checkpoint_folder
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _NUMBERS = ("layer_norm_epsilon", "mup_width_scale", "mup_embeddings_scale", "mup_output_alpha")
 _KEYS = (*_SIZES, *_NUMBERS, "n_inner", "activation_function", "position_embedding_type", "mup_scale_qk_dot_by_d")
-_MODEL_TYPE = "btlm"
+_MODEL_TYPE = _QUANT_METHOD = "btlm"
+_QUANTIZATION = {
+    "bits": (4, 8),
+    "group_size": (64, 128),
+    "table_bits": (4, 8),
+}  # as btlm.model.quantization_btlm has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
         generation = folder / "generation_config.json"
         stored = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else config
         return Shape.from_config({**config, **scaling}, stored.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
         from .load import load_config
 
@@ -158,11 +163,27 @@ def _problem(config: Mapping[str, Any]) -> str | None:
     scaling = config.get("alibi_scaling")
     if scaling is not None and not (isinstance(scaling, dict) and isinstance(scaling.get("factor"), (int, float))):
         return "The engine runs a fixed interpolation, and this one is dynamic; use --engine transformers."
+    if scaling is not None and not 1 <= scaling["factor"] < math.inf:
+        return f"The factor of alibi_scaling is {scaling['factor']!r}; it must be at least 1."
+    if problem := _quantization_problem(config.get("quantization_config")):
+        return problem
     if config["n_embd"] // config["n_head"] > 256:
         return (
             f"The engine runs heads of at most 256, and these have {config['n_embd'] // config['n_head']}; use "
             "--engine transformers."
         )
+    return None
+
+
+def _quantization_problem(quantization: object) -> str | None:
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict) or method != _QUANT_METHOD:
+        return f"The engine runs weights that btlm quantize wrote, and these are quantized by {method!r}."
+    for key, choices in _QUANTIZATION.items():
+        if quantization.get(key) not in choices:
+            return f"{key} of quantization_config is {quantization.get(key)!r}, none of {choices}."
     return None
 
 

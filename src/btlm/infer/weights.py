@@ -50,7 +50,7 @@ class Weights:
             entries |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         if not any(name.startswith("transformer.") for name in entries):  # a folder of the network without its head
             entries = {f"transformer.{name}": entry for name, entry in entries.items()}
-        self._entries = {name: entry for name, entry in entries.items() if not name.endswith(_OLD_BUFFERS)}
+        self._entries = entries
         if model.config.position_embedding_type == "alibi" and _SLOPES not in self._entries:
             # Some converted checkpoints leave them out; they follow from the number of heads.
             slopes = alibi_slopes(model.config.n_head)
@@ -105,6 +105,8 @@ def empty_model(config: BTLMConfig) -> BTLMLMHeadModel:
 def _safetensors(file: Path) -> dict[str, _Entry]:
     entries = {}
     for name, (dtype_name, shape, start, end) in read_header(file).items():
+        if name.endswith(_OLD_BUFFERS):
+            continue
         if dtype_name not in _DTYPES:
             raise ValueError(f"{name} in {file} is stored as {dtype_name}; only {', '.join(_DTYPES)} can be converted.")
         dtype = _DTYPES[dtype_name]

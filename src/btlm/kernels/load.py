@@ -15,16 +15,17 @@ def load_kernels(name: str = "auto", threads: int | None = None) -> Kernels:
 
     Args:
         name: ``"native"``, ``"torch"``, an instruction path of the native ones (``"avx512vnni"``, ``"avx2"``,
-            ``"neon"``,
-            ``"plain"``), or ``"auto"``: what the environment variable ``BTLM_KERNELS`` says, else the native ones on
-            the fastest path of the machine, else torch.
+            ``"neon"``, ``"plain"``), or ``"auto"``: what the environment variable ``BTLM_KERNELS`` says, else the
+            native ones on the fastest path of the machine, else torch.
         threads: As many as the process has processors where not given.
 
     Raises:
         ValueError: There is no such implementation here.
     """
     if name == "auto":
-        name = os.environ.get("BTLM_KERNELS") or ("native" if _has_native() else "torch")
+        name = os.environ.get("BTLM_KERNELS") or "auto"
+    if name == "auto":
+        name = "native" if _has_native() else "torch"
     if name == "torch":
         from . import twin
 
@@ -42,7 +43,7 @@ def load_kernels(name: str = "auto", threads: int | None = None) -> Kernels:
                 f"The kernels {name!r} are unknown here; choose one of auto, native, torch, {', '.join(paths)}."
             )
         kernels.use_path(paths[0] if name == "native" else name)
-    kernels.set_threads(threads or processors())
+    kernels.set_threads(processors() if threads is None else threads)
     return kernels
 
 

@@ -225,7 +225,8 @@ def attend(
     query_THD, key_THD, value_THD = _tensor(qkv).view(len(qkv), 3, heads, head_dim).unbind(1)
     result_THD = _tensor(out).view(len(out), heads, head_dim)
     for row, slot, start, count in segments.tolist():
-        if slot >= cache.slots or start + count > cache.capacity or row + count > len(qkv):
+        _require(count > 0 and row >= 0 and row + count <= len(qkv), "a segment exceeds the batch")
+        if not (0 <= slot < cache.slots and start >= 0 and start + count <= cache.capacity):
             raise ValueError(
                 f"a segment of {count} tokens from {start} in slot {slot} exceeds a cache of {cache.slots} slots of "
                 f"{cache.capacity} tokens"
@@ -253,7 +254,7 @@ def sum_bytes(values: npt.NDArray[np.uint8]) -> int:
 
 def set_threads(threads: int) -> None:
     """See :meth:`btlm.kernels.Kernels.set_threads`."""
-    if threads < 1:
+    if not 1 <= threads <= 1024:
         raise ValueError(f"{threads} threads are not between 1 and 1,024")
     torch.set_num_threads(threads)
 

@@ -9,6 +9,14 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <system_error>
+
+#ifdef _WIN32
+#include <process.h>
+#define getpid _getpid
+#else
+#include <unistd.h>
+#endif
 
 #include "dispatch.h"
 #include "operations.h"
@@ -25,6 +33,8 @@ using OutRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+constexpr int64_t MOST = int64_t{1} << 48;  // elements of an array
 
 void require(bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
@@ -63,6 +73,7 @@ struct PyMatrix {
         const bool q4 = kind == "q4", packed = q4 || kind == "q8", bf16 = kind == "bf16";
         require(packed || bf16 || kind == "f32", "the kind of matrix " + kind + " is not q4, q8, bf16 or f32");
         require(rows > 0 && columns > 0, "a matrix of " + shape(rows, columns) + " is empty");
+        require(rows <= MOST / columns, "a matrix of " + shape(rows, columns) + " exceeds all memory");
         const int64_t bytes = packed ? rows * columns / (q4 ? 2 : 1) : rows * columns * (bf16 ? 2 : 4);
         require(static_cast<int64_t>(weight.nbytes()) == bytes,
                 "the weight holds " + std::to_string(weight.nbytes()) + " bytes, and " + shape(rows, columns) + " in " + kind +
@@ -98,6 +109,7 @@ struct PyCache {
                 "a cache needs slots, heads, and a capacity that is a multiple of 64");
         require(head_dim > 0 && head_dim <= btlm::MAX_HEAD_DIM, "heads of " + std::to_string(head_dim) + " exceed 256");
         const int64_t width = (head_dim + btlm::LANES - 1) / btlm::LANES * btlm::LANES;
+        require(slots <= MOST / heads / capacity / width, "the cache exceeds all memory");
         const int64_t bytes = slots * heads * capacity * width * btlm::bits(of) / 8;
         require(static_cast<int64_t>(keys.nbytes()) == bytes && static_cast<int64_t>(values.nbytes()) == bytes,
                 "keys and values must take " + std::to_string(bytes) + " bytes each");
@@ -113,6 +125,7 @@ struct PyCache {
 struct Shared {
     std::mutex busy;
     std::unique_ptr<btlm::Operations> operations = std::make_unique<btlm::Operations>(1);
+    int process = getpid();
 };
 
 Shared& shared() {
@@ -120,10 +133,24 @@ Shared& shared() {
     return *instance;
 }
 
+void restart(int threads) {
+    std::unique_ptr<btlm::Operations> next;
+    try {
+        next = std::make_unique<btlm::Operations>(threads);
+    } catch (const std::system_error&) {
+        throw std::invalid_argument(std::to_string(threads) + " threads are more than the system gives; use fewer");
+    }
+    next->path = shared().operations->path;
+    shared().operations.swap(next);
+    if (shared().process != getpid()) next.release();  // nobody joins threads that a fork left behind
+    shared().process = getpid();
+}
+
 template <class Body>
 void run(const Body& body) {
     nb::gil_scoped_release free;
     std::lock_guard<std::mutex> alone(shared().busy);
+    if (shared().process != getpid()) restart(shared().operations->threads());
     body(*shared().operations);
 }
 
@@ -178,8 +205,8 @@ void attend(const Rows& qkv, const PyCache& cache,
     const auto count = static_cast<int64_t>(segments.shape(0));
     for (int64_t i = 0; i < count; ++i) {
         const btlm::Segment& s = first[i];
-        require(s.count > 0 && s.row >= 0 && s.row + s.count <= tokens, "a segment exceeds the batch");
-        require(s.slot >= 0 && s.slot < c.slots && s.start >= 0 && s.start + s.count <= c.capacity,
+        require(s.count > 0 && s.row >= 0 && s.count <= tokens - s.row, "a segment exceeds the batch");
+        require(s.slot >= 0 && s.slot < c.slots && s.start >= 0 && s.count <= c.capacity - s.start,
                 "a segment of " + std::to_string(s.count) + " tokens from " + std::to_string(s.start) + " in slot " +
                     std::to_string(s.slot) + " exceeds a cache of " + std::to_string(c.slots) + " slots of " +
                     std::to_string(c.capacity) + " tokens");
@@ -197,12 +224,21 @@ int64_t sum_bytes(const Bytes& bytes) {
 
 void set_threads(int threads) {
     require(threads >= 1 && threads <= 1024, std::to_string(threads) + " threads are not between 1 and 1,024");
-    run([&](btlm::Operations& operations) {
-        if (operations.threads() == threads) return;
-        const btlm::Path* path = operations.path;
-        shared().operations = std::make_unique<btlm::Operations>(threads);
-        shared().operations->path = path;
+    run([&](const btlm::Operations& operations) {
+        if (operations.threads() != threads) restart(threads);
     });
+}
+
+int threads() {
+    int count = 0;
+    run([&](const btlm::Operations& operations) { count = operations.threads(); });
+    return count;
+}
+
+std::string path() {
+    std::string name;
+    run([&](const btlm::Operations& operations) { name = operations.path->name; });
+    return name;
 }
 
 std::vector<std::string> paths() {
@@ -243,8 +279,8 @@ NB_MODULE(_native, m) {
     m.def("attend", &attend, "qkv"_a, "cache"_a, "segments"_a, "slopes"_a, "scale"_a, "out"_a.noconvert());
     m.def("sum_bytes", &sum_bytes, "values"_a);
     m.def("set_threads", &set_threads, "threads"_a);
-    m.def("threads", [] { return shared().operations->threads(); });
+    m.def("threads", &threads);
     m.def("paths", &paths);
-    m.def("path", [] { return std::string(shared().operations->path->name); });
+    m.def("path", &path);
     m.def("use_path", &use_path, "name"_a);
 }

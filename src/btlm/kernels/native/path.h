@@ -398,7 +398,8 @@ inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q)
         std::memset(q, 0, static_cast<size_t>(n));
         return 0;
     }
-    const uint16_t scale = to_bf16_above(most / limit);
+    const uint16_t above = to_bf16_above(most / limit);
+    const uint16_t scale = above < 0x7F80 ? above : 0x7F7F;  // finite: a masked key of weight 0 must add 0
     const F inverse = lanes::set(1.0f / from_bf16(scale));
     for (int64_t i = 0; i < n; i += LANES) {
         uint8_t bytes[LANES];

@@ -23,10 +23,17 @@ inline void relax() {
 }  // namespace
 
 Team::Team(int size) {
-    for (int member = 1; member < size; ++member) workers.emplace_back([this, member] { work(member); });
+    try {
+        for (int member = 1; member < size; ++member) workers.emplace_back([this, member] { work(member); });
+    } catch (...) {  // the system gives no more threads: those that are there must not outlive the team
+        end();
+        throw;
+    }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
     {
         std::lock_guard<std::mutex> lock(sleep);
         over = true;

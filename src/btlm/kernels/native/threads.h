@@ -12,7 +12,7 @@ namespace btlm {
 
 class Team {
 public:
-    explicit Team(int size);
+    explicit Team(int size);  // throws std::system_error where there are not so many threads to be had
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -34,6 +34,7 @@ private:
     void share(int64_t pieces, int64_t grain, Call call, const void* body);
     void take_pieces(int member);
     void work(int member);
+    void end();
 
     std::vector<std::thread> workers;
 
