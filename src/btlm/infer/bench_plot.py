@@ -57,6 +57,8 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         rows, picture: As for :func:`plot_memory`.
     """
     plt = _pyplot()
+    from matplotlib.patheffects import withStroke
+
     contexts = sorted({row["context"] for row in rows})
     groups = _groups(rows)
     width = 0.84 / len(groups)
@@ -72,9 +74,9 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
             places = [contexts.index(rows[i]["context"]) + offset for i in members]
             values = [rows[i][key] / scale for i in members]
             bars = axis.bar(places, values, 0.92 * width, color=color, label=f"{_short(model)}, {_FORMATS[dtype]}")
-            axis.bar_label(
-                bars, [f"{value:.2f}" if value < 1 else f"{value:.1f}" for value in values], size=7, padding=1
-            )
+            shown = [f"{value:.2f}" if value < 1 else f"{value:.1f}" for value in values]
+            for label in axis.bar_label(bars, shown, size=7, padding=1):
+                label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # over the line at 3 GB
     for axis, title in ((axes[0], "peak resident memory (GB)"), (axes[1], "decoding (tokens/s)")):
         axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
         axis.tick_params(axis="x", length=0)
