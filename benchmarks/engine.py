@@ -423,7 +423,8 @@ def main() -> None:
     if reason := missing(args):
         print(f"Nothing is measured without {reason}.")
         return
-    settings = {"layers": args.layers, "threads": args.threads, "flash": args.flash}
+    files = {name: path and str(path.resolve()) for name, path in (("model", args.model), ("gguf", args.gguf))}
+    settings = {"layers": args.layers, "threads": args.threads, "flash": args.flash, **files}
     kept: dict[str, Any] = {**settings, "turns": {}}
     if args.output is not None and args.output.exists():
         kept = json.loads(args.output.read_text())
