@@ -248,7 +248,7 @@ def test_attention_is_that_of_torch(path, kind, heads, head_dim, rng):
 
 
 @each
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-6), ("bf16", 2e-2), ("int8", 4e-2), ("int4", 0.4)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 2e-6), ("bf16", 2e-2), ("int8", 4e-2), ("int4", 0.15)])
 def test_attention_is_the_formula(name, kind, tolerance, rng):
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 3, 20, 150
@@ -301,7 +301,7 @@ def test_attention_of_extreme_values(name, kind, rng):
     assert np.array_equal(out[0], np.zeros(width))
     exact = attention(qkv, heads, slopes_of(heads), 0.1)
     for row in (1, 2, 3, 4):
-        assert furthest(out[row], exact[row]) < (0.3 if kind == "int4" else 0.05), row
+        assert furthest(out[row], exact[row]) < (0.15 if kind == "int4" else 0.05), row
 
 
 @each
@@ -529,9 +529,13 @@ def test_a_fork_has_threads_of_its_own(rng):
     expected = linear(kernels, x, source)
     child = os.fork()
     if child == 0:
-        same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads() == 3
-        kernels.set_threads(2)
-        os._exit(0 if same and np.array_equal(linear(kernels, x, source), expected) else 1)
+        same = False
+        try:
+            same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads() == 3
+            kernels.set_threads(2)
+            same = same and np.array_equal(linear(kernels, x, source), expected)
+        finally:
+            os._exit(0 if same else 1)  # whatever happened, there must not be a second run of the tests
     until = time.monotonic() + 30
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
         time.sleep(0.01)

@@ -222,9 +222,11 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 
 def _lives(process: str) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere the call below would end the process
     try:
         os.kill(int(process), 0)
-    except (ValueError, PermissionError):
+    except (ValueError, OverflowError, PermissionError):
         return True  # not a number of ours, or a process of somebody else
     except OSError:
         return False
