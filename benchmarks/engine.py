@@ -120,7 +120,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_AS, (task["limit"], task["limit"]))
     import numpy as np
 
-    from btlm.infer import Engine, GenerationOptions
+    from btlm.engine import Engine, GenerationOptions
 
     prompt, new, texts = task["prompt"], task["new"], task.get("texts", 1)
     rng = np.random.default_rng(0)
@@ -361,7 +361,7 @@ def row(name: str, turns: list[dict[str, Any]]) -> str:
 
 def missing(args: argparse.Namespace) -> str | None:
     """Why nothing can be measured."""
-    from btlm.infer.memory import available_memory
+    from btlm.engine.memory import available_memory
 
     if args.llama_python is None:
         return "llama.cpp: --llama-python names a Python that has llama-cpp-python and gguf"
@@ -383,8 +383,8 @@ def missing(args: argparse.Namespace) -> str | None:
 
 def prepare(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     """The folder of our model, with a tokenizer, and the file of the peer's; random ones where none are given."""
-    from btlm.infer import BUNDLED_MODEL
-    from btlm.infer.bench_weights import SHAPES, write_random_model
+    from btlm.checkpoint import BUNDLED_MODEL
+    from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
 
     model = folder / "model"
     model.mkdir()

@@ -9,11 +9,11 @@ import argparse
 
 import torch
 
+from btlm.checkpoint import BUNDLED_MODEL, load_model
 from btlm.data import TokenShards
-from btlm.infer import BUNDLED_MODEL, load_model
 from btlm.train import evaluate_held_out
-from btlm.train.parallel import join_ranks
-from btlm.train.run import token_bytes
+from btlm.train.command import token_bytes
+from btlm.train.distributed import join_ranks
 from btlm.train.step import LossModel
 
 

@@ -30,7 +30,7 @@ PROMPTS = (
 
 def main() -> None:
     """Export, compare and print Markdown tables."""
-    from btlm.infer import BUNDLED_MODEL
+    from btlm.checkpoint import BUNDLED_MODEL
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL", default=str(BUNDLED_MODEL))
@@ -85,7 +85,7 @@ def ours(args: argparse.Namespace, work: Path) -> list[str]:
     """Tokens, fp32 logits and greedy texts of the model, written to ``work``."""
     import torch
 
-    from btlm.infer import load_model
+    from btlm.checkpoint import load_model
 
     torch.set_num_threads(args.threads)
     loaded, tokenizer = load_model(args.model, dtype="float32", device="cpu")
@@ -127,7 +127,7 @@ def first_document(path: str, tokenizer: Any, num_tokens: int) -> tuple[list[int
 
 def theirs(args: argparse.Namespace, work: Path, kind: str) -> tuple[int, dict[str, Any]]:
     """Bytes of the file of a type, and what llama.cpp makes of it."""
-    from btlm.infer.export_gguf import export_gguf
+    from btlm.convert.gguf import export_gguf
 
     file = work / "model.gguf"
     export_gguf(args.model, file, type=kind)

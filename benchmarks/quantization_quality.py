@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from btlm.checkpoint import load_model
+from btlm.convert.calibrate import CALIBRATION_TOKENS
+from btlm.convert.quantize import quantize
 from btlm.data import TokenShards
 from btlm.data.tokenize import decode
-from btlm.infer import Engine, load_model
-from btlm.infer.calibrate import CALIBRATION_TOKENS
-from btlm.infer.quantize import quantize
+from btlm.engine import Engine
 from btlm.train import evaluate_held_out
-from btlm.train.parallel import join_ranks
-from btlm.train.run import token_bytes
+from btlm.train.command import token_bytes
+from btlm.train.distributed import join_ranks
 from btlm.train.step import LossModel
 
 # Tokens in a row that calibration takes from one place.

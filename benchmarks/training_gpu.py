@@ -29,10 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from btlm import BTLMConfig
 from btlm.train import Recipe, load_recipe
+from btlm.train.metrics import matrix_rate
+from btlm.train.model import prepare_model
 from btlm.train.recipe import Precision
-from btlm.train.start import prepare_model
 from btlm.train.step import LossModel
-from btlm.train.watch import matrix_rate
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "btlm-3b.yaml"
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

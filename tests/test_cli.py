@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 
 import btlm
+import btlm.convert.gguf
+import btlm.convert.quantize
 import btlm.data.inspect
-import btlm.data.run
-import btlm.infer.export_gguf
-import btlm.infer.generate
-import btlm.infer.info
-import btlm.infer.quantize
-import btlm.infer.run
-import btlm.train.plan
-import btlm.train.run
+import btlm.data.pipeline
+import btlm.generate.continue_prompt
+import btlm.generate.with_transformers
+import btlm.plan.info
+import btlm.plan.plan
+import btlm.train.command
+from btlm.checkpoint import BUNDLED_MODEL
 from btlm.cli import main
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
-from btlm.infer import BUNDLED_MODEL, GenerationOptions
-from tests.infer.tiny import save_tiny
+from btlm.engine import GenerationOptions
+from tests.checkpoint.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 DATA_STEPS = ["prepare", "clean", "dedup", "mix", "tokenize", "inspect"]
@@ -64,13 +65,13 @@ def called(monkeypatch):
     """Replaces the stages, and keeps what they were called with."""
     calls = []
     for module, name in (
-        (btlm.infer.run, "run_generate"),
-        (btlm.infer.info, "run_info"),
-        (btlm.infer.quantize, "quantize"),
-        (btlm.infer.export_gguf, "export_gguf"),
-        (btlm.train.run, "run_training"),
-        (btlm.train.plan, "run_plan"),
-        *((btlm.data.run, f"run_{step}") for step in DATA_STEPS[:-1]),
+        (btlm.generate.continue_prompt, "run_generate"),
+        (btlm.plan.info, "run_info"),
+        (btlm.convert.quantize, "quantize"),
+        (btlm.convert.gguf, "export_gguf"),
+        (btlm.train.command, "run_training"),
+        (btlm.plan.plan, "run_plan"),
+        *((btlm.data.pipeline, f"run_{step}") for step in DATA_STEPS[:-1]),
         (btlm.data.inspect, "run_inspect"),
     ):
         monkeypatch.setattr(module, name, lambda *args, name=name, **options: calls.append((name, args, options)))
@@ -313,7 +314,7 @@ def test_what_a_stage_raises_is_one_line(error_of, monkeypatch, raised, expected
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(btlm.infer.info, "run_info", fail)
+    monkeypatch.setattr(btlm.plan.info, "run_info", fail)
     assert error_of("info").startswith(f"btlm: error: {expected}")
 
 
@@ -321,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_one_line(error_of, monkeypatch):
     def diverge(*_, **__):
         raise FloatingPointError("Step 7: loss nan, gradient norm nan; nothing was updated.")
 
-    monkeypatch.setattr(btlm.train.run, "run_training", diverge)
+    monkeypatch.setattr(btlm.train.command, "run_training", diverge)
     told = error_of("train", "r.yaml", "--data", "d", "--output", "o")
     assert told == "btlm: error: Step 7: loss nan, gradient norm nan; nothing was updated.\n"
 
@@ -330,7 +331,7 @@ def test_a_terminated_run_keeps_its_status(monkeypatch, capsys):
     def terminated(*_, **__):
         raise SystemExit(143)
 
-    monkeypatch.setattr(btlm.train.run, "run_training", terminated)
+    monkeypatch.setattr(btlm.train.command, "run_training", terminated)
     with pytest.raises(SystemExit) as ended:
         main(["train", "r.yaml", "--data", "d", "--output", "o"])
     assert ended.value.code == 143
@@ -338,7 +339,7 @@ def test_a_terminated_run_keeps_its_status(monkeypatch, capsys):
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(btlm.infer.info, "run_info", lambda *_, **__: [][0])
+    monkeypatch.setattr(btlm.plan.info, "run_info", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         main(["info"])
 
@@ -347,7 +348,7 @@ def test_interruption_is_quiet(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(btlm.infer.info, "run_info", interrupt)
+    monkeypatch.setattr(btlm.plan.info, "run_info", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -384,9 +385,9 @@ def test_a_prompt_through_a_pipe(checkpoint):
 @pytest.mark.parametrize(
     ("stage", "command"),
     [
-        ("btlm.infer.quantize.quantize", ["quantize", "model", "copy"]),
-        ("btlm.infer.export_gguf.export_gguf", ["export-gguf", "model", "copy.gguf"]),
-        ("btlm.infer.bench.run_bench", ["bench"]),
+        ("btlm.convert.quantize.quantize", ["quantize", "model", "copy"]),
+        ("btlm.convert.gguf.export_gguf", ["export-gguf", "model", "copy.gguf"]),
+        ("btlm.evaluate.bench.run_bench", ["bench"]),
     ],
 )
 def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import btlm
-from tests.infer.tiny import save_tiny
+from tests.checkpoint.tiny import save_tiny
 
 
 def run_python(program, *arguments):

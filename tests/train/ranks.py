@@ -1,4 +1,4 @@
-"""What each rank of tests/train/test_parallel.py runs: a tiny run, ended after some steps."""
+"""What each rank of tests/train/test_distributed.py runs: a tiny run, ended after some steps."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from btlm.data.shards import TokenShards
 from btlm.train import train
-from btlm.train.parallel import join_ranks
+from btlm.train.distributed import join_ranks
 from btlm.train.recipe import Checkpoints, Data, Parallelism, Precision, Recipe
 from tests.train.tiny import TOKEN_BYTES, tiny_recipe
 

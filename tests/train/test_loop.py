@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from btlm.data.loader import TokenLoader
 from btlm.data.shards import TokenShards
 from btlm.model import BTLMLMHeadModel
-from btlm.train import Recipe, checkpoint, train
+from btlm.train import Recipe, train
+from btlm.train import state as checkpoint
 from btlm.train.recipe import Checkpoints, Optimizer, Precision, Stage
 from btlm.train.step import LossModel
 from tests.data.tiny import write_streams

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from btlm.data.loader import Batch
 from btlm.model import BTLMLMHeadModel
-from btlm.train.parallel import Ranks
+from btlm.train.distributed import Ranks
 from btlm.train.step import LossModel, take_step
 from tests.train.tiny import VOCAB_SIZE, tiny_recipe
 

@@ -79,8 +79,8 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def _generate(arguments: Namespace) -> None:
-    from btlm.infer.options import GenerationOptions
-    from btlm.infer.run import run_generate
+    from btlm.engine.options import GenerationOptions
+    from btlm.generate.continue_prompt import run_generate
 
     values = {name: value for name, value in vars(arguments).items() if value is not None}
     names = (
@@ -92,15 +92,15 @@ def _generate(arguments: Namespace) -> None:
 
 
 def _info(arguments: Namespace) -> None:
-    from btlm.infer.info import run_info
-    from btlm.infer.locate import BUNDLED_MODEL
+    from btlm.checkpoint.locate import BUNDLED_MODEL
+    from btlm.plan.info import run_info
 
     run_info(arguments.model or BUNDLED_MODEL, as_json=arguments.json)
 
 
 def _quantize(arguments: Namespace) -> None:
-    from btlm.infer.messages import plain_messages
-    from btlm.infer.quantize import quantize
+    from btlm.console import plain_messages
+    from btlm.convert.quantize import quantize
 
     with plain_messages(), _sigterm_unwinds():
         quantize(
@@ -114,7 +114,7 @@ def _quantize(arguments: Namespace) -> None:
 
 
 def _bench(arguments: Namespace) -> None:
-    from btlm.infer.bench import run_bench
+    from btlm.evaluate.bench import run_bench
 
     names = ("dtypes", "contexts", "new_tokens", "cache_dtype", "threads", "output")
     with _sigterm_unwinds():
@@ -122,8 +122,8 @@ def _bench(arguments: Namespace) -> None:
 
 
 def _export_gguf(arguments: Namespace) -> None:
-    from btlm.infer.export_gguf import export_gguf
-    from btlm.infer.messages import plain_messages
+    from btlm.console import plain_messages
+    from btlm.convert.gguf import export_gguf
 
     with plain_messages(), _sigterm_unwinds():
         export_gguf(arguments.model, arguments.output, type=arguments.type)
@@ -132,7 +132,7 @@ def _export_gguf(arguments: Namespace) -> None:
 def _train(arguments: Namespace) -> None:
     changes = dict(_setting(text) for text in arguments.set or [])
     if arguments.plan:
-        from btlm.train.plan import run_plan
+        from btlm.plan.plan import run_plan
 
         run_plan(arguments.recipe, arguments.mfu, arguments.peak_tflops, arguments.devices, changes)
         return
@@ -141,14 +141,14 @@ def _train(arguments: Namespace) -> None:
             f"train needs {' and '.join(missing)}: the token shards and a folder for the run; or --plan, which needs "
             "neither."
         )
-    from btlm.train.run import run_training
+    from btlm.train.command import run_training
 
     run_training(arguments.recipe, arguments.data, arguments.output, arguments.device, changes)
 
 
 def _coord_check(arguments: Namespace) -> None:
-    from btlm.train.coord_check import run_coord_check
-    from btlm.train.coord_models import CoordCheck
+    from btlm.tune.coord_check import run_coord_check
+    from btlm.tune.coord_models import CoordCheck
 
     names = ("steps", "seeds", "layers", "heads", "ablate")
     check = CoordCheck(widths=tuple(arguments.widths), **{name: arguments[name] for name in names})
@@ -157,7 +157,7 @@ def _coord_check(arguments: Namespace) -> None:
 
 
 def _transfer(arguments: Namespace) -> None:
-    from btlm.train.transfer import SearchSpace, run_transfer
+    from btlm.tune.transfer import SearchSpace, run_transfer
 
     names = ("lr", "initializer_range", "mup_embeddings_scale", "mup_output_alpha")
     space = SearchSpace(**{name: tuple(arguments[name]) for name in names if arguments[name] is not None})
@@ -182,7 +182,8 @@ def _data(arguments: Namespace) -> None:
 
         run_inspect(given.folder, stage=given.stage, examples=given.examples, seed=given.seed)
         return
-    from btlm.data import recipe, run
+    from btlm.data import pipeline as run
+    from btlm.data import recipe
 
     settings = {name: cls(**given[name].as_dict()) for name, cls in _settings_of(step, recipe).items()}
     names = [field.name for field in dataclasses.fields(recipe.Execution)]

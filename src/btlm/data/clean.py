@@ -9,9 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from btlm.files import whole_file
+
 from .documents import Problem, Unit, list_units, read_unit
 from .minhash import normalized_length_reaches
-from .parts import PartWriter, add_counts, whole_file
+from .parts import PartWriter, add_counts
 from .recipe import Clean, Read, as_settings
 from .shards import MAX_SOURCES
 from .stage import DOCUMENTS, Run, begin, finish, load_stage

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from btlm.files import whole_file
+
 from .minhash import normalize, shingle_hashes
 from .parts import (
     PARQUET,
@@ -26,7 +28,6 @@ from .parts import (
     part_number,
     read_groups,
     read_table,
-    whole_file,
     write_part,
     write_table,
 )

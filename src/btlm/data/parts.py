@@ -1,14 +1,13 @@
 """Documents between the stages: Parquet files of bounded size, and the state of the stage that writes them."""
 
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from btlm.files import whole_file
 
 from .documents import Document
 
@@ -40,26 +39,6 @@ def part_number(name: str) -> tuple[int, int]:
     """Task and part of a file name."""
     task, _, part = Path(name).stem.partition("-")
     return int(task), int(part)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what killed tasks left behind."""
-    for path in folder.rglob(".*.partial"):
-        with suppress(FileNotFoundError):
-            path.unlink()
 
 
 def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .parts import whole_file
+from btlm.files import whole_file
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .parts import whole_file
+from btlm.files import whole_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from .parts import remove_partial_files, whole_file
+from btlm.files import remove_partial_files, whole_file
+
 from .recipe import Execution
 
 # Differences that an error names.

@@ -1,6 +1,6 @@
 """Batches to a checkpoint."""
 
-from .evaluate import evaluate_held_out
+from .held_out import evaluate_held_out
 from .loop import train
 from .recipe import Recipe
 from .recipe_file import load_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .watch import read_metrics
+from .metrics import read_metrics
 
 
 def plot_metrics(output: Path, picture: Path) -> None:

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from btlm.data.loader import Batch, TokenLoader
 from btlm.data.shards import TokenShards
 
-from .checkpoint import find_checkpoint, keep_checkpoints, load_checkpoint, publish_model, save_checkpoint
-from .evaluate import evaluate_held_out
-from .parallel import Ranks, join_ranks, shard
+from .distributed import Ranks, join_ranks, shard
+from .held_out import evaluate_held_out
+from .metrics import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
+from .model import Trainee, prepare_model
 from .recipe import Recipe, Watching
 from .recipe_file import changes_of_result
-from .start import Trainee, prepare_model
+from .state import find_checkpoint, keep_checkpoints, load_checkpoint, publish_model, save_checkpoint
 from .step import LossModel, take_step
-from .watch import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
 
 logger = logging.getLogger(__name__)
 

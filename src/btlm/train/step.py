@@ -10,8 +10,8 @@ from btlm.data.loader import Batch
 from btlm.model import BTLMLMHeadModel
 from btlm.model.mup import scale_logits
 
+from .distributed import Ranks
 from .loss import linear_cross_entropy, next_token_labels
-from .parallel import Ranks
 
 
 class LossModel(nn.Module):

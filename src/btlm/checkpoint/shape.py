@@ -1,0 +1,191 @@
+"""What the engine needs to know of a checkpoint, read without torch, which takes seconds to import."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from .locate import checkpoint_folder
+
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+_NUMBERS = ("layer_norm_epsilon", "mup_width_scale", "mup_embeddings_scale", "mup_output_alpha")
+_KEYS = (*_SIZES, *_NUMBERS, "n_inner", "activation_function", "position_embedding_type", "mup_scale_qk_dot_by_d")
+_MODEL_TYPE = _QUANT_METHOD = "btlm"
+_QUANTIZATION = {
+    "bits": (4, 8),
+    "group_size": (64, 128),
+    "table_bits": (4, 8),
+}  # as btlm.model.quantization_btlm has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A network that the engine runs: SwiGLU and ALiBi, at most with a fixed interpolation.
+
+    Args:
+        vocab_size, n_positions, n_embd, n_layer, n_head, n_inner: As in the configuration.
+        layer_norm_epsilon: Of all layer normalizations.
+        embeddings_scale, attention_scale, logits_scale: Multipliers of muP, those of scores included.
+        inverse_layer_idx: Scores of layer i are divided by i + 1 too.
+        interpolation: What the slopes of ALiBi are divided by.
+        tied: The head is the token table.
+        bits, group_size, table_bits: How matrices and tables are stored; ``bits`` is ``None`` where they are plain.
+        end_ids: Tokens that end a text.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    layer_norm_epsilon: float
+    embeddings_scale: float
+    attention_scale: float
+    logits_scale: float
+    inverse_layer_idx: bool = False
+    interpolation: float = 1.0
+    tied: bool = True
+    bits: int | None = None
+    group_size: int = 0
+    table_bits: int = 0
+    end_ids: frozenset[int] = frozenset()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        width, inner = self.n_embd, self.n_inner
+        block = 4 * width * width + 3 * width * inner + 4 * width + 2 * inner + width + 4 * width
+        return self.n_layer * block + 2 * width + self.vocab_size * width * (1 if self.tied else 2)
+
+    @property
+    def slopes(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Slopes of ALiBi (arXiv 2108.12409), interpolation included, fp32 ``[n_head]``.
+
+        The same as :func:`btlm.model.alibi.alibi_slopes`, which needs torch.
+        """
+        lower = 2 ** math.floor(math.log2(self.n_head))
+        steps = [8 * (i + 1) / lower for i in range(lower)]
+        steps += [4 * (2 * i + 1) / lower for i in range(self.n_head - lower)]
+        return (np.exp2(-np.array(steps, np.float32)) / np.float32(self.interpolation)).astype(np.float32)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], end_ids: object = None) -> Self:
+        """From the keys of a ``config.json``.
+
+        Args:
+            config: With every key of muP.
+            end_ids: ``eos_token_id``, which may be a list.
+
+        Raises:
+            ValueError: The engine does not run this network, or a key is missing or impossible.
+        """
+        if problem := _problem(config):
+            raise ValueError(problem)
+        scaling = config.get("alibi_scaling") or {}
+        head_dim = config["n_embd"] // config["n_head"]
+        scale = 1 / head_dim if config["mup_scale_qk_dot_by_d"] else 1 / math.sqrt(head_dim)
+        quantization = config.get("quantization_config") or {}
+        ends: list[Any] = end_ids if isinstance(end_ids, list) else [] if end_ids is None else [end_ids]
+        if not all(_whole(end) and end < config["vocab_size"] for end in ends):
+            raise ValueError(f"eos_token_id is {end_ids!r}; it must be a token, a list of them, or null.")
+        return cls(
+            **{name: config[name] for name in _SIZES},
+            n_inner=4 * config["n_embd"] if config["n_inner"] is None else config["n_inner"],
+            layer_norm_epsilon=config["layer_norm_epsilon"],
+            embeddings_scale=config["mup_embeddings_scale"],
+            attention_scale=scale if config.get("scale_attn_weights", True) else 1.0,
+            logits_scale=config["mup_output_alpha"] * config["mup_width_scale"],
+            inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+            interpolation=scaling.get("factor", 1.0),
+            tied=config.get("tie_word_embeddings", True),
+            bits=quantization.get("bits"),
+            group_size=quantization.get("group_size", 0),
+            table_bits=quantization.get("table_bits", 0),
+            end_ids=frozenset(ends),
+        )
+
+
+def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shape:
+    """The shape of a checkpoint.
+
+    Args:
+        name_or_path: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        factor: Interpolation instead of the stored one, at least 1.
+
+    Raises:
+        ValueError: It is not a checkpoint of BTLM, or the engine does not run it.
+    """
+    if factor is not None and not 1 <= factor < math.inf:
+        raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
+    folder = checkpoint_folder(name_or_path)
+    scaling = {} if factor is None else {"alibi_scaling": {"type": "linear", "factor": factor} if factor > 1 else None}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        generation = folder / "generation_config.json"
+        stored = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else config
+        return Shape.from_config({**config, **scaling}, stored.get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
+        from .to_transformers import load_config
+
+        full = load_config(name_or_path)
+        return Shape.from_config({**full.to_dict(), **scaling}, full.eos_token_id)
+
+
+def _problem(config: Mapping[str, Any]) -> str | None:
+    if config.get("model_type") != _MODEL_TYPE:
+        return f"The model_type is {config.get('model_type')!r}, and the engine runs {_MODEL_TYPE!r}."
+    if missing := [key for key in _KEYS if key not in config]:
+        return f"The configuration lacks {', '.join(missing)}."
+    for key in _SIZES:
+        if not (_whole(config[key]) and config[key] > 0):
+            return f"{key} is {config[key]!r}, not a positive whole number."
+    for key in _NUMBERS:
+        if not (isinstance(config[key], (int, float)) and 0 < config[key] < math.inf):
+            return f"{key} is {config[key]!r}, not a positive number."
+    if config["n_inner"] is not None and not (_whole(config["n_inner"]) and config["n_inner"] > 0):
+        return f"n_inner is {config['n_inner']!r}, neither null nor a positive whole number."
+    if config["n_embd"] % config["n_head"]:
+        return f"n_head is {config['n_head']}, which does not divide n_embd ({config['n_embd']})."
+    for key, runs in (("activation_function", "swiglu"), ("position_embedding_type", "alibi")):
+        if config[key] != runs:
+            return f"The engine runs {key} {runs!r}, and this model has {config[key]!r}; use --engine transformers."
+    scaling = config.get("alibi_scaling")
+    if scaling is not None and not (isinstance(scaling, dict) and isinstance(scaling.get("factor"), (int, float))):
+        return "The engine runs a fixed interpolation, and this one is dynamic; use --engine transformers."
+    if scaling is not None and not 1 <= scaling["factor"] < math.inf:
+        return f"The factor of alibi_scaling is {scaling['factor']!r}; it must be at least 1."
+    if problem := _quantization_problem(config.get("quantization_config")):
+        return problem
+    if config["n_embd"] // config["n_head"] > 256:
+        return (
+            f"The engine runs heads of at most 256, and these have {config['n_embd'] // config['n_head']}; use "
+            "--engine transformers."
+        )
+    return None
+
+
+def _quantization_problem(quantization: object) -> str | None:
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict) or method != _QUANT_METHOD:
+        return f"The engine runs weights that btlm quantize wrote, and these are quantized by {method!r}."
+    for key, choices in _QUANTIZATION.items():
+        if quantization.get(key) not in choices:
+            return f"{key} of quantization_config is {quantization.get(key)!r}, none of {choices}."
+    return None
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,1 @@
+"""A checkpoint to a quantized checkpoint or to a GGUF file."""

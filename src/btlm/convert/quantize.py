@@ -1,0 +1,317 @@
+"""`btlm quantize`: a checkpoint in four or eight bits, tensor by tensor, so that it never has to fit in memory."""
+
+import glob
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
+from btlm.checkpoint.tensors import Weights, empty_model
+from btlm.checkpoint.to_transformers import check_weights, read_config
+from btlm.checkpoint.tokenizer import load_tokenizer_of
+from btlm.model import BTLMConfig
+from btlm.model.quantization_btlm import (
+    BITS,
+    GROUP_SIZES,
+    QUANT_METHOD,
+    BTLMQuantizationConfig,
+    StoredMatrix,
+    group_size_problem,
+    pack,
+    pack_scale,
+    stored_matrices,
+)
+
+from .calibrate import CALIBRATION_TOKENS, Rounded, calibration_rows, round_blocks
+from .rounding import padded, round_weights, search_scales, values_of
+
+# Beside the weights: configuration and tokenizer.
+_OTHER_FILES = 8_000_000
+
+
+class MatrixError(NamedTuple):
+    """What quantization did to one matrix."""
+
+    weights: float
+    """Root mean square of the difference over that of the weights."""
+    outputs: float | None
+    """The same of the outputs for the calibration text, biases included; None without one."""
+
+
+def quantize(
+    model: Path | str,
+    output: Path | str,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    table_bits: int = 8,
+    calibration: Path | str | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+) -> dict[str, MatrixError]:
+    """Write a quantized copy of a checkpoint, with its tokenizer. :mod:`btlm.model.quantization_btlm` has the storage.
+
+    Args:
+        model: Folder or hub id, not quantized.
+        output: New folder; appears when it is complete.
+        bits: Of the matrices of the blocks, 4 or 8.
+        group_size: Inputs that share a scale, 64 or 128; divides the width of the model.
+        table_bits: Of the token table, and of the head where it is not tied, 4 or 8.
+        calibration: Text in UTF-8 on which the outputs of every matrix shall change as little as can be; without it,
+            the weights themselves.
+        calibration_tokens: Tokens of the text that are used, at most.
+
+    Returns:
+        The errors of each matrix, by the name of its module.
+
+    Raises:
+        ValueError: Before any work: an argument is impossible, the checkpoint cannot be used or is quantized already,
+            ``output`` exists, its disk is too small, or the text is not usable. While it works: a weight is not finite.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} exists; give a new folder or remove it.")
+    quantization = _quantization(bits, group_size, table_bits)
+    folder = checkpoint_folder(model)
+    config = read_config(folder, model)
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        raise ValueError(
+            f"{model} is quantized already ({stored.get('bits')} bits, groups of {stored.get('group_size')}); give the "
+            "folder that it was made from."
+        )
+    if problem := group_size_problem(config, group_size):
+        raise ValueError(problem)
+    network = empty_model(config)
+    weights = Weights(check_weights(folder, config), network)
+    tokenizer = load_tokenizer_of(folder, config, model)
+    rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
+    matrices = stored_matrices(network, quantization)
+    layout = _layout(weights, {name: tuple(value.shape) for name, value in network.state_dict().items()}, matrices)
+    if config.tie_word_embeddings:
+        layout.pop("lm_head.weight")
+    size = file_size(layout)
+    _check_disk(output, size)
+
+    console = Console(stderr=True)
+    with _new_folder(output) as partial, _progress(console, matrices) as (progress, task):
+        _write_description(partial, folder, config, quantization, weights, tokenizer)
+        with SafetensorsWriter(partial / "model.safetensors", layout) as writer:
+            errors = {}
+            for name, weight, rounded in _rounded(network.config, weights, matrices, rows):
+                matrix = matrices[name]
+                writer.write(f"{name}.weight", pack(rounded.q_NK, matrix.bits))
+                writer.write(f"{name}.weight_scale", pack_scale(rounded.scale_NG))
+                if rounded.bias_N is not None:
+                    writer.write(f"{name}.bias", rounded.bias_N)
+                difference = values_of(rounded.q_NK, rounded.scale_NG, matrix.bits).sub_(weight)
+                errors[name] = MatrixError(ratio(difference.norm(), weight.norm()), rounded.output_error)
+                progress.advance(task, weight.numel())
+            for name in layout.keys() - {key for key in layout if key.rpartition(".")[0] in matrices}:
+                writer.write(name, weights.read(name).to(layout[name][0]))
+    # A narrow terminal breaks its lines: better than numbers that are cut off.
+    Console(stderr=True, width=max(console.width, 100)).print(_error_table(errors, matrices))
+    total, blocks = _bits_per_weight(layout, matrices, config)
+    console.print(
+        f"Wrote {output}: {size / 1e6:,.1f} MB, {total:.2f} bits a weight ({blocks:.2f} in the blocks), in "
+        f"{time.monotonic() - started:,.0f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return errors
+
+
+def _rounded(
+    config: BTLMConfig, weights: Weights, matrices: Mapping[str, StoredMatrix], rows: Tensor | None
+) -> Iterator[tuple[str, Tensor, Rounded]]:
+    """Every matrix: its name, its padded weights ``[N, K]``, and what they are rounded to."""
+    table: Rounded | None = None
+    for name, matrix in matrices.items():
+        in_block = ".h." in name
+        if in_block and rows is not None:
+            continue
+        weight = weights.read(f"{name}.weight").float()
+        weight = padded(weight.T if in_block else weight, matrix.padded_outputs, matrix.padded_inputs)
+        scale_NG = search_scales(weight, matrix.bits, matrix.group_size)
+        bias = None
+        if in_block:
+            bias = weights.read(f"{name}.bias").float()
+            bias = torch.nn.functional.pad(bias, (0, matrix.padded_outputs - matrix.outputs))
+        rounded = Rounded(round_weights(weight, scale_NG, matrix.bits), scale_NG, bias, None)
+        yield name, weight, rounded
+        del weight
+        if rows is not None and name == "transformer.wte":
+            table = rounded
+    if rows is not None:
+        assert table is not None
+        bits = matrices["transformer.wte"].bits
+        embeds = values_of(table.q_NK[rows.flatten()], table.scale_NG[rows.flatten()], bits)
+        del table
+        yield from round_blocks(config, weights, matrices, embeds.view(*rows.shape, -1))
+
+
+# Before any work
+
+
+def _quantization(bits: int, group_size: int, table_bits: int) -> BTLMQuantizationConfig:
+    for name, value, choices in (
+        ("The bits are", bits, BITS),
+        ("The group size is", group_size, GROUP_SIZES),
+        ("The bits of tables are", table_bits, BITS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value}; choose {' or '.join(map(str, choices))}.")
+    return BTLMQuantizationConfig(bits, group_size, table_bits)
+
+
+def _layout(
+    weights: Weights, shapes: dict[str, tuple[int, ...]], matrices: Mapping[str, StoredMatrix]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        matrix = matrices.get(name.rpartition(".")[0])
+        if matrix is None:
+            keeps = name.endswith("relative_pe.slopes") and weights.dtype(name) != torch.float64
+            layout[name] = (weights.dtype(name) if keeps else torch.float32, shape)
+        elif name.endswith(".bias"):
+            layout[name] = (torch.float32, (matrix.padded_outputs,))
+        else:
+            layout[name] = (torch.uint8, matrix.weight_shape)
+            layout[f"{name}_scale"] = (torch.bfloat16, matrix.scale_shape)
+    return layout
+
+
+def _check_disk(output: Path, size: int) -> None:
+    parent = next(path for path in output.absolute().parents if path.exists())
+    needed, free = size + _OTHER_FILES, shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"{output} will take {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left; make room "
+            "there, or give another place."
+        )
+
+
+# What surrounds it
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``output`` when the block ends without an error; else nothing is left."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):  # of processes that were killed
+        if not _lives(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _lives(process: str) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere the call below would end the process
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, PermissionError):
+        return True  # not a number of ours, or a process of somebody else
+    except OSError:
+        return False
+    return True
+
+
+def _write_description(
+    partial: Path,
+    folder: Path,
+    config: BTLMConfig,
+    quantization: BTLMQuantizationConfig,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    if (folder / "generation_config.json").is_file():
+        shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "bits": quantization.bits,
+        "group_size": quantization.group_size,
+        "table_bits": quantization.table_bits,
+    }
+    config.architectures = ["BTLMLMHeadModel"]
+    if config.dtype is None:
+        config.dtype = weights.dtype("transformer.wte.weight")
+    config.__dict__.pop("auto_map", None)  # names code that does not come along
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def _progress(console: Console, matrices: Mapping[str, StoredMatrix]) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (
+        TextColumn("quantize"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    total = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress, progress.add_task("quantize", total=total)
+
+
+# What is told at the end
+
+
+def ratio(error: Tensor, size: Tensor) -> float:
+    """Of two norms; 0 where nothing could be wrong."""
+    return (error / size).item() if size else 0.0
+
+
+def _error_table(errors: dict[str, MatrixError], matrices: Mapping[str, StoredMatrix]) -> Table:
+    calibrated = any(error.outputs is not None for error in errors.values())
+    kinds = list(dict.fromkeys(name.split(".", 3)[3] for name in matrices if ".h." in name))
+    title = "Relative error of the weights" + (" / of the outputs for the text" if calibrated else "")
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for layer in range(1 + max(int(name.split(".")[2]) for name in matrices if ".h." in name)):
+        table.add_row(str(layer), *(_cell(errors[f"transformer.h.{layer}.{kind}"]) for kind in kinds))
+    table.caption = ", ".join(
+        f"{name.rpartition('.')[2]} {_cell(errors[name])}" for name in errors if ".h." not in name
+    )
+    return table
+
+
+def _cell(error: MatrixError) -> str:
+    return f"{error.weights:.2%}" + ("" if error.outputs is None else f" / {error.outputs:.2%}")
+
+
+def _bits_per_weight(
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], matrices: Mapping[str, StoredMatrix], config: BTLMConfig
+) -> tuple[float, float]:
+    """Bits of the file for each parameter of the model, and those of the matrices in the blocks for their weights."""
+    in_blocks = {name: matrix for name, matrix in matrices.items() if ".h." in name}
+    stored = sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for name, (dtype, shape) in layout.items()
+        if name.rpartition(".")[0] in in_blocks and not name.endswith(".bias")
+    )
+    count = sum(matrix.outputs * matrix.inputs for matrix in in_blocks.values())
+    return 8 * file_size(layout) / config.num_parameters(), 8 * stored / count

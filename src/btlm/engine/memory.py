@@ -1,0 +1,96 @@
+"""Memory of this machine and of this process."""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btlm.kernels import load_kernels
+
+_READ_BYTES = 512 * 2**20  # far more than any cache of a processor
+_READS = 5
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take: what the machine has free, or what the process's limits leave.
+
+    Limits are those of its control group (Linux) and of its address space (``ulimit -v``). ``None`` where it cannot be
+    told.
+    """
+    known = [value for value in (_free(), _control_group(), _address_space()) if value is not None]
+    return min(known, default=None)
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this program has held at most (resident set, mapped files included)."""
+    try:  # Linux counts in ru_maxrss what the parent of a process had too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_rate(threads: int | None) -> dict[str, Any]:
+    """How fast this machine reads memory, bytes/s: the median of some passes over an array."""
+    kernels = load_kernels("auto", threads)
+    values = np.ones(_READ_BYTES, np.uint8)
+    seconds = []
+    for _ in range(_READS):
+        start = time.perf_counter()
+        kernels.sum_bytes(values)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "bytes_per_s": _READ_BYTES / statistics.median(seconds),
+        "kernels": kernels.path(),
+        "threads": kernels.threads(),
+    }
+
+
+def gigabytes(size: float) -> str:
+    """As people read it: powers of 1,000."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _control_group() -> int | None:
+    """Of version 2, or of version 1."""
+    for folder, limit, used, idle in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = Path(folder, limit).read_text().strip()
+            taken = int(Path(folder, used).read_text())
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            if most != "max":
+                return int(most) - taken + int(statistics.get(idle, 0))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return limit - pages * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return None

@@ -1,0 +1,198 @@
+"""The forward pass on the kernels: token ids of several texts at once to logits.
+
+Letters: T tokens of all texts, C width, V vocabulary, R rows whose logits are wanted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from btlm.checkpoint.shape import Shape
+from btlm.checkpoint.tensor_file import MappedTensor
+from btlm.kernels import Kernels, WeightMatrix
+
+from .cache import KVCache
+
+Floats = npt.NDArray[np.float32]
+
+MAX_TOKENS = 256  # of a forward pass
+LOGIT_ROWS = 64  # of the logits that are held at a time
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True)
+class _Block:
+    ln_1: _Norm
+    c_attn: WeightMatrix
+    attn_c_proj: WeightMatrix
+    ln_2: _Norm
+    c_fc: WeightMatrix
+    c_fc2: WeightMatrix
+    mlp_c_proj: WeightMatrix
+
+
+class Network:
+    """BTLM on the kernels, its weights read from a mapped file.
+
+    Args:
+        kernels: To compute with.
+        shape: Of the network.
+        tensors: By the names of the checkpoint.
+        max_tokens: Tokens of one forward pass; the memory for activations is set aside for them.
+
+    Raises:
+        ValueError: A tensor is missing or does not fit the shape.
+    """
+
+    def __init__(
+        self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor], *, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        self.kernels = kernels
+        self.shape = shape
+        self.max_tokens = max_tokens
+        weights = _Weights(kernels, shape, tensors)
+        self._blocks = [weights.block(i) for i in range(shape.n_layer)]
+        self._ln_f = weights.norm("transformer.ln_f")
+        self._table = weights.table("transformer.wte")
+        self._head = self._table if shape.tied else weights.table("lm_head")
+        self.weight_dtype = weight_dtype(shape, tensors)
+        self._slopes = shape.slopes
+        sizes = {"x": shape.n_embd, "normal": shape.n_embd, "attended": shape.n_embd, "qkv": 3 * shape.n_embd}
+        sizes["inner"] = self._blocks[0].c_fc.rows
+        self._memory = {name: np.zeros((max_tokens, size), np.float32) for name, size in sizes.items()}
+
+    def forward(
+        self,
+        ids: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.int64],
+        cache: KVCache,
+        rows: npt.NDArray[np.int64],
+    ) -> Floats:
+        """Append tokens to the cache and predict what follows some of them.
+
+        Args:
+            ids: ``[T]``, at most ``max_tokens``.
+            segments: ``[*, 4]``: for each text the row of its first token, its slot, the position of that token, and
+                the
+                number of tokens.
+            cache: Holds the tokens before them.
+            rows: ``[R]``, the rows of ``ids`` whose logits are wanted.
+
+        Returns:
+            Logits, muP's multiplier included, ``[R, V]``.
+        """
+        kernels, shape = self.kernels, self.shape
+        x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._memory.values())
+        kernels.embed(ids, self._table, shape.embeddings_scale, x)
+        for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
+            scale = shape.attention_scale / (i + 1 if shape.inverse_layer_idx else 1)
+            kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, shape.layer_norm_epsilon, normal)
+            kernels.linear(normal, block.c_attn, qkv)
+            kernels.attend(qkv, layer, segments, self._slopes, scale, attended)
+            kernels.linear(attended, block.attn_c_proj, x, add=True)
+            kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, shape.layer_norm_epsilon, normal)
+            kernels.linear(normal, block.c_fc, inner, gate=block.c_fc2)
+            kernels.linear(inner, block.mlp_c_proj, x, add=True)
+        wanted = np.ascontiguousarray(x[rows])
+        kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, shape.layer_norm_epsilon, wanted)
+        wanted *= np.float32(shape.logits_scale)
+        logits = np.empty((len(rows), self._head.rows), np.float32)
+        if len(rows):
+            kernels.linear(wanted, self._head, logits)
+        return logits[:, : shape.vocab_size]
+
+
+def activation_bytes(shape: Shape, max_tokens: int = MAX_TOKENS) -> int:
+    """Bytes of the activations of a forward pass, in fp32 and as the kernels round them, and of logits."""
+    widths = 6 * shape.n_embd + 5 * shape.n_inner // 4
+    return 4 * (max_tokens * widths + LOGIT_ROWS * shape.vocab_size)
+
+
+def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
+    """``"bfloat16"``, ``"float16"`` or ``"float32"``, that of the token table, or ``"4-bit"`` and ``"8-bit"``."""
+    if shape.bits is not None:
+        return f"{shape.bits}-bit"
+    tensor = tensors.get("transformer.wte.weight") or tensors.get("wte.weight")
+    kinds = {"BF16": "bfloat16", "F16": "float16"}
+    return "float32" if tensor is None else kinds.get(tensor.dtype, "float32")
+
+
+class _Weights:
+    """Matrices of the kernels over the tensors of a checkpoint."""
+
+    def __init__(self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor]) -> None:
+        self.kernels = kernels
+        self.shape = shape
+        self.tensors = tensors
+
+    def block(self, index: int) -> _Block:
+        width, inner = self.shape.n_embd, self.shape.n_inner
+        if self.shape.bits is not None:
+            inner = -(-inner // self.shape.group_size) * self.shape.group_size
+        name = f"transformer.h.{index}"
+        return _Block(
+            self.norm(f"{name}.ln_1"),
+            self._projection(f"{name}.attn.c_attn", 3 * width, width),
+            self._projection(f"{name}.attn.c_proj", width, width),
+            self.norm(f"{name}.ln_2"),
+            self._projection(f"{name}.mlp.c_fc", inner, width),
+            self._projection(f"{name}.mlp.c_fc2", inner, width),
+            self._projection(f"{name}.mlp.c_proj", width, inner),
+        )
+
+    def norm(self, name: str) -> _Norm:
+        size = self.shape.n_embd
+        return _Norm(self._vector(f"{name}.weight", size), self._vector(f"{name}.bias", size))
+
+    def table(self, name: str) -> WeightMatrix:
+        rows, columns = self.shape.vocab_size, self.shape.n_embd
+        if self.shape.bits is not None:
+            return self._packed(name, self.shape.table_bits, -(-rows // 16) * 16, columns, None)
+        return self._plain(name, rows, columns, None, input_major=False)
+
+    def _projection(self, name: str, rows: int, columns: int) -> WeightMatrix:
+        bias = self._vector(f"{name}.bias", rows)
+        if self.shape.bits is not None:
+            return self._packed(name, self.shape.bits, rows, columns, bias)
+        return self._plain(name, rows, columns, bias, input_major=True)
+
+    def _packed(self, name: str, bits: int, rows: int, columns: int, bias: Floats | None) -> WeightMatrix:
+        group, in_64_bytes = self.shape.group_size, 8 if bits == 4 else 4
+        weight = self._tensor(f"{name}.weight", ("U8",), (rows // 16, columns // in_64_bytes, 64))
+        scale = self._tensor(f"{name}.weight_scale", ("BF16",), (rows // 16, columns // group, 16))
+        return self.kernels.Matrix(f"q{bits}", weight, scale, bias, rows, columns, group)
+
+    def _plain(self, name: str, rows: int, columns: int, bias: Floats | None, *, input_major: bool) -> WeightMatrix:
+        shape = (columns, rows) if input_major else (rows, columns)
+        weight = self._tensor(f"{name}.weight", ("F32", "BF16", "F16"), shape)
+        kind = "bf16" if weight.dtype == np.uint16 else "f32"
+        return self.kernels.Matrix(kind, weight, None, bias, rows, columns, 0, input_major)
+
+    def _vector(self, name: str, size: int) -> Floats:
+        vector = self._tensor(name, ("F32", "BF16", "F16"), (size,))
+        if vector.dtype == np.uint16:
+            return (vector.astype(np.uint32) << 16).view(np.float32)
+        return vector
+
+    def _tensor(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        tensor = self.tensors.get(name) or self.tensors.get(name.removeprefix("transformer."))
+        if tensor is None:
+            raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
+        if tensor.dtype not in ("U8", "F32", "BF16", "F16"):
+            raise ValueError(
+                f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
+            )
+        if tensor.values.shape != shape or tensor.dtype not in dtypes:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.values.shape)} where config.json makes it {dtypes[0]} "
+                f"{list(shape)}."
+            )
+        return tensor.values.astype(np.float32) if tensor.dtype == "F16" else tensor.values

@@ -1,0 +1,1 @@
+"""A checkpoint to results: loss on held-out text, memory and speed."""

@@ -1,0 +1,312 @@
+"""`btlm bench`: resident memory and speed of models by dtype and context, as a table and as two plots."""
+
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from btlm.checkpoint.shape import Shape, read_shape
+from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
+from btlm.engine.cache import cache_bytes, cache_dtype_of
+from btlm.engine.memory import available_memory, gigabytes
+from btlm.engine.network import weight_dtype
+from btlm.files import whole_file
+
+from .random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
+
+_PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
+_SPARE = 100_000_000  # bytes of a disk that are left
+
+
+def run_bench(
+    models: Sequence[str],
+    *,
+    dtypes: str | Sequence[str] = ("4bit",),
+    contexts: str | Sequence[int] = (512, 2048),
+    new_tokens: int = 32,
+    cache_dtype: str = "auto",
+    threads: int | None = None,
+    output: Path | str | None = None,
+) -> list[dict[str, Any]]:
+    """Measure models, each dtype and context in a process of its own, and print a table to standard output.
+
+    Args:
+        models: Folders of checkpoints, measured as they are stored, and names of :data:`SHAPES`, measured with random
+            weights in each of the dtypes. Those are written to a temporary folder (of ``TMPDIR``), one at a time.
+        dtypes: Of shapes, some of :data:`DTYPES`; or a string with commas.
+        contexts: Tokens, the decoded ones included, which are the last; or a string with commas.
+        new_tokens: To decode, at least 3: speed is that of the median step.
+        cache_dtype: Of keys and values; see :class:`btlm.engine.Engine`.
+        threads: See :func:`btlm.kernels.load_kernels`.
+        output: Folder that receives ``bench.json`` after every measurement, and ``figure-1.png`` and ``figure-2.png``.
+
+    Returns:
+        What ``bench.json`` has as ``measurements``: the keys of :func:`btlm.evaluate.bench_child.measure` with
+        ``model``, ``dtype``, ``context``, ``read_bytes_per_s`` and ``share_of_read_rate``.
+
+    Raises:
+        ValueError: One line that says what cannot be measured, and what to do; before the work as far as it is known.
+    """
+    formats, lengths = _dtypes(dtypes), _contexts(contexts, new_tokens)
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"--threads is {threads} and must be between 1 and 1,024.")
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--output draws with matplotlib: pip install 'btlm[data]', or leave it out.")
+    subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats)]
+    if not subjects:
+        raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")
+    for subject in subjects:
+        subject.check(max(lengths), cache_dtype)
+    _tell_apart(subjects)
+    if output is not None:
+        _make_folder(Path(output))
+    rows: list[dict[str, Any]] = []
+    machine: dict[str, Any] = {}
+    with _progress() as progress:
+        for number, subject in enumerate(subjects):
+            with subject.folder(progress) as folder:
+                for i, context in enumerate(lengths):
+                    place = f"{number * len(lengths) + i + 1}/{len(subjects) * len(lengths)}"
+                    title = f"{place} {escape(subject.name)} {subject.dtype} {context:,}"
+                    rate = _child({"threads": threads}, progress, f"{title}: memory", 1)
+                    task = {"folder": str(folder), "context": context, "new_tokens": new_tokens, "threads": threads}
+                    task["cache_dtype"] = cache_dtype
+                    row: dict[str, Any] = {"model": subject.name, "dtype": subject.dtype, "context": context}
+                    row |= _child(task, progress, title, context)
+                    row["read_bytes_per_s"] = rate["bytes_per_s"]
+                    read = row["weight_bytes_read"] + row["cache_bytes_read"]
+                    row["share_of_read_rate"] = read * row["decode_tokens_per_s"] / rate["bytes_per_s"]
+                    rows.append(row)
+                    machine = {**_machine(), "kernels": rate["kernels"], "threads": rate["threads"]}
+                    if output is not None:
+                        _write(Path(output), {"machine": machine, "new_tokens": new_tokens, "measurements": rows})
+    Console().print(bench_table(rows))
+    if output is not None:
+        from .bench_plot import plot_memory, plot_speed
+
+        for name, plot in (("figure-1.png", plot_memory), ("figure-2.png", plot_speed)):
+            with whole_file(Path(output) / name) as partial:
+                plot(rows, partial)
+    return rows
+
+
+def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Measurements as a table; memory in powers of 1,000."""
+    caption = (
+        "peak: resident memory, everything included; share: of the rate at which the memory was read in that minute, "
+        "what a decoding step reached with the weights and the cache that it reads"
+    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
+    table.add_column("model", min_width=8, overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    for title in ("context", "weights\nGB", "cache\nGB", "peak\nGB", "open\ns", "prefill\ntok/s", "decode\ntok/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("memory\nGB/s", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    before = None
+    for row in rows:
+        if before not in (None, (row["model"], row["dtype"])):
+            table.add_section()
+        before = row["model"], row["dtype"]
+        table.add_row(
+            escape(row["model"]),
+            row["dtype"],
+            f"{row['context']:,}",
+            *(_three(row[key] / 1e9) for key in ("weight_bytes", "cache_bytes", "peak_bytes")),
+            f"{row['open_s']:.2f}",
+            *(_three(row[key]) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            _three(row["read_bytes_per_s"] / 1e9),
+            f"{100 * row['share_of_read_rate']:.0f}%",
+        )
+    return table
+
+
+# What is measured
+
+
+class _Folder:
+    """A checkpoint as it is stored."""
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).is_dir():
+            raise ValueError(f"{path!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
+        self.path, self.given = Path(path), path
+        self.name = self.path.resolve().name
+        self.shape = read_shape(path)
+        tensors = map_tensors(self.path)
+        self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
+        self.dtype = weight_dtype(self.shape, tensors).replace("-bit", "bit")
+
+    def check(self, context: int, cache_dtype: str) -> None:
+        cache = cache_bytes(self.shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
+
+    @contextmanager
+    def folder(self, progress: Progress) -> Iterator[Path]:
+        yield self.path
+
+
+class _RandomModel:
+    """A shape with random weights."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name = self.given = name
+        self.dtype = dtype
+        self.sizes = SHAPES[name]
+        self.weight_bytes = random_weight_bytes(self.sizes, dtype)
+
+    def check(self, context: int, cache_dtype: str) -> None:
+        shape = Shape.from_config(shape_config(self.sizes, self.dtype))
+        cache = cache_bytes(shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
+        self._check_disk()
+
+    def _check_disk(self) -> None:
+        place = tempfile.gettempdir()
+        free = shutil.disk_usage(place).free
+        if self.weight_bytes + _SPARE > free:
+            raise ValueError(
+                f"{self.name} in {self.dtype} takes {gigabytes(self.weight_bytes)} on disk and {place} has "
+                f"{gigabytes(free)} free; set TMPDIR to a larger place, or choose another of --dtypes."
+            )
+
+    @contextmanager
+    def folder(self, progress: Progress) -> Iterator[Path]:
+        self._check_disk()
+        with tempfile.TemporaryDirectory(prefix="btlm-bench-") as name:
+            description = f"writing {self.name} {self.dtype}, {gigabytes(self.weight_bytes)}"
+            task = progress.add_task(description, total=self.weight_bytes)
+            write_random_model(
+                Path(name), self.sizes, self.dtype, on_bytes=lambda done: progress.update(task, completed=done)
+            )
+            progress.remove_task(task)
+            yield Path(name)
+
+
+def _subjects(model: str, dtypes: Sequence[str]) -> list[_Folder | _RandomModel]:
+    return [_RandomModel(model, dtype) for dtype in dtypes] if model in SHAPES else [_Folder(model)]
+
+
+def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
+    """Folders of the same name are called as they were given."""
+    names = Counter((subject.name, subject.dtype) for subject in subjects)
+    for subject in subjects:
+        if names[subject.name, subject.dtype] > 1:
+            subject.name = subject.given
+
+
+def _check_memory(name: str, dtype: str, weights: int, cache: int, context: int) -> None:
+    needed, available = weights + cache + _PROGRAM, available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{name} in {dtype} takes {gigabytes(needed)} at {context:,} tokens (weights {gigabytes(weights)}, cache "
+            f"{gigabytes(cache)}) and {gigabytes(available)} of memory are available; choose another dtype or shorter "
+            "--contexts."
+        )
+
+
+# Processes
+
+
+def _child(task: dict[str, Any], progress: Progress, title: str, total: int) -> dict[str, Any]:
+    """The result of a process of :mod:`btlm.evaluate.bench_child`; it does not outlive this one's interruption."""
+    command = [sys.executable, "-m", "btlm.evaluate.bench_child", json.dumps(task)]
+    shown = progress.add_task(title, total=total)
+    told: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                told = json.loads(line)
+                if "tokens" in told:
+                    progress.update(shown, completed=told["tokens"])
+        finally:
+            if process.poll() is None and "result" not in told:
+                process.terminate()
+    progress.remove_task(shown)
+    if "error" in told:
+        raise ValueError(told["error"])
+    if "result" not in told:
+        ended = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        raise ValueError(f"The measurement {title} ended early ({ended}); the memory may not suffice for it.")
+    result: dict[str, Any] = told["result"]
+    return result
+
+
+def _progress() -> Progress:
+    """Bars on standard error, which vanish."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+# Arguments and results
+
+
+def _dtypes(given: str | Sequence[str]) -> list[str]:
+    dtypes = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtypes names {dtype!r}; choose some of {', '.join(DTYPES)}.")
+    return list(dict.fromkeys(dtypes))
+
+
+def _contexts(given: str | Sequence[int], new_tokens: int) -> list[int]:
+    if new_tokens < 3:
+        raise ValueError(f"--new-tokens is {new_tokens} and must be at least 3: the median step is measured.")
+    parts: list[Any] = given.split(",") if isinstance(given, str) else list(given)
+    try:
+        contexts = sorted({int(part) for part in parts})
+    except ValueError:
+        raise ValueError(f"--contexts is {given!r}; give whole numbers with commas between them.") from None
+    if not contexts or contexts[0] <= new_tokens:
+        raise ValueError(f"--contexts is {given!r}; each must exceed the {new_tokens} of --new-tokens.")
+    return contexts
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be made a folder ({error.strerror}); give another --output.") from error
+
+
+def _machine() -> dict[str, Any]:
+    return {"processor": _processor(), "system": platform.system(), "btlm": version("btlm")}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write(output: Path, content: dict[str, Any]) -> None:
+    with whole_file(output / "bench.json") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _three(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

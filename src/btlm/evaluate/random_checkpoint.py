@@ -1,0 +1,191 @@
+"""Checkpoints of known shapes with random weights: they cost what trained ones cost, and say nothing."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from btlm.checkpoint.shape import Shape
+
+DTYPES = ("4bit", "8bit", "bfloat16", "float32")
+
+_ALIGNMENT = 64  # as in the folders of `btlm quantize`: tensors that vector instructions read in place
+_GROUP, _TABLE_BITS = 128, 8
+_POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows are not alike
+_ITEM = {"U8": 1, "BF16": 2, "F32": 4}
+
+_COMMON: dict[str, Any] = {
+    "model_type": "btlm",
+    "architectures": ["BTLMLMHeadModel"],
+    "activation_function": "swiglu",
+    "position_embedding_type": "alibi",
+    "layer_norm_epsilon": 1e-5,
+    "mup_scale_qk_dot_by_d": True,
+    "mup_embeddings_scale": 14.6,
+    "mup_output_alpha": 2.22,
+    "initializer_range": 0.073,
+    "alibi_scaling": None,
+}
+# Llama-7B (arXiv 2302.13971) has RMSNorm, rotary positions and no biases; these are BTLM's blocks at its sizes, and the
+# matrices, which are nearly all of the cost, are the same.
+SHAPES: dict[str, dict[str, Any]] = {
+    "btlm-3b": {
+        "vocab_size": 50257,
+        "n_positions": 8192,
+        "n_embd": 2560,
+        "n_layer": 32,
+        "n_head": 32,
+        "n_inner": 6826,
+        "mup_width_scale": 0.1,
+        "tie_word_embeddings": True,
+    },
+    "llama-7b": {
+        "vocab_size": 32000,
+        "n_positions": 8192,
+        "n_embd": 4096,
+        "n_layer": 32,
+        "n_head": 32,
+        "n_inner": 11008,
+        "mup_width_scale": 0.0625,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+class _Tensor(NamedTuple):
+    dtype: str  # of safetensors
+    shape: tuple[int, ...]
+    role: str  # "packed", "scale", "matrix", "one" or "zero"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM[self.dtype]
+
+
+def shape_config(sizes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of a shape.
+
+    Args:
+        sizes: One of :data:`SHAPES`, or some of its keys changed.
+        dtype: One of :data:`DTYPES`; groups of 128 and tables of eight bits where it is quantized.
+    """
+    config = {**_COMMON, **sizes, "dtype": dtype if dtype in ("bfloat16", "float32") else "float32"}
+    if bits := _bits(dtype):
+        config["quantization_config"] = {
+            "quant_method": "btlm",
+            "bits": bits,
+            "group_size": _GROUP,
+            "table_bits": _TABLE_BITS,
+        }
+    return config
+
+
+def random_weight_bytes(sizes: Mapping[str, Any], dtype: str) -> int:
+    """Bytes of the weights that :func:`write_random_model` writes."""
+    return sum(tensor.nbytes for tensor in _layout(sizes, dtype).values())
+
+
+def write_random_model(
+    folder: Path, sizes: Mapping[str, Any], dtype: str, *, on_bytes: Callable[[int], None] | None = None
+) -> None:
+    """Write a checkpoint of a shape with random weights, a few MB in memory at a time.
+
+    Args:
+        folder: To write ``config.json`` and ``model.safetensors`` to.
+        sizes, dtype: As for :func:`shape_config`.
+        on_bytes: Called with the bytes written so far.
+    """
+    (folder / "config.json").write_text(json.dumps(shape_config(sizes, dtype), indent=2) + "\n", encoding="utf-8")
+    layout = _layout(sizes, dtype)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in layout.items():
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    pools = _pools(dtype)
+    written = 0
+    with (folder / "model.safetensors").open("xb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in layout.values():
+            left = math.prod(tensor.shape)
+            while left:
+                part = pools[tensor.dtype, tensor.role][:left]
+                file.write(part.data)
+                left -= len(part)
+                written += part.nbytes
+                if on_bytes is not None:
+                    on_bytes(written)
+
+
+def _bits(dtype: str) -> int | None:
+    return {"4bit": 4, "8bit": 8}.get(dtype)
+
+
+def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
+    """The tensors in the order of the file: those whose size keeps the next ones aligned first."""
+    shape = Shape.from_config(shape_config(sizes, dtype))
+    bits, plain = _bits(dtype), "BF16" if dtype == "bfloat16" else "F32"
+    width, inner, tensors = shape.n_embd, shape.n_inner, dict[str, _Tensor]()
+    if bits:
+        if width % _GROUP:
+            raise ValueError(f"n_embd is {width}, not a multiple of the group size of {_GROUP}.")
+        inner = -(-inner // _GROUP) * _GROUP
+
+    def matrix(name: str, rows: int, columns: int, *, table: bool = False) -> None:
+        if bits:
+            rows = -(-rows // 16) * 16
+            in_64_bytes = 8 if bits == 4 and not (table and _TABLE_BITS == 8) else 4
+            tensors[f"{name}.weight"] = _Tensor("U8", (rows // 16, columns // in_64_bytes, 64), "packed")
+            tensors[f"{name}.weight_scale"] = _Tensor("BF16", (rows // 16, columns // _GROUP, 16), "scale")
+        else:
+            tensors[f"{name}.weight"] = _Tensor(plain, (rows, columns) if table else (columns, rows), "matrix")
+        if not table:
+            tensors[f"{name}.bias"] = _Tensor("F32" if bits else plain, (rows,), "zero")
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"] = _Tensor("F32" if bits else plain, (width,), "one")
+        tensors[f"{name}.bias"] = _Tensor("F32" if bits else plain, (width,), "zero")
+
+    matrix("transformer.wte", shape.vocab_size, width, table=True)
+    for i in range(shape.n_layer):
+        name = f"transformer.h.{i}"
+        norm(f"{name}.ln_1")
+        matrix(f"{name}.attn.c_attn", 3 * width, width)
+        matrix(f"{name}.attn.c_proj", width, width)
+        norm(f"{name}.ln_2")
+        matrix(f"{name}.mlp.c_fc", inner, width)
+        matrix(f"{name}.mlp.c_fc2", inner, width)
+        matrix(f"{name}.mlp.c_proj", width, inner)
+    norm("transformer.ln_f")
+    if not shape.tied:
+        matrix("lm_head", shape.vocab_size, width, table=True)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0))  # stable
+
+
+def _pools(dtype: str) -> dict[tuple[str, str], npt.NDArray[Any]]:
+    """What tensors are filled with, by dtype and role; matrices have a standard deviation of about 0.02."""
+    rng = np.random.default_rng(0)
+    normal = (0.02 * rng.standard_normal(_POOL, np.float32)).astype(np.float32)
+    scale = np.float32(0.02 / (4.6 if dtype == "4bit" else 74))  # over the deviation of evenly spread q
+    few = 65_536
+    pools: dict[tuple[str, str], npt.NDArray[Any]] = {
+        ("U8", "packed"): rng.integers(1, 256, _POOL, np.uint8),
+        ("BF16", "scale"): _bf16(np.full(few, scale, np.float32)),
+        ("F32", "matrix"): normal,
+        ("BF16", "matrix"): _bf16(normal),
+    }
+    for role, value in (("zero", 0), ("one", 1)):
+        pools["F32", role] = np.full(few, value, np.float32)
+        pools["BF16", role] = _bf16(pools["F32", role])
+    return pools
+
+
+def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Rounded towards zero, which does not matter here."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)

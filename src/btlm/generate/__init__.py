@@ -1,0 +1,23 @@
+"""The command `btlm generate`: a prompt to its continuation. What needs torch loads when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .report import GenerationReport
+
+if TYPE_CHECKING:
+    from .with_transformers import generate_text
+
+__all__ = ["GenerationReport", "generate_text"]
+
+_LATER = {"generate_text": ".with_transformers"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

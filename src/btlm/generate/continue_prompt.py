@@ -1,0 +1,146 @@
+"""`btlm generate`: a prompt from anywhere, its continuation to standard output, all else to standard error."""
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from btlm.checkpoint.locate import BUNDLED_MODEL, checkpoint_folder
+from btlm.checkpoint.shape import read_shape
+from btlm.console import note, plain_warnings
+from btlm.devices import has_cuda
+from btlm.engine.cache import CACHE_DTYPES
+from btlm.engine.options import GenerationOptions
+
+from .with_engine import run_engine
+
+ENGINES = ("auto", "btlm", "transformers")
+
+
+def run_generate(
+    prompt: Sequence[str] = (),
+    *,
+    prompt_file: Path | str | None = None,
+    model: Path | str = BUNDLED_MODEL,
+    options: GenerationOptions | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    context_scaling: float | str = "none",
+    engine: str = "auto",
+    cache_dtype: str = "auto",
+    kernels: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write a prompt and its continuation to standard output, as the tokens come.
+
+    Args:
+        prompt: Words to be joined by spaces; standard input is read where there are none, and for a single ``"-"``.
+        prompt_file: Text file to take the prompt from instead. Of a file and of standard input, the line break at the
+            very end is not part of the prompt.
+        model: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        options: How to continue; greedily where not given.
+        dtype, device, context_scaling: See :func:`btlm.checkpoint.load_model`.
+        engine: ``"btlm"``, ``"transformers"``, or ``"auto"``: Transformers for what the engine does not do (beams,
+            another
+            dtype than the stored one, devices other than the processor, dynamic interpolation, networks other than
+            SwiGLU with ALiBi, pickled weights), else the engine.
+        cache_dtype, kernels, threads: See :meth:`btlm.engine.Engine.open`.
+
+    Raises:
+        ValueError: One line that says what cannot be used, and what to do.
+    """
+    options = options or GenerationOptions()
+    for name, value, known in (("engine", engine, ENGINES), ("cache dtype", cache_dtype, CACHE_DTYPES)):
+        if value not in known:
+            raise ValueError(f"The {name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"--threads is {threads} and must be between 1 and 1,024.")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character must not end the text
+        sys.stdout.reconfigure(errors="replace")
+    text = _read_prompt(list(prompt), prompt_file)
+    with plain_warnings():
+        reason = _not_for_the_engine(model, options, dtype, device, context_scaling)
+        if reason is not None and engine == "btlm":
+            raise ValueError(f"The engine has {reason}; use --engine transformers.")
+        if reason is None and engine != "transformers":
+            factor = None if context_scaling == "none" else _factor(context_scaling)
+            run_engine(text, model, options, factor, cache_dtype, kernels, threads)
+            return
+    ignored = {"--cache-dtype": cache_dtype != "auto", "--kernels": kernels != "auto", "--threads": threads is not None}
+    if given := [name for name, is_given in ignored.items() if is_given]:
+        raise ValueError(
+            f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers"
+            f"{'' if reason is None else f' (the engine has {reason})'}; leave them out."
+        )
+    from .with_transformers import run_transformers  # imports torch
+
+    run_transformers(text, model, options, dtype, device, context_scaling)
+
+
+def _not_for_the_engine(
+    model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
+) -> str | None:
+    """What of a generation the engine cannot do."""
+    if options.num_beams > 1:
+        return "no beams"
+    if dtype != "auto":
+        return "no dtype but the stored one"
+    if device not in ("auto", "cpu") or (device == "auto" and has_cuda()):
+        return "no device but the processor"
+    if context_scaling == "dynamic":
+        return "no dynamic interpolation"
+    if context_scaling != "none" and not _factor(context_scaling) > 1:
+        return "no such interpolation"  # which loading refuses
+    folder = checkpoint_folder(model)
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return "only weights in safetensors"
+    try:
+        read_shape(model)
+    except ValueError as error:
+        if "--engine transformers" not in str(error):
+            raise
+        return "SwiGLU and ALiBi, at most with fixed interpolation and heads of 256"
+    return None
+
+
+def _factor(context_scaling: float | str) -> float:
+    try:
+        return float(context_scaling)
+    except ValueError:
+        return 0.0
+
+
+def _read_prompt(words: list[str], prompt_file: Path | str | None) -> str:
+    if prompt_file is not None:
+        if words:
+            raise ValueError(
+                f"The prompt is given twice, as {' '.join(words)!r} and as --prompt-file; give one of them."
+            )
+        try:
+            text = Path(prompt_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"The prompt file {prompt_file} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt file {prompt_file} is not UTF-8 text (byte {error.start}).") from error
+        source = f"The prompt file {prompt_file}"
+    elif words and words != ["-"]:
+        return _checked(" ".join(words), "The prompt")
+    else:
+        if sys.stdin.isatty():
+            note("type the prompt, and end it with Ctrl-D")
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt on standard input is not UTF-8 text (byte {error.start}).") from error
+        source = "Standard input"
+    return _checked(text.removesuffix("\n"), source)
+
+
+def _checked(text: str, source: str) -> str:
+    if not text:
+        raise ValueError(f"{source} is empty; give some text to continue.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of an argument or of standard input that are not UTF-8
+        raise ValueError(f"{source} is not UTF-8 text (character {error.start}).") from error
+    return text

@@ -1,0 +1,34 @@
+"""What a generation did."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """What a generation did.
+
+    Args:
+        prompt_tokens, new_tokens: Counts; end-of-text is one of the new tokens.
+        first_token_s: Seconds to the first new token; ``None`` with beams.
+        total_s: Seconds to the last one.
+        end_of_text: The model ended the text; otherwise it met ``max_new_tokens``.
+        seed: That the samples can be drawn again with; ``None`` where nothing was sampled.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float | None
+    total_s: float
+    end_of_text: bool
+    seed: int | None
+
+    def __str__(self) -> str:
+        ended = "end of text" if self.end_of_text else "--max-new-tokens"
+        if self.first_token_s is None:
+            speed = f"in {self.total_s:.2f} s, prompt included"
+        else:
+            speed = f"first after {self.first_token_s:.2f} s"
+            if self.new_tokens > 1 and self.total_s > self.first_token_s:
+                speed += f", then {(self.new_tokens - 1) / (self.total_s - self.first_token_s):.1f} tokens/s"
+        seed = "" if self.seed is None else f"; seed {self.seed}"
+        return f"{self.prompt_tokens:,} prompt tokens, {self.new_tokens:,} new ({speed}); stopped at {ended}{seed}"

@@ -1,0 +1,71 @@
+"""A prompt to its continuation by the engine."""
+
+import time
+from pathlib import Path
+
+from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.shape import read_shape
+from btlm.checkpoint.tokenizer import open_tokenizer
+from btlm.console import note, warn
+from btlm.engine.engine import Engine
+from btlm.engine.options import GenerationOptions
+
+from .report import GenerationReport
+from .text import TextPieces, encode, longer_than_trained, name_of, write_text
+
+
+def run_engine(
+    prompt: str,
+    model: Path | str,
+    options: GenerationOptions,
+    factor: float | None,
+    cache_dtype: str,
+    kernels: str,
+    threads: int | None,
+) -> None:
+    """Write a prompt and its continuation to standard output; arguments as of ``run_generate``.
+
+    Args:
+        factor: Position interpolation instead of the stored one.
+    """
+    shape = read_shape(model, factor=factor)
+    tokenizer = open_tokenizer(model, checkpoint_folder(model), shape)
+    ids = encode(tokenizer, prompt)
+    length = len(ids) + options.max_new_tokens
+    engine = Engine.open(
+        model, cache_dtype=cache_dtype, context=length, kernels=kernels, threads=threads, factor=factor
+    )
+    used = engine.network.kernels
+    note(
+        f"{name_of(model)}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.path()}, "
+        f"{used.threads()} {'thread' if used.threads() == 1 else 'threads'})"
+    )
+    if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):
+        warn(warning)
+    write_text(prompt)
+    pieces = TextPieces(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), write_text)
+    start = time.perf_counter()
+    first = last = start
+    text = engine.add(ids, options)
+    try:
+        while text.finished is None:
+            written = engine.step()
+            if written:
+                last = time.perf_counter()
+                first = last if first == start else first
+            pieces.put([token.id for _, token in written if token.id not in shape.end_ids])
+        pieces.end()
+    finally:
+        write_text("\n")
+    note(
+        str(
+            GenerationReport(
+                prompt_tokens=len(ids),
+                new_tokens=text.new_tokens,
+                first_token_s=first - start,
+                total_s=last - start,
+                end_of_text=text.finished == "stop",
+                seed=text.sampler.seed,
+            )
+        )
+    )

@@ -1,0 +1,210 @@
+"""A prompt to its continuation, piece by piece."""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.to_transformers import end_ids, load_model
+from btlm.console import note, one_line, plain_messages, warn
+from btlm.devices import has_cuda
+from btlm.engine.options import GenerationOptions
+from btlm.model import BTLMConfig, BTLMLMHeadModel
+
+from .report import GenerationReport
+from .text import TextPieces, longer_than_trained, name_of, write_text
+
+
+def run_transformers(
+    text: str, model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
+) -> None:
+    """Write a prompt and its continuation to standard output; arguments as of ``run_generate``."""
+    with plain_messages():
+        group_size = _four_bits(model) if dtype == "auto" and device != "cpu" and has_cuda() else None
+        if group_size is not None:
+            dtype = "bfloat16"
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
+        if group_size is not None and loaded.device.type == "cuda":
+            if find_spec("torchao") is None:
+                note("the four-bit weights are decoded to bfloat16; with torchao installed they keep four bits")
+            else:
+                from btlm.engine.cuda import to_int4
+
+                loaded = to_int4(loaded, group_size)
+        config = loaded.config
+        note(
+            f"{name_of(model)}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} on "
+            f"{loaded.device}"
+        )
+        if warning := length_warning(config, encode(tokenizer, text).shape[1] + options.max_new_tokens):
+            warn(warning)
+        write_text(text)
+        try:
+            report = generate_text(loaded, tokenizer, text, options, write_text)
+        finally:
+            write_text("\n")
+        note(str(report))
+
+
+def generate_text(
+    model: BTLMLMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: GenerationOptions,
+    write: Callable[[str], object],
+) -> GenerationReport:
+    """Continue a prompt.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: Any text but the empty one.
+        options: How to continue it.
+        write: Receives the continuation without the prompt, in pieces of whole characters as soon as they are known.
+
+    Raises:
+        ValueError: The prompt has no tokens, or does not fit learned positions or the memory.
+    """
+    inputs = encode(tokenizer, prompt).to(model.device)
+    seed = options.seed
+    if options.samples and seed is None:
+        seed = secrets.randbelow(2**31)
+    if seed is not None:
+        torch.manual_seed(seed)
+    pieces = _Streamer(tokenizer, write)
+    generation_config = _generation_config(model, options)
+    # What the checkpoint recommends would fill in what the options leave open: they alone decide.
+    recommended, model.generation_config = model.generation_config, GenerationConfig()
+    start = time.perf_counter()
+    try:
+        output = cast(Any, model).generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=generation_config,
+            streamer=pieces if options.num_beams == 1 else None,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The memory of {model.device} ends ({one_line(error)}); use a shorter prompt, or the cpu."
+        ) from error
+    finally:
+        model.generation_config = recommended
+    total = time.perf_counter() - start
+    prompt_tokens = inputs.shape[1]
+    new_ids = _until_end(output[0, prompt_tokens:].tolist(), end_ids(model))
+    if options.num_beams > 1:
+        pieces.put(inputs)
+        pieces.put(torch.tensor(new_ids))
+        pieces.end()
+    return GenerationReport(
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new_ids),
+        first_token_s=None if options.num_beams > 1 else pieces.first_token_at - start,
+        total_s=total if options.num_beams > 1 else pieces.last_token_at - start,
+        end_of_text=bool(new_ids) and new_ids[-1] in end_ids(model),
+        seed=seed,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """Token ids of a prompt, int64 ``[1, Q]``.
+
+    Raises:
+        ValueError: There are none.
+    """
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError("The prompt is empty; give some text to continue.")
+    return torch.tensor([ids])
+
+
+def length_warning(config: BTLMConfig, length: int) -> str | None:
+    """What to know of a text of ``length`` tokens, prompt and continuation, if it is longer than the training length.
+
+    Raises:
+        ValueError: It does not fit learned positions.
+    """
+    scaling = config.alibi_scaling
+    if config.position_embedding_type == "learned" and length > config.n_positions:
+        raise ValueError(
+            f"The prompt and --max-new-tokens make {length:,} tokens, and this model's learned positions end at "
+            f"{config.n_positions:,}; shorten one of them."
+        )
+    trained = config.n_positions * (1.0 if scaling is None else scaling.get("factor", math.inf))
+    return longer_than_trained(config.n_positions, trained, length)
+
+
+class _Streamer(BaseStreamer):
+    """Receives token ids, the prompt's first, and passes on the others."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
+        self.pieces = TextPieces(lambda ids: _decode(tokenizer, ids), write)
+        self.seen_prompt = False
+        self.first_token_at = self.last_token_at = 0.0
+
+    def put(self, value: Tensor) -> None:
+        """Take the next ids."""
+        if not self.seen_prompt:
+            self.seen_prompt = True
+            return
+        self.last_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or self.last_token_at
+        self.pieces.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Write what is left."""
+        self.pieces.end()
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> GenerationConfig:
+    """Every option is spelled out: Transformers would take the top 50 tokens where ``top_k`` is left open."""
+    sampling: dict[str, Any] = {}
+    if options.samples:
+        sampling = {
+            "temperature": 1.0 if options.temperature is None else options.temperature,
+            "top_p": 1.0 if options.top_p is None else options.top_p,
+            "top_k": 0 if options.top_k is None else options.top_k,
+        }
+    ends = sorted(end_ids(model))
+    dynamic = (model.config.alibi_scaling or {}).get("train_seq_len") is not None
+    # On CUDA, Transformers compiles the steps of a static cache and captures them in a graph.
+    graphs = model.device.type == "cuda" and options.num_beams == 1 and not dynamic
+    return GenerationConfig(
+        cache_implementation="static" if graphs else None,
+        do_sample=options.samples,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        repetition_penalty=1.0 if options.repetition_penalty is None else options.repetition_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else None,
+        **sampling,
+    )
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Beams pad what ended early."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def _four_bits(model: Path | str) -> int | None:
+    """The group size of a folder in four bits."""
+    config = json.loads((checkpoint_folder(model) / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") or {}
+    return quantization.get("group_size") if quantization.get("bits") == 4 else None

@@ -1,0 +1,1 @@
+"""What a model or a run costs, from numbers alone."""

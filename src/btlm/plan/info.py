@@ -1,0 +1,208 @@
+"""`btlm info`: what a model is and what it costs, from its configuration alone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from btlm.checkpoint.locate import BUNDLED_MODEL
+from btlm.checkpoint.to_transformers import load_config
+from btlm.console import plain_messages
+from btlm.model import BTLMConfig
+from btlm.model.mup import MUP_TABLE, init_std
+from btlm.train import load_recipe
+
+# Context of three quarters of BTLM's training, and of the models that it is compared with.
+SHORT_CONTEXT = 2048
+
+
+def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> None:
+    """Print what :func:`model_info` knows to standard output, as tables or as JSON.
+
+    Args:
+        model: Folder of a checkpoint, its id on the Hugging Face Hub, or a recipe (``.yaml``).
+        as_json: Print one JSON object.
+
+    Raises:
+        ValueError: The model or the recipe cannot be read.
+    """
+    path = Path(model)
+    is_recipe = path.suffix in {".yaml", ".yml"} and not path.is_dir()
+    with plain_messages():
+        config = load_recipe(path).config if is_recipe else load_config(model)
+    info = model_info(config)
+    if as_json:
+        sys.stdout.write(json.dumps(info, indent=2) + "\n")
+    else:
+        name = path.resolve().name if path.exists() else str(model)
+        Console().print(render(name, info))
+
+
+def model_info(config: BTLMConfig) -> dict[str, Any]:
+    """Shape, muP and cost of a model as plain numbers; nothing is allocated.
+
+    Returns:
+        ``architecture``; ``mup`` with the rows of :mod:`btlm.model.mup`, ``lr_multiplier`` being what the peak learning
+        rate is multiplied by; ``parameters``; ``flops_per_token`` at two contexts; ``kv_cache_bytes`` in bf16; and
+        ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file.
+    """
+    contexts = sorted({min(SHORT_CONTEXT, config.n_positions), config.n_positions})
+    parameters = config.num_parameters()
+    cached = config.kv_bytes_per_token(torch.bfloat16)
+    return {
+        "architecture": {
+            "layers": config.n_layer,
+            "width": config.n_embd,
+            "heads": config.n_head,
+            "head_dim": config.head_dim,
+            "feed_forward": config.inner_dim,
+            "activation": config.activation_function,
+            "vocabulary": config.vocab_size,
+            "tied_embeddings": config.tie_word_embeddings,
+            "positions": config.n_positions,
+            "position_embedding": config.position_embedding_type,
+            "alibi_scaling": config.alibi_scaling,
+        },
+        "mup": {
+            "width_scale": config.mup_width_scale,
+            "embeddings_multiplier": config.mup_embeddings_scale,
+            "scores_multiplier": config.attention_scale,
+            "logits_multiplier": config.logits_scale,
+            "tensors": _tensors(config),
+        },
+        "parameters": {"total": parameters, "without_embeddings": config.num_parameters(embeddings=False)},
+        "flops_per_token": [
+            {
+                "context": context,
+                "forward": config.flops_per_token(context),
+                "training": config.flops_per_token(context, training=True),
+            }
+            for context in contexts
+        ],
+        "kv_cache_bytes": {"per_token": cached, "at_n_positions": cached * config.n_positions},
+        "weight_bytes": {
+            "fp32": config.weight_bytes(torch.float32),
+            "bf16": config.weight_bytes(torch.bfloat16),
+            "int8": config.weight_bytes(torch.int8),
+            "int4": (parameters + 1) // 2,
+        },
+    }
+
+
+def _tensors(config: BTLMConfig) -> list[dict[str, Any]]:
+    """The rows of the muP table that this model has tensors for, tensors of one row together."""
+    present = {
+        "wpe": config.position_embedding_type == "learned",
+        "lm_head": not config.tie_word_embeddings,
+        "c_fc2": config.activation_function == "swiglu",
+    }
+    rows: dict[Any, list[str]] = {}
+    for layer, row in MUP_TABLE.items():
+        if present.get(layer, True):
+            rows.setdefault(row, []).append(layer)
+    matrices = [
+        {
+            "layers": layers,
+            "init_std": init_std(layers[0], config),
+            "lr_multiplier": config.mup_width_scale if row.scales_with_width else 1.0,
+            "weight_decay": True,
+        }
+        for row, layers in rows.items()
+    ]
+    return [*matrices, {"layers": ["biases", "norms"], "init_std": 0.0, "lr_multiplier": 1.0, "weight_decay": False}]
+
+
+# Rendering
+
+_NAMES = {"swiglu": "SwiGLU", "relu": "ReLU", "silu": "SiLU", "alibi": "ALiBi"}
+
+
+def render(name: str, info: dict[str, Any]) -> Group:
+    """Tables that fit 80 columns."""
+    parameters = info["parameters"]
+    title = Text(name, "bold cyan")
+    counts = f"  {parameters['total']:,} parameters, {parameters['without_embeddings']:,} without embeddings"
+    return Group(
+        title,
+        counts,
+        _architecture(info["architecture"]),
+        _mup(info["mup"]),
+        _compute(info["flops_per_token"]),
+        _memory(info),
+    )
+
+
+def _architecture(architecture: dict[str, Any]) -> Padding:
+    positions = _NAMES.get(architecture["position_embedding"], architecture["position_embedding"])
+    scaling = architecture["alibi_scaling"]
+    if scaling is not None:
+        factor = scaling.get("factor")
+        positions += f", interpolated by {factor:g}" if factor else ", interpolated dynamically"
+    table = _table("architecture", "")
+    table.add_column()
+    for key, remark in (
+        ("layers", ""),
+        ("width", ""),
+        ("heads", f"of {architecture['head_dim']} dimensions"),
+        ("feed_forward", _NAMES.get(architecture["activation"], architecture["activation"])),
+        ("vocabulary", "tied to the head" if architecture["tied_embeddings"] else "the head has its own table"),
+        ("positions", positions),
+    ):
+        table.add_row(key.replace("_", "-"), f"{architecture[key]:,}", remark)
+    return _section(table)
+
+
+def _mup(mup: dict[str, Any]) -> Padding:
+    table = _table("muP", "initial std", "learning rate", "weight decay")
+    for row in mup["tensors"]:
+        lr, std = row["lr_multiplier"], row["init_std"]
+        table.add_row(
+            ", ".join(row["layers"]),
+            f"{std:.4g}" if std else "0, 1",
+            "peak" if lr == 1 else f"{lr:.4g} x peak",
+            "yes" if row["weight_decay"] else "no",
+        )
+    multipliers = ", ".join(f"{name} x {mup[f'{name}_multiplier']:.4g}" for name in ("embeddings", "scores", "logits"))
+    return _section(table, f"forward pass: {multipliers}")
+
+
+def _compute(rows: list[dict[str, Any]]) -> Padding:
+    table = _table("FLOPs a token", "forward", "training")
+    for row in rows:
+        table.add_row(f"at context {row['context']:,}", _scaled(row["forward"]), _scaled(row["training"]))
+    return _section(table)
+
+
+def _memory(info: dict[str, Any]) -> Padding:
+    weights, cache = info["weight_bytes"], info["kv_cache_bytes"]
+    table = _table("memory", *weights)
+    table.add_row("weights", *(f"{_scaled(size)}B" for size in weights.values()))
+    table.add_row("cache of one token", "", f"{_scaled(cache['per_token'])}B")
+    table.add_row(f"cache of {info['architecture']['positions']:,}", "", f"{_scaled(cache['at_n_positions'])}B")
+    return _section(table)
+
+
+def _table(title: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(Text(title, "bold"), width=22)
+    for name in numbers:
+        table.add_column(name, justify="right", width=13)
+    return table
+
+
+def _section(*parts: RenderableType) -> Padding:
+    return Padding(Group(*parts), (1, 0, 0, 2), expand=False)
+
+
+def _scaled(value: float) -> str:
+    """Three digits and a decimal prefix."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:#.3g}".rstrip(".") + f" {prefix}"
+    return f"{value:.0f} "

@@ -1,0 +1,196 @@
+"""`btlm train`: one run from a recipe, watched, resumed by the same command, with its curve at the end."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from btlm.data.shards import TokenShards
+from btlm.model import BTLMConfig
+from btlm.model.tokenization_btlm import load_tokenizer
+
+from .curve import plot_metrics
+from .distributed import join_ranks
+from .loop import train, training_batches
+from .recipe import Recipe
+from .recipe_file import as_dict, changes_of_result, dump_recipe, load_recipe
+from .state import FOLDER
+
+# Lines in the log of a run that nobody watches.
+LOG_LINES = 200
+# What the shell reports of a process that SIGTERM ended.
+TERMINATED = 143
+
+
+def run_training(
+    recipe_path: Path | str,
+    data: Path | str,
+    output: Path | str,
+    device: str = "auto",
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """Train by a recipe on token shards; the same call continues an interrupted run.
+
+    Args:
+        recipe_path: YAML file; a copy is kept in ``output``.
+        data: Folder of token shards.
+        output: Receives ``model/``, ``metrics.jsonl``, ``loss.png``, TensorBoard files and the checkpoints.
+        device: Of torch, or ``auto`` for a GPU where there is one.
+        changes: Values to set on top of the recipe, by dotted key.
+
+    Raises:
+        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of other ones.
+        SystemExit: With 143 after a signal, when a checkpoint was written.
+    """
+    output = Path(output)
+    recipe = load_recipe(recipe_path, changes)
+    shards = TokenShards(data)
+    ranks = join_ranks(device)
+    try:
+        # Both complain, if they have to, before there is an output folder.
+        training_batches(recipe, shards, ranks)
+        config = recipe.config
+        if ranks.first:
+            _keep_recipe(recipe, output)
+        ranks.barrier()
+        console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
+        passes = 3 if recipe.lora is None else 2  # Frozen weights have no gradient.
+        flops = passes * sum(
+            config.flops_per_token(s.sequence_length) * s.steps * s.batch_tokens for s in recipe.stages
+        )
+        available = shards.num_tokens("train")
+        _say(
+            console,
+            f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
+            f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens; "
+            f"{ranks.world_size} x {ranks.device.type}",
+        )
+        with _progress(recipe, config, console) as (show, log):
+            last = 0
+            for record in train(recipe, shards, output, token_bytes(), ranks=ranks):
+                last = record["step"]
+                show(record)
+                if "bits_per_byte" in record:
+                    by_source = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
+                    nats = record["nats_per_token"]["mean"]
+                    log(f"held out after step {last:,}: {nats:.3f} nats a token, bits a byte: {by_source}")
+        if ranks.first:
+            _finish(recipe, output, console, last)
+        if 0 < last < recipe.total_steps:
+            raise SystemExit(TERMINATED)
+    finally:
+        ranks.leave()
+
+
+def token_bytes() -> NDArray[np.int64]:
+    """Bytes of text that each token of the GPT-2 vocabulary stands for, int64 ``[50257]``; 0 for end-of-text."""
+    tokenizer = load_tokenizer()
+    # A byte-level vocabulary spells every byte as one character.
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    sizes[tokenizer.eos_token_id] = 0
+    return np.array(sizes, dtype=np.int64)
+
+
+# Parts
+
+
+def _keep_recipe(recipe: Recipe, output: Path) -> None:
+    """Put the recipe into the output folder, or hold it against the one that the run there began with.
+
+    Raises:
+        ValueError: The run there is of another recipe.
+    """
+    kept = output / "recipe.yaml"
+    begun = kept.exists() and (any((output / FOLDER).glob("step-????????")) or (output / "model").exists())
+    if begun and (changes := changes_of_result(as_dict(load_recipe(kept)), recipe)):
+        raise ValueError(
+            f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "
+            "that recipe."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / "recipe.yaml.partial"
+    unfinished.write_text(dump_recipe(recipe))
+    unfinished.rename(kept)
+
+
+def _say(console: Console, line: str) -> None:
+    """Print one line, however long: paths and logs are copied and searched."""
+    console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def _progress(
+    recipe: Recipe, config: BTLMConfig, console: Console
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """What shows a record: a bar on a terminal, else a line now and then; and what prints a line beside it.
+
+    Warnings of the trainer come as such lines too.
+    """
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+    )
+    every = max(1, recipe.total_steps // LOG_LINES)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, _messages(console):
+        task = progress.add_task("train", total=recipe.total_steps, status="")
+
+        def show(record: dict[str, Any]) -> None:
+            line = status(recipe, config, record)
+            progress.update(task, completed=record["step"], status=line)
+            if not console.is_terminal and (record["step"] % every == 0 or record["step"] <= 10):
+                _say(console, f"step {record['step']}/{recipe.total_steps}  {line}")
+
+        yield show, partial(_say, console)
+
+
+def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
+    """One line: loss, learning rate, gradient norm, speed, MFU, time that is left, stage."""
+    left = timedelta(seconds=round(_seconds_left(recipe, config, record)))
+    return (
+        f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  MFU {record['mfu']:.0%}  ETA {left}  rows {record['sequence_length']:,}"
+    )
+
+
+def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> float:
+    """At the speed of this step, counted in FLOPs: a token of a long row costs more."""
+    start, flops = 0, 0.0
+    for stage in recipe.stages:
+        tokens = stage.steps * stage.batch_tokens
+        done = min(tokens, max(0, record["tokens"] - start))
+        flops += (tokens - done) * config.flops_per_token(stage.sequence_length)
+        start += tokens
+    seconds: float = flops / (record["tokens_per_s"] * config.flops_per_token(record["sequence_length"]))
+    return seconds
+
+
+@contextmanager
+def _messages(console: Console) -> Iterator[None]:
+    """Show the warnings of the trainer, a line each."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: _say(console, f"btlm: {record.getMessage()}")  # type: ignore[method-assign]
+    log = logging.getLogger("btlm.train")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _finish(recipe: Recipe, output: Path, console: Console, last: int) -> None:
+    picture = output / "loss.png"
+    plot_metrics(output, picture)
+    if 0 < last < recipe.total_steps:
+        _say(console, f"Stopped after step {last:,} with a checkpoint; the same command goes on from there.")
+    else:
+        _say(console, f"Wrote {output / 'model'}" + (f" and {picture}" if picture.exists() else ""))

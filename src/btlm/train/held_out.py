@@ -1,0 +1,85 @@
+"""Held-out loss of each source, in nats a token and in bits a byte of text."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from btlm.data.shards import TokenShards
+
+from .distributed import Ranks
+from .step import LossModel
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: LossModel,
+    shards: TokenShards,
+    sequence_length: int,
+    tokens_per_source: int,
+    token_bytes: NDArray[np.int64],
+    ranks: Ranks,
+    rows_per_pass: int = 1,
+    mask_documents: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Loss on the first held-out documents of each source.
+
+    Bits a byte compare models of different vocabularies; nats a token are what training minimizes.
+
+    Args:
+        model: On the device of the ranks.
+        shards: With held-out documents.
+        sequence_length: Rows of at most this many tokens, without overlap.
+        tokens_per_source: From the first held-out documents of each source.
+        token_bytes: Bytes of text of every token id, int64 ``[vocab]``; 0 for end-of-text.
+        ranks: That share the rows.
+        rows_per_pass: Rows of a forward pass.
+        mask_documents: Keep attention and loss within documents, as in training with ``data.mask_documents``.
+
+    Returns:
+        ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty
+        without any held-out text.
+    """
+    was_training = model.training
+    model.eval()
+    passes: list[tuple[int, NDArray[np.int64]]] = []
+    for index, source in enumerate(shards.sources):
+        tokens = shards.source_tokens("validation", source, tokens_per_source).astype(np.int64)
+        whole = len(tokens) // sequence_length
+        rows, rest = (
+            tokens[: whole * sequence_length].reshape(whole, sequence_length),
+            tokens[whole * sequence_length :],
+        )
+        passes += [(index, rows[start : start + rows_per_pass]) for start in range(0, whole, rows_per_pass)]
+        passes += [(index, rest[None])] if len(rest) > 1 else []
+    sums = np.zeros((len(shards.sources), 3))  # nats, tokens, bytes
+    # Every rank makes as many passes, since sharded models make them together; what is one too many does not count.
+    for first in range(0, len(passes), ranks.world_size):
+        place = first + ranks.rank
+        index, ids = passes[min(place, len(passes) - 1)]
+        documents = _documents(ids, token_bytes) if mask_documents else np.zeros_like(ids)
+        inside = documents[:, 1:] == documents[:, :-1]
+        on_device = [torch.from_numpy(array).to(ranks.device) for array in (ids, documents)]
+        nats = float(model(on_device[0], on_device[1] if mask_documents else None))
+        if place < len(passes):
+            sums[index] += nats, inside.sum(), token_bytes[ids[:, 1:]][inside].sum()
+    model.train(was_training)
+    sums = np.array(ranks.sum(*sums.ravel().tolist())).reshape(sums.shape)
+    counted = {source: total for source, total in zip(shards.sources, sums.tolist(), strict=True) if total[2]}
+    if not counted:
+        return {}
+    return {
+        "nats_per_token": _with_mean({source: nats / tokens for source, (nats, tokens, _) in counted.items()}),
+        "bits_per_byte": _with_mean({source: nats / math.log(2) / size for source, (nats, _, size) in counted.items()}),
+    }
+
+
+def _documents(ids: NDArray[np.int64], token_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of the document of each token in its row, ``[B, L]`` both: a new one begins after end-of-text."""
+    ends = token_bytes[ids[:, :-1]] == 0
+    return np.pad(ends.cumsum(axis=1), ((0, 0), (1, 0)))
+
+
+def _with_mean(values: dict[str, float]) -> dict[str, float]:
+    return {**values, "mean": sum(values.values()) / len(values)}

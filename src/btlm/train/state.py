@@ -1,0 +1,337 @@
+"""Checkpoints that are whole or not there, verified when they are read, and exact to resume from.
+
+``checkpoints/step-00000050`` in the output of a run holds
+
+- ``model/``: a Hugging Face folder (or the adapters) for everything that comes after training;
+- ``state/``: weights and optimizer state by torch.distributed.checkpoint, each rank its part, for any number of ranks;
+  and the state of the random numbers of each rank;
+- ``checkpoint.json``, written last: step, place in the data, recipe, and size and SHA-256 of every file.
+
+A checkpoint is written under another name and renamed when all of it is on the disk.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from transformers.utils import logging as transformers_logging
+
+from .distributed import Ranks
+from .model import Trainee
+from .recipe import Recipe
+from .recipe_file import as_dict
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+MARKER = "checkpoint.json"
+FORMAT = 1
+_PARTIAL = ".partial"
+
+
+def save_checkpoint(
+    output: Path,
+    step: int,
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    loader_state: Mapping[str, Any],
+    recipe: Recipe,
+    ranks: Ranks,
+) -> Path:
+    """Write the checkpoint of a step; all ranks together.
+
+    Args:
+        output: Of the run.
+        step: That is done.
+        trainee: The model.
+        optimizer: Of its trained parameters.
+        loader_state: Of the batches, after this step.
+        recipe: Of the run.
+        ranks: Of the run.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ValueError: It could not be written.
+    """
+    final = output / FOLDER / f"step-{step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    with _writing(final):
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+        ranks.barrier()
+        weights = _whole_weights(trainee, ranks)
+        if ranks.first:
+            with _no_progress_bars():
+                trainee.saved.save_pretrained(str(partial / "model"), state_dict=weights)
+        del weights
+        with _alone(ranks):
+            save_state(_state(trainee, optimizer), checkpoint_id=partial / "state", no_dist=ranks.world_size == 1)
+        torch.save(_random_state(ranks), partial / "state" / f"random-{ranks.rank}.pt")
+        ranks.barrier()
+        if ranks.first:
+            marker = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": ranks.world_size,
+                "loader": dict(loader_state),
+                "recipe": as_dict(recipe),
+                "files": _digests(partial),
+            }
+            _write_synced(partial / MARKER, json.dumps(marker, indent=1))
+            for folder in (partial / "model", partial / "state", partial):
+                _sync(folder)
+            _remove(final)  # Only a damaged one can have this name.
+            partial.rename(final)
+            _sync(final.parent)
+        ranks.barrier()
+    return final
+
+
+def keep_checkpoints(output: Path, step: int, keep_last: int, keep_every_steps: int | None, ranks: Ranks) -> None:
+    """Remove all checkpoints up to a step but the last ones and those at multiples of ``keep_every_steps``.
+
+    Later ones are damaged, since the run resumed from one before them; they are replaced when it gets there.
+    """
+    if ranks.first:
+        for earlier, folder in [found for found in _checkpoints(output) if found[0] <= step][keep_last:]:
+            if keep_every_steps is None or earlier % keep_every_steps:
+                _remove(folder)
+    ranks.barrier()
+
+
+def find_checkpoint(output: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run and its marker; names those that are damaged in the log.
+
+    What a killed process left half-written is removed.
+
+    Raises:
+        ValueError: There are checkpoints, and all of them are damaged.
+    """
+    found: tuple[Path, dict[str, Any]] | None = None
+    problem = ""
+    if ranks.first:
+        for leftover in (output / FOLDER).glob(f"*{_PARTIAL}"):
+            shutil.rmtree(leftover)
+        for _, folder in _checkpoints(output):
+            try:
+                found = folder, _verified(folder)
+                break
+            except ValueError as error:
+                problem = str(error)
+                logger.warning("%s; the checkpoint before it is used.", problem)
+    found, problem = ranks.gather((found, problem))[0]
+    if problem and found is None:
+        raise ValueError(f"No checkpoint of {output / FOLDER} is whole ({problem}); remove the folder to start over.")
+    return found
+
+
+def load_checkpoint(
+    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, ranks: Ranks, world_size: int
+) -> None:
+    """Weights, optimizer state and random numbers of a verified checkpoint; all ranks together, as many as there are.
+
+    Args:
+        folder: Of the checkpoint.
+        trainee: A model of the same shape.
+        optimizer: Of its trained parameters.
+        ranks: Of this run.
+        world_size: Ranks that the checkpoint was written by; with another number, random numbers start anew.
+
+    Raises:
+        ValueError: It is of another model.
+    """
+    _allocate(optimizer)
+    state = _state(trainee, optimizer)
+    try:
+        with _alone(ranks):
+            load_state(state, checkpoint_id=folder / "state", no_dist=ranks.world_size == 1)
+    except (CheckpointException, RuntimeError) as error:
+        if not any(word in str(error) for word in ("mismatch", "Missing key")):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{folder} does not fit the model of the recipe ({reason}); give a new output.") from error
+    if world_size == ranks.world_size:
+        random_state = torch.load(folder / "state" / f"random-{ranks.rank}.pt", weights_only=True)
+        torch.set_rng_state(random_state["cpu"])
+        if "device" in random_state and ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state["device"], ranks.device)
+
+
+def publish_model(checkpoint: Path, output: Path) -> Path:
+    """``output/model``: the model folder of a checkpoint under a lasting name, by links where they can be made."""
+    model, partial = output / "model", output / f"model{_PARTIAL}"
+    for leftover in output.glob(f"model*{_PARTIAL}"):
+        shutil.rmtree(leftover)
+    shutil.copytree(checkpoint / "model", partial, copy_function=_link)
+    _remove(model)
+    partial.rename(model)
+    return model
+
+
+# Parts
+
+
+def _checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each, newest first."""
+    folders = (output / FOLDER).glob("step-*")
+    found = [(int(match[1]), f) for f in folders if (match := re.fullmatch(r"step-(\d+)", f.name))]
+    return sorted(found, reverse=True)
+
+
+def _state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What is resumed, by kind and name: weights and the moments of each. Learning rates follow from the recipe."""
+    state: dict[str, dict[str, Tensor]] = {"weights": {}}
+    for name, parameter in trainee.trained().items():
+        state["weights"][name] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            state.setdefault(key, {})[name] = value
+    return state
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fresh AdamW the tensors of its state, to be filled."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": zeros,
+                "exp_avg_sq": torch.zeros_like(zeros),
+            }
+
+
+def _whole_weights(trainee: Trainee, ranks: Ranks) -> dict[str, Tensor] | None:
+    """Weights of the model that is saved, gathered to the first rank; ``None`` where there is nothing to gather."""
+    if ranks.world_size == 1:
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(trainee.saved, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Gathered, a tied head is a copy of its own, which would be written too.
+    tied = "lm_head.weight" if trainee.network.config.tie_word_embeddings else None
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor) and name != tied}
+
+
+def _random_state(ranks: Ranks) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"device": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {})
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The marker of a checkpoint whose files are what it says.
+
+    Raises:
+        ValueError: Names the first file that is not.
+    """
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        version, files = marker["format"], marker["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged: {MARKER} cannot be read ({error})") from error
+    if version != FORMAT:
+        raise ValueError(f"{folder} has format {version}, this version reads {FORMAT}")
+    actual = _digests(folder)
+    for name, (size, sha256) in files.items():
+        if name not in actual:
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if actual[name] != [size, sha256]:
+            raise ValueError(f"{folder} is damaged: {name} has {actual[name][0]} bytes and another SHA-256 than it had")
+    assert isinstance(marker, dict)
+    return marker
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file but the marker, by its place in the folder; each is on the disk after this."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+
+    def digest(path: Path) -> list[Any]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor() as pool:
+        return {str(f.relative_to(folder)): value for f, value in zip(files, pool.map(digest, files), strict=True)}
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    """Tell in one line why a checkpoint could not be written."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"The checkpoint {final} could not be written ({reason}). Make room on the disk; the same command goes on "
+            "from the one before."
+        ) from error
+
+
+@contextmanager
+def _alone(ranks: Ranks) -> Iterator[None]:
+    """Keep torch from telling that a single process works by itself."""
+    with warnings.catch_warnings():
+        if ranks.world_size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep Transformers from drawing over the progress of the run."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder away so that a kill in the middle leaves a leftover, not a damaged folder."""
+    if folder.exists():
+        leftover = folder.with_name(f"{folder.name}.old{_PARTIAL}")
+        shutil.rmtree(leftover, ignore_errors=True)
+        folder.rename(leftover)
+        shutil.rmtree(leftover)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

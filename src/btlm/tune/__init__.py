@@ -1,0 +1,1 @@
+"""Checks of muP, and the search for hyperparameters on a narrow proxy."""

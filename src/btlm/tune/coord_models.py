@@ -1,0 +1,184 @@
+"""The models that `btlm coord-check` trains: one parametrization at several widths, and what is looked at in them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.train.recipe import Optimizer
+
+# Of the peak of the learning rate, since warm-up has only begun: the smaller the steps, the nearer to what theory says
+# of the first ones. With 0.1, 0.3 and 1, muP passed and the ablations matrix-lr and scores failed.
+LR_FACTOR = 0.1
+
+ABLATIONS = {
+    "hidden-init": "c_attn, c_fc and c_fc2 start as wide as at base width",
+    "residual-init": "the residual projections c_proj start as wide as at base width",
+    "matrix-lr": "matrices get the learning rate of the embeddings",
+    "scores": "scores are divided by the square root of head_dim",
+    "logits": "logits are not multiplied by the width scale",
+    "embedding-init": "embeddings start as matrices do, by the square root of the width scale",
+    "embedding-multiplier": "the embedding multiplier goes with the square root of the width scale",
+    "embedding-lr": "embeddings get the learning rate of matrices",
+    "bias-lr": "biases and norms get the learning rate of matrices",
+}
+# What makes muP of standard parametrization; the other ablations scale what has to stay.
+STANDARD = ("hidden-init", "residual-init", "matrix-lr", "scores", "logits")
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """What is trained: models of these widths, each once a seed, on one batch of ``rows`` x ``row_length`` tokens.
+
+    ``ablate`` is a key of ``ABLATIONS``, or ``all`` for those of ``STANDARD`` together.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    steps: int = 4
+    seeds: int = 2
+    layers: int = 2
+    heads: int = 1
+    rows: int = 4
+    row_length: int = 32
+    ablate: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)}, not a positive number"
+            for name in ("steps", "seeds", "layers", "heads", "rows")
+            if getattr(self, name) < 1
+        ]
+        if self.row_length < 2:
+            problems.append(f"row_length is {self.row_length}; a row of one token has nothing to predict")
+        if len(set(self.widths)) < 2 or len(set(self.widths)) != len(self.widths):
+            problems.append(f"widths are {list(self.widths)}; give two or more different ones")
+        if self.heads > 0 and any(width < 1 or width % self.heads for width in self.widths):
+            problems.append(f"widths are {list(self.widths)}, not multiples of the number of heads ({self.heads})")
+        if self.ablate not in (None, "all", *ABLATIONS):
+            problems.append(f"ablate is {self.ablate!r}; choose one of {', '.join([*ABLATIONS, 'all'])}")
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}.")
+
+    @property
+    def ablations(self) -> frozenset[str]:
+        """Rows of the table that are left out."""
+        return frozenset(STANDARD if self.ablate == "all" else [self.ablate] if self.ablate else [])
+
+
+def is_mup(config: BTLMConfig) -> bool:
+    """Whether a configuration scales with its width at all."""
+    return config.mup_scale_qk_dot_by_d or config.mup_width_scale != 1.0
+
+
+def build_model(check: CoordCheck, config: BTLMConfig, width: int, vocab_size: int) -> BTLMLMHeadModel:
+    """The model at one width, without what ``check.ablate`` names: at base width all but ``scores`` are the same."""
+    scale = config.mup_width_scale * config.n_embd / width if is_mup(config) else 1.0
+    kept = (
+        "activation_function",
+        "layer_norm_epsilon",
+        "initializer_range",
+        "scale_attn_weights",
+        "scale_attn_by_inverse_layer_idx",
+        "tie_word_embeddings",
+        "position_embedding_type",
+        "mup_embeddings_scale",
+        "mup_output_alpha",
+        "mup_scale_qk_dot_by_d",
+    )
+    values: dict[str, Any] = {key: getattr(config, key) for key in kept}
+    if "scores" in check.ablations:
+        values["mup_scale_qk_dot_by_d"] = False
+    if "logits" in check.ablations:
+        values["mup_output_alpha"] /= scale
+    if "embedding-multiplier" in check.ablations:
+        values["mup_embeddings_scale"] *= math.sqrt(scale)
+    model = BTLMLMHeadModel(
+        BTLMConfig(
+            **values,
+            mup_width_scale=scale,
+            vocab_size=vocab_size,
+            n_positions=check.row_length,
+            n_embd=width,
+            n_layer=check.layers,
+            n_head=check.heads,
+            n_inner=max(1, round(width * config.inner_dim / config.n_embd)),
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    rescaled = {
+        "hidden-init": ("c_attn, c_fc, c_fc2", 1 / math.sqrt(scale)),
+        "residual-init": ("c_proj", 1 / math.sqrt(scale)),
+        "embedding-init": ("embedding weights", math.sqrt(scale)),
+    }
+    factors = dict(rescaled[name] for name in check.ablations if name in rescaled)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (kind := _weight_kind(name)) in factors:
+                parameter.mul_(factors[kind])
+    model.train()
+    return model
+
+
+def build_optimizer(check: CoordCheck, model: BTLMLMHeadModel, options: Optimizer) -> torch.optim.AdamW:
+    """AdamW on the groups of muP, without what ``check.ablate`` names."""
+    groups = model.get_mup_param_groups(LR_FACTOR * options.lr, options.weight_decay)
+    scale = model.config.mup_width_scale
+    factors = {"matrix-lr": ("matrices", 1 / scale), "embedding-lr": ("embeddings", scale)}
+    factors["bias-lr"] = ("biases_and_norms", scale)
+    changed = dict(factors[name] for name in check.ablations if name in factors)
+    for group in groups:
+        group["lr"] *= changed.get(group["name"], 1.0)
+    return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+
+
+@torch.no_grad()
+def observe(model: BTLMLMHeadModel, input_ids: Tensor) -> dict[str, list[Tensor]]:
+    """Activations for a batch, and copies of the parameters, by quantity: one tensor a layer or parameter."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(module: torch.nn.Module, name: str, of: Callable[[Any], Tensor] = lambda output: output) -> None:
+        hooks.append(module.register_forward_hook(lambda *call: seen.setdefault(name, []).append(of(call[-1]))))
+
+    hooks: list[Any] = []
+    keep(model.transformer.drop, "embeddings")
+    for block in model.transformer.h:
+        keep(block.attn.c_attn, "queries, keys, values")  # type: ignore[arg-type, union-attr]
+        keep(block.attn.c_attn, "scores", lambda output: _scores(output, model.config))  # type: ignore[arg-type, union-attr]
+        keep(block.attn.c_proj, "attention output")  # type: ignore[arg-type, union-attr]
+        keep(block.mlp.c_fc, "MLP inner")  # type: ignore[arg-type, union-attr]
+        keep(block.mlp.c_proj, "MLP output")  # type: ignore[arg-type, union-attr]
+        keep(block, "residual stream", lambda output: output[0])
+    seen["logits"] = [model(input_ids, use_cache=False).logits]
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        seen.setdefault(_weight_kind(name), []).append(parameter.clone())
+    return seen
+
+
+def _scores(projected: Tensor, config: BTLMConfig) -> Tensor:
+    """Query-key products of all queries and the keys they see, scaled, without ALiBi."""
+    heads = (*projected.shape[:-1], config.n_head, config.head_dim)
+    query, key, _ = (x.view(heads).transpose(1, 2) for x in projected.chunk(3, dim=-1))
+    length = projected.shape[1]
+    visible_QK = torch.ones(length, length, dtype=torch.bool, device=projected.device).tril()
+    return (config.attention_scale * query @ key.transpose(-1, -2))[..., visible_QK]
+
+
+def _weight_kind(name: str) -> str:
+    """The quantity that a parameter belongs to, by its name: the table of muP is what is checked."""
+    layer, _, kind = name.rpartition(".")
+    layer = layer.rpartition(".")[2]
+    if kind != "weight" or layer.startswith("ln_"):
+        return "biases and norms"
+    if layer in ("wte", "wpe", "lm_head"):
+        return "embedding weights"
+    return "c_proj" if layer == "c_proj" else "c_attn, c_fc, c_fc2"

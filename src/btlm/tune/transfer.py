@@ -1,0 +1,311 @@
+"""`btlm transfer`: tune hyperparameters on a narrow proxy, and write the recipe of a wide model with them.
+
+Under muP the best learning rate, initialization, embedding multiplier and output multiplier are those of base width at
+every width (arXiv 2203.03466), so that a random search on a small model finds them, as BTLM's authors did.
+
+Trial ``i`` draws its values from ``seed`` and ``i`` alone. The study is a journal of Optuna in the output folder; a
+trial that was killed runs again with the same values, from its last checkpoint.
+"""
+
+import dataclasses
+import fcntl
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btlm.data.shards import TokenShards
+from btlm.files import whole_file
+from btlm.train.distributed import join_ranks
+from btlm.train.loop import training_batches
+from btlm.train.recipe import Recipe, Watching
+from btlm.train.recipe_file import as_dict, dump_recipe, load_recipe
+
+from .transfer_trials import Job, Setting, run_jobs
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+JOURNAL = "study.journal"
+LOCK = "lock"
+RESULT = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Lowest and highest value of what is searched, drawn log-uniformly.
+
+    The defaults span a decade and more around BTLM's values: 0.012, 0.073, 14.6 and 2.22.
+    """
+
+    lr: tuple[float, float] = (1e-3, 1e-1)
+    initializer_range: tuple[float, float] = (0.02, 0.3)
+    mup_embeddings_scale: tuple[float, float] = (3.0, 60.0)
+    mup_output_alpha: tuple[float, float] = (0.5, 10.0)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is searched from {low} to {high}; give a lower and a higher positive number"
+            for name, (low, high) in self.ranges.items()
+            if not 0 < low < high < float("inf")
+        ]
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}.")
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """By name."""
+        return dataclasses.asdict(self)
+
+    def draw(self, seed: int, number: int) -> dict[str, float]:
+        """The values of a trial, by name, to four significant digits."""
+        import optuna
+
+        optuna.logging.set_verbosity(logging.WARNING)
+        trial = optuna.create_study(sampler=_sampler(seed, number)).ask(self.distributions)
+        return _values(trial)
+
+    @property
+    def distributions(self) -> dict[str, Any]:
+        """As Optuna has them."""
+        from optuna.distributions import FloatDistribution
+
+        return {name: FloatDistribution(low, high, log=True) for name, (low, high) in self.ranges.items()}
+
+
+def run_transfer(
+    proxy: Path | str,
+    data: Path | str,
+    output: Path | str,
+    trials: int,
+    workers: int = 1,
+    target: Path | str | None = None,
+    space: SearchSpace | None = None,
+    seed: int = 1,
+    device: str = "auto",
+    token_bytes: NDArray[np.int64] | None = None,
+) -> Recipe:
+    """Search on the proxy until ``trials`` trials are finished; the same call continues an interrupted search.
+
+    Args:
+        proxy: YAML file of a recipe with ``mup_base_width``.
+        data: Folder of token shards with held-out text.
+        output: Receives the journal, ``recipe.yaml`` with the best values, ``transfer.png``, and of each trial
+            ``trials/*/metrics.jsonl``.
+        trials: Finished ones, those that diverged and those of earlier calls among them.
+        workers: Trials at a time.
+        target: YAML file of the recipe that gets the values; the proxy's without it.
+        space: Ranges; the defaults of :class:`SearchSpace` without it.
+        seed: Of the values.
+        device: Of torch; ``cuda`` with several workers is one GPU each, in turn.
+        token_bytes: Bytes of text of every token id; of the GPT-2 vocabulary without it.
+
+    Returns:
+        The recipe that was written.
+
+    Raises:
+        ValueError: A recipe, the shards or a number cannot be used, ``output`` holds another study, another command
+            works in it, or every trial diverged.
+        ChildProcessError: The process of a trial was killed.
+        KeyboardInterrupt: A trial was told to stop; its checkpoint is written.
+    """
+    from rich.console import Console
+
+    from btlm.train.command import token_bytes as gpt2_token_bytes
+
+    from .transfer_report import Watch, plot_trials, trials_table
+
+    if trials < 1 or workers < 1 or seed < 0:
+        raise ValueError(f"trials ({trials}) and workers ({workers}) must be at least 1, and seed ({seed}) at least 0.")
+    space = space or SearchSpace()
+    recipe = _read_proxy(proxy)
+    # Complains about the target, if it has to, before anything is trained.
+    _result(target or proxy, recipe, space.draw(seed, 0))
+    shards = TokenShards(data)
+    training_batches(recipe, shards, join_ranks(device))
+    if not shards.num_tokens("validation"):
+        raise ValueError(
+            f"{data} holds no held-out text to compare trials by; prepare it with a holdout (mix.holdout)."
+        )
+    sizes = gpt2_token_bytes() if token_bytes is None else token_bytes
+    if recipe.config.vocab_size < len(sizes):
+        raise ValueError(f"vocab_size is {recipe.config.vocab_size}; the shards need at least {len(sizes)}.")
+
+    settings = {
+        "proxy": as_dict(recipe),
+        "space": {name: list(limits) for name, limits in space.ranges.items()},
+        "seed": seed,
+        "data": [shards.fingerprint(split) for split in ("train", "validation")],
+    }
+    output = Path(output)
+    console = Console(stderr=True)
+    with open_study(output, settings) as study:
+        running: dict[int, Trial] = {}
+        jobs = _jobs(study, running, recipe, space, seed, trials, output)
+        with Watch(console, len(finished_trials(study)), trials, recipe.total_steps) as watch:
+            for event in run_jobs(jobs, Setting(Path(data), sizes, device), workers):
+                watch.show(event)
+                if event.kind == "stopped":
+                    raise KeyboardInterrupt
+                if event.kind == "error":
+                    raise ValueError(f"Trial {event.number}: {event.value}")
+                if event.kind != "step":
+                    _tell(study, running.pop(event.number), event.value)
+                    _clean(output, event.number)
+        finished = finished_trials(study)
+        best = [trial for trial in finished.values() if trial.value is not None]
+        if not best:
+            raise ValueError(f"All {len(finished)} trials diverged; search lower learning rates.")
+        chosen = min(best, key=lambda trial: trial.value or 0.0)
+        result = _result(target or proxy, recipe, _values(chosen))
+        heading = (
+            f"# Values of trial {chosen.user_attrs['number']}, the best of {len(finished)} on "
+            f"{Path(proxy).name}: held-out loss {chosen.value:.4f} bits a byte.\n"
+        )
+        with whole_file(output / RESULT) as partial:
+            partial.write_text(heading + dump_recipe(result))
+        with whole_file(output / "transfer.png") as partial:
+            plot_trials(finished, space.ranges, partial)
+        console.print(trials_table(finished))
+        console.print(f"Wrote {output / RESULT} and {output / 'transfer.png'}")
+    return result
+
+
+# The study
+
+
+@contextmanager
+def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
+    """The study in a folder, new or continued, which no other command works in meanwhile.
+
+    Raises:
+        ValueError: The folder holds files of something else, a study of other settings, or one that runs.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    journal = output / JOURNAL
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder.")
+    if output.exists() and any(output.iterdir()) and not journal.exists():
+        raise ValueError(f"{output} holds files that are not of a search; give a new or empty folder.")
+    optuna.logging.set_verbosity(logging.WARNING)
+    output.mkdir(parents=True, exist_ok=True)
+    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
+    with (output / LOCK).open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"Another search runs in {output}; wait for it, or give another folder.") from error
+        with journal.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # A line that was not written to its end.
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        study = optuna.create_study(storage=storage, study_name="transfer", load_if_exists=True)
+        kept = study.user_attrs.get("settings")
+        if kept is None:
+            study.set_user_attr("settings", dict(settings))
+        elif kept != settings:
+            differ = ", ".join(key for key in settings if kept.get(key) != settings[key])
+            raise ValueError(f"{output} holds a search of another {differ}; give a new output folder.")
+        for trial in study.get_trials(deepcopy=False):
+            if not trial.state.is_finished():
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # Killed, and to be run again.
+        yield study
+
+
+def finished_trials(study: "Study") -> dict[int, "FrozenTrial"]:
+    """Trials that need not run again, by number; those that diverged are pruned, with ``reason`` in ``user_attrs``."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return dict(sorted((trial.user_attrs["number"], trial) for trial in trials))
+
+
+def _jobs(
+    study: "Study",
+    running: dict[int, "Trial"],
+    proxy: Recipe,
+    space: SearchSpace,
+    seed: int,
+    trials: int,
+    output: Path,
+) -> Iterator[Job]:
+    """The trials that are missing, each begun in the study, and put into ``running``, when it is asked for."""
+    finished = finished_trials(study)
+    for number in finished:
+        _clean(output, number)
+    # Beyond those that were asked for, an earlier call may have finished others.
+    for number in range(trials):
+        if number not in finished:
+            study.sampler = _sampler(seed, number)
+            running[number] = trial = study.ask(space.distributions)
+            trial.set_user_attr("number", number)
+            yield Job(number, _with_values(proxy, _values(trial)), _folder(output, number))
+
+
+def _tell(study: "Study", trial: "Trial", value: float | str) -> None:
+    """Record the loss of a trial, or why it has none."""
+    from optuna.trial import TrialState
+
+    if isinstance(value, str):
+        trial.set_user_attr("reason", value)
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        study.tell(trial, value)
+
+
+def _sampler(seed: int, number: int) -> Any:
+    from optuna.samplers import RandomSampler
+
+    return RandomSampler(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+
+
+def _values(trial: "Trial | FrozenTrial") -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in trial.params.items()}
+
+
+def _folder(output: Path, number: int) -> Path:
+    return output / "trials" / f"{number:04d}"
+
+
+def _clean(output: Path, number: int) -> None:
+    """Remove checkpoints and the model of a finished trial."""
+    for path in _folder(output, number).glob("*/"):
+        shutil.rmtree(path)
+
+
+# Recipes
+
+
+def _read_proxy(path: Path | str) -> Recipe:
+    recipe = load_recipe(path)
+    if recipe.start is not None:
+        raise ValueError(f"{path} goes on from start.model; a search needs a model that is trained from the start.")
+    if recipe.mup_base_width is None:
+        raise ValueError(f"{path} has no mup_base_width; give the width at which the values are to hold, its n_embd.")
+    if not recipe.config.mup_scale_qk_dot_by_d:
+        raise ValueError(f"{path} sets model.mup_scale_qk_dot_by_d to false; muP divides scores by the head dimension.")
+    return recipe
+
+
+def _with_values(recipe: Recipe, values: Mapping[str, float]) -> Recipe:
+    """A recipe that trains with the values of a trial, unwatched."""
+    model = {name: value for name, value in values.items() if name != "lr"}
+    optimizer = replace(recipe.optimizer, lr=values["lr"])
+    return replace(recipe, optimizer=optimizer, model=recipe.model | model, watching=Watching(tensorboard=False))
+
+
+def _result(path: Path | str, proxy: Recipe, values: Mapping[str, float]) -> Recipe:
+    """The recipe of a file with the values of a trial, which hold at the proxy's base width."""
+    changes = {"optimizer.lr" if name == "lr" else f"model.{name}": value for name, value in values.items()}
+    base = {"mup_base_width": proxy.mup_base_width, "model.mup_scale_qk_dot_by_d": True}
+    return load_recipe(path, changes | base)

@@ -1,0 +1,379 @@
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from btlm.cli import main
+from btlm.data import TokenShards
+from btlm.data.pipeline import run_clean, run_dedup, run_mix, run_prepare, run_tokenize
+from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read, as_settings
+from tests.data.corpus import text, write_corpus
+
+RECIPE = DataRecipe(read=Read(part_bytes=30_000), mix=Mix(holdout=0.05, partition_bytes=60_000, weights={"Web": 1.5}))
+OPTIONS = ["--read.part_bytes=30000", "--mix.holdout=0.05", "--mix.partition_bytes=60000", "--mix.weights={Web: 1.5}"]
+
+
+def shard_bytes(folder):
+    """What the pipeline promises to be the same: shards and manifest."""
+    files = [path for path in Path(folder).iterdir() if path.suffix in {".bin", ".npy"} or path.name == "manifest.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    run_prepare([corpus], output, RECIPE, Execution(workers=1))
+    return output
+
+
+def test_the_shards_hold_the_documents(prepared):
+    shards = TokenShards(prepared / "shards")
+    assert shards.sources == ["Books", "Code", "Web"]
+    assert len(shards.manifest["splits"]["train"]["shards"]) > 2
+    history = shards.manifest["history"]
+    counts = history["clean"]["sources"]["Books"]
+    assert (counts["documents"], counts["short_documents"]) == (40, 4)
+    duplicates = sum(entry.get("duplicate_documents", 0) for entry in history["dedup"]["sources"].values())
+    assert 12 <= duplicates <= 24, "12 exact copies are planted, and 12 that are nearly so"
+    for split, content in shards.manifest["splits"].items():
+        assert content["tokens"] == shards.num_tokens(split)
+        assert content["documents"] == sum(
+            history["mix"]["sources"][s].get(f"{split}_documents", 0) for s in shards.sources
+        )
+        ends = shards.tokens(split, 0, content["tokens"]) == 50256
+        assert ends.sum() == content["documents"]
+        assert ends[-1]
+
+
+def test_the_result_does_not_depend_on_workers_or_the_order_of_files(corpus, prepared, tmp_path):
+    # Another folder, the files given one by one and in another order, other times of change.
+    files = [tmp_path / "copy" / path.name for path in sorted(corpus.iterdir(), reverse=True)]
+    files[0].parent.mkdir()
+    for file in files:
+        shutil.copyfile(corpus / file.name, file)
+    run_prepare(files, tmp_path / "out", RECIPE, Execution(workers=3))
+    assert shard_bytes(tmp_path / "out/shards") == shard_bytes(prepared / "shards")
+
+
+def test_stages_alone_do_what_they_do_together(corpus, prepared, tmp_path):
+    execution = Execution(workers=1)
+    run_clean([corpus], tmp_path / "a", RECIPE.read, RECIPE.clean, execution)
+    run_dedup([tmp_path / "a"], tmp_path / "b", Read(), RECIPE.dedup, execution)
+    run_mix([tmp_path / "b"], tmp_path / "c", Read(), RECIPE.mix, execution)
+    run_tokenize([tmp_path / "c"], tmp_path / "d", Read(), execution)
+    assert shard_bytes(tmp_path / "d") == shard_bytes(prepared / "shards")
+    assert (tmp_path / "d/report.txt").read_text() == (prepared / "report.txt").read_text()
+
+
+def test_a_stage_alone_on_raw_documents(corpus, tmp_path):
+    run_dedup([corpus], tmp_path / "out", Read(), Dedup(), Execution(workers=1))
+    report = {row["source"]: row for row in json.loads((tmp_path / "out/report.json").read_text())}
+    assert report["all"]["documents"] == 120
+    assert report["all"]["kept_documents"] + report["all"]["duplicate_documents"] == 120
+    assert "short_documents" not in report["all"]
+    # Other settings start this stage over, and not the reading.
+    with pytest.raises(ValueError, match=r"dedup.bands was 9, is 3"):
+        run_dedup([corpus], tmp_path / "out", Read(), Dedup(bands=3), Execution(workers=1))
+    run_dedup([corpus], tmp_path / "out", Read(), Dedup(bands=3), Execution(workers=1, force=True))
+    assert (tmp_path / "out/log.txt").read_text().count("read: 3 tasks") == 1
+    run_tokenize([tmp_path / "out"], tmp_path / "shards", Read(), Execution(workers=1))
+    assert list(TokenShards(tmp_path / "shards").manifest["splits"]) == ["train"]
+
+
+def test_the_same_command_again_does_nothing(corpus, prepared):
+    before = {path: path.stat().st_mtime_ns for path in (prepared / "shards").iterdir()}
+    run_prepare([corpus], prepared, RECIPE, Execution(workers=1))
+    assert {path: path.stat().st_mtime_ns for path in (prepared / "shards").iterdir()} == before
+    assert "clean: complete already" in (prepared / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clean": Clean(min_characters=100)}, "clean.min_characters was 200, is 100"),
+        ({"dedup": Dedup(threshold=0.5)}, "dedup.bands was 9, is 25"),
+        ({"mix": Mix(seed=9)}, "mix.seed was 1, is 9"),
+    ],
+)
+def test_another_recipe_is_refused(corpus, prepared, change, message):
+    with pytest.raises(ValueError, match=message):
+        run_prepare([corpus], prepared, DataRecipe(**{**vars(RECIPE), **change}), Execution(workers=1))
+
+
+def test_an_output_within_the_input_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"out lies within the input .*; give an output elsewhere"):
+        run_prepare([corpus], corpus / "out", RECIPE, Execution(workers=1))
+
+
+def test_settings_that_a_stage_would_not_use_are_refused(prepared, tmp_path):
+    with pytest.raises(ValueError, match="is the output of a stage, which has no settings of `read`"):
+        run_dedup([prepared / "clean"], tmp_path / "out", Read(text_field="x"), Dedup(), Execution(workers=1))
+
+
+def test_names_of_sources_that_mean_something_elsewhere(tmp_path):
+    rng = random.Random(0)
+    names = [
+        "[/x] foo",
+        "$\\foo$",
+        "a/b",
+        "RedPajamaC4",
+        "C4",
+        "RedPajama",
+        "all",
+        "\x1b[31m",
+        "数据",
+        "'quoted'",
+        "n" * 300,
+    ]
+    rows = [{"text": text(rng), "source": name} for name in names for _ in range(2)]
+    folder = tmp_path / "source=zzz"
+    folder.mkdir()
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_prepare([folder], tmp_path / "key=value" / "out", DataRecipe(), Execution(workers=1))
+    assert TokenShards(tmp_path / "key=value/out/shards").sources == sorted(names)
+    assert main(["data", "inspect", str(tmp_path / "key=value/out")]) == 0
+
+
+def test_a_path_that_duckdb_takes_for_a_pattern_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"holds \[ \], which DuckDB takes for a pattern"):
+        run_prepare([corpus], tmp_path / "out[1]", RECIPE, Execution(workers=1))
+
+
+def test_a_change_is_noticed_in_either_of_two_files_of_one_name(tmp_path):
+    files = [tmp_path / folder / "x.jsonl" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps({"text": f"{file.parent.name} document " * 30}) + "\n")
+    for changed in files:
+        output = tmp_path / f"out-{changed.parent.name}"
+        run_clean(files, output, Read(), Clean(), Execution(workers=1))
+        changed.write_text(json.dumps({"text": "another document " * 30}) + "\n")
+        with pytest.raises(ValueError, match=r"input.x.jsonl has changed"):
+            run_clean(files, output, Read(), Clean(), Execution(workers=1))
+
+
+def test_changed_input_is_refused_unless_forced(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
+    before = shard_bytes(tmp_path / "out/shards")
+    with (corpus / "web.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a new document " * 50}) + "\n")
+    with pytest.raises(ValueError, match=r"other settings or input \(input.corpus/web.jsonl has changed"):
+        run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1))
+    assert shard_bytes(tmp_path / "out/shards") == before
+    run_prepare([corpus], tmp_path / "out", RECIPE, Execution(workers=1, force=True))
+    assert shard_bytes(tmp_path / "out/shards") != before
+
+
+def command(corpus, output, *options):
+    return [sys.executable, "-m", "btlm", "data", "prepare", str(corpus), "--output", str(output), *OPTIONS, *options]
+
+
+def killed(argv, is_time):
+    """Run a command, and kill it and all its workers when it is time; whether it was still running then."""
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None:
+        if is_time():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_killed_in_any_stage_it_goes_on_and_writes_the_same_bytes(corpus, prepared, tmp_path):
+    output = tmp_path / "out"
+    for pattern in ("clean/documents/*", "dedup/pairs/*", "mix/scattered/*", "shards/*.bin"):
+        assert killed(command(corpus, output, "--workers=2"), lambda: any(output.glob(pattern)))  # noqa: B023
+    subprocess.run(command(corpus, output, "--workers=2"), check=True, capture_output=True)
+    assert shard_bytes(output / "shards") == shard_bytes(prepared / "shards")
+    assert not list(output.rglob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are told to end with their parent by Linux")
+def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(corpus, output, "--workers=2"), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(output.glob("clean/documents/*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        left = [other.pid for other in psutil.process_iter() if session_of(other.pid) == process.pid]
+        if not left:
+            break
+        time.sleep(0.05)
+    assert left == []
+
+
+def session_of(process):
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_writes_the_same_bytes(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", documents=3000)
+    whole = command(corpus, tmp_path / "whole", "--workers=2")
+    started = time.monotonic()
+    subprocess.run(whole, check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    rng = random.Random(1)
+    kills = fresh = 0
+    while kills < 20:
+        # A run that comes to its end leaves nothing to kill: the next one is a new run.
+        output = tmp_path / f"killed{fresh}"
+        moment = time.monotonic() + rng.uniform(0, seconds)
+        if killed(command(corpus, output, "--workers=2"), lambda: time.monotonic() > moment):  # noqa: B023
+            kills += 1
+        else:
+            fresh += 1
+    for run in range(fresh + 1):
+        output = tmp_path / f"killed{run}"
+        subprocess.run(command(corpus, output, "--workers=2"), check=True, capture_output=True)
+        assert shard_bytes(output / "shards") == shard_bytes(tmp_path / "whole/shards")
+
+
+def test_a_disk_that_is_full_is_one_line_and_then_goes_on(corpus, prepared, tmp_path):
+    def limit():
+        # No file can grow beyond this, as on a disk with so much space left.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    failed = subprocess.run(command(corpus, tmp_path / "out", "--workers=1"), preexec_fn=limit, capture_output=True)
+    last = failed.stderr.decode().splitlines()[-1]
+    assert failed.returncode == 2, failed.stderr.decode()
+    assert last.startswith("btlm: error: ")
+    assert "File too large" in last
+    assert b"Traceback" not in failed.stderr
+    subprocess.run(command(corpus, tmp_path / "out", "--workers=1"), check=True, capture_output=True)
+    assert shard_bytes(tmp_path / "out/shards") == shard_bytes(prepared / "shards")
+
+
+def test_ray_writes_the_same_bytes(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", documents=30)
+    (corpus / "code.jsonl.zst").unlink()
+    options = ["--dedup.bands=2", "--workers=2"]
+    subprocess.run(command(corpus, tmp_path / "local", *options), check=True, capture_output=True)
+    ray = subprocess.run(command(corpus, tmp_path / "ray", *options, "--executor=ray"), capture_output=True)
+    assert ray.returncode == 0, ray.stderr.decode()
+    assert shard_bytes(tmp_path / "ray/shards") == shard_bytes(tmp_path / "local/shards")
+
+
+# Stand-ins for the commands of a Slurm cluster of this machine alone: the jobs of an array run one after the other.
+SLURM = {
+    "sbatch": """#!{python}
+import os, re, subprocess, sys
+script = sys.argv[-1]
+array = re.search("array=0-([0-9]+)", open(script).read())
+for index in range(int(array[1]) + 1 if array else 0):
+    environment = os.environ | dict(SLURM_ARRAY_TASK_ID=str(index), SLURM_NODELIST="here", RUN_OFFSET="0")
+    subprocess.run(["bash", script], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job 7")
+""",
+    "srun": """#!/bin/bash
+while [[ $1 != launch_pickled_pipeline ]]; do shift; done
+exec "$@"
+""",
+    "squeue": "#!/bin/bash\n",
+    "scontrol": "#!/bin/bash\necho here\n",
+}
+
+
+@pytest.mark.slow
+def test_slurm_writes_the_same_bytes(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", documents=30)
+    (corpus / "code.jsonl.zst").unlink()
+    (tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(script.format(python=sys.executable))
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    options = ["--dedup.bands=2"]
+    subprocess.run(command(corpus, tmp_path / "local", *options, "--workers=1"), check=True, capture_output=True)
+    slurm = command(corpus, tmp_path / "slurm", *options, "--executor=slurm", "--slurm-partition=cpu")
+    result = subprocess.run(slurm, capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr.decode()
+    assert shard_bytes(tmp_path / "slurm/shards") == shard_bytes(tmp_path / "local/shards")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "nowhere", "--output", "out"], "nowhere does not exist"),
+        (["prepare", "x.txt", "--output", "out", "--dedup.bands=100"], "dedup.bands x dedup.rows is 1300"),
+        (["prepare", "x.txt", "--output", "out", "--dedup.bands=many"], "dedup.bands"),
+        (["prepare", "x.txt", "--output", "out", "--executor=spark"], "executor is 'spark'"),
+        (["prepare", "x.txt", "--output", "x.txt"], "x.txt is a file; give a folder"),
+        (["prepare", "x.txt", "--output", "out", "--recipe=wrong.yaml"], "bandz"),
+        (["mix", "x.txt", "--output", "out", "--mix.holdout=2"], "mix.holdout is 2.0"),
+        (["inspect", "."], "holds no complete stage"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("some text " * 30)
+    Path("wrong.yaml").write_text("dedup:\n  bandz: 3\n")
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("btlm: error: ")
+    assert message in error
+
+
+def test_a_recipe_sets_everything(corpus, tmp_path):
+    recipe = "read: {part_bytes: 30000}\nmix: {holdout: 0.05, weights: {Web: 1.5}}\nclean: {min_characters: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    arguments = ["data", "prepare", str(corpus), "--output", str(tmp_path / "out"), "--workers=1"]
+    assert main([*arguments, f"--recipe={tmp_path / 'recipe.yaml'}", "--dedup.threshold=0.5"]) == 0
+    settings: dict[str, Any] = {}
+    for entry in TokenShards(tmp_path / "out/shards").manifest["history"].values():
+        settings |= entry["settings"]
+    assert settings["read"]["part_bytes"] == 30000
+    assert settings["clean"]["min_characters"] == 0
+    assert settings["mix"]["weights"] == {"Web": 1.5}
+    # A flag after the file counts.
+    assert (settings["dedup"]["threshold"], settings["dedup"]["rows"]) == (0.5, 5)
+
+
+def test_the_recipe_of_slimpajama_is_the_defaults(monkeypatch):
+    called = []
+    monkeypatch.setattr("btlm.data.pipeline.run_prepare", lambda *arguments: called.append(arguments))
+    recipe = Path(__file__).parents[2] / "recipes/data/slimpajama.yaml"
+    assert main(["data", "prepare", "x", "--output", "y", "--recipe", str(recipe)]) == 0
+    assert called == [(["x"], "y", DataRecipe(), Execution())]
+    given = yaml.safe_load(recipe.read_text())
+    assert given == as_settings(DataRecipe()), "every setting is there"
+
+
+def test_inspect_shows_examples_of_everything(prepared, capsys):
+    assert main(["data", "inspect", str(prepared), "--examples", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 short documents" in shown
+    assert "clusters of near-duplicates" in shown
+    assert "J = 1.00" in shown or "J = 0.9" in shown
+    assert "validation documents" in shown
+    assert "train: " in shown
+    assert main(["data", "inspect", str(prepared), "--stage", "dedup"]) == 0
+    assert "short documents" not in capsys.readouterr().out
+    assert main(["data", "inspect", str(prepared), "--stage", "filter"]) == 2
+    assert "holds no complete stage 'filter'; it has clean, dedup, mix, tokenize" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from btlm.checkpoint.shape import Shape
+from btlm.engine.cache import KINDS, KVCache, cache_bytes, common_prefix
+from btlm.kernels import load_kernels
+from tests.checkpoint.tiny import tiny_model
+
+
+def shape(n_head=4):
+    return Shape.from_config(tiny_model(n_embd=80, n_head=n_head).config.to_dict())
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("capacity", [1, 64, 65, 200])
+def test_bytes_are_those_of_the_arrays(dtype, capacity):
+    cache = KVCache(load_kernels("torch", 1), shape(), dtype, 3, capacity)
+    assert sum(array.nbytes for arrays in cache._arrays for array in arrays) == cache_bytes(shape(), dtype, 3, capacity)
+    assert cache.capacity == capacity
+    assert len(cache.layers) == shape().n_layer
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_copies_hold_what_was_written(dtype, tokens):
+    """A text that goes on from a copy is the text that went on from the original, and other slots are left alone."""
+    kernels, sizes = load_kernels("torch", 1), shape()
+    cache = KVCache(kernels, sizes, dtype, 3, 200)
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((tokens, 240), dtype=np.float32)
+    after = rng.standard_normal((2, 240), dtype=np.float32)
+    results = []
+
+    def attend(qkv, slot, start):
+        out = np.empty((len(qkv), 80), np.float32)
+        kernels.attend(qkv, cache.layers[1], np.array([[0, slot, start, len(qkv)]]), sizes.slopes, 0.2, out)
+        return out
+
+    attend(before, 0, 0)
+    cache.copy(0, 2, tokens)
+    results = [attend(after, slot, tokens) for slot in (0, 2, 1)]
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"),
+    [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([2], [1], 0)],
+)
+def test_common_prefix(a, b, length):
+    assert common_prefix(a, b) == common_prefix(b, a) == length

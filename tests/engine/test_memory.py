@@ -1,0 +1,40 @@
+import resource
+import sys
+
+import pytest
+
+from btlm.engine import memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+def test_this_machine_has_memory():
+    free, peak = memory.available_memory(), memory.peak_memory()
+    assert free is not None
+    assert free > 1 << 20
+    assert 1 << 24 < peak < 1 << 44
+
+
+def test_the_smallest_limit_counts(monkeypatch):
+    for name, value in (("_free", 5000), ("_control_group", 3000), ("_address_space", None)):
+        monkeypatch.setattr(memory, name, lambda value=value: value)
+    assert memory.available_memory() == 3000
+    for name in ("_free", "_control_group"):
+        monkeypatch.setattr(memory, name, lambda: None)
+    assert memory.available_memory() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+def test_a_limit_of_the_address_space(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 50, 1 << 50))
+    limited = memory.available_memory()
+    assert memory._address_space() is not None
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert memory._address_space() is None
+    assert limited is not None
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert (memory.available_memory() or 0) < 1 << 20
+
+
+@pytest.mark.parametrize(("size", "text"), [(1_234_000, "1.2 MB"), (99_900_000, "99.9 MB"), (2_640_000_000, "2.64 GB")])
+def test_gigabytes(size, text):
+    assert memory.gigabytes(size) == text

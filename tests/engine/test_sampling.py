@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from btlm.engine.options import GenerationOptions
+from btlm.engine.sampling import Sampler, log_probability, repeated, softmax
+
+VOCAB = 12
+
+
+def distribution(options, logits, ids=(0,), draws=3000):
+    """How often each token is drawn."""
+    sampler = Sampler(options)
+    return np.bincount([sampler.choose(logits, ids) for _ in range(draws)], minlength=len(logits))
+
+
+def theirs(logits, *processors, ids=(0,)):
+    """Probabilities after Transformers' processors."""
+    scores = torch.tensor(logits)[None]
+    for processor in processors:
+        scores = processor(torch.tensor([list(ids)]), scores)
+    return scores[0].double().softmax(-1).numpy()
+
+
+@pytest.fixture
+def logits():
+    return np.random.default_rng(3).standard_normal(VOCAB).astype(np.float32) * 1.5
+
+
+@pytest.mark.parametrize(
+    ("given", "processors"),
+    [
+        ({"temperature": 1.0}, []),
+        ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
+        ({"temperature": 2.0}, [TemperatureLogitsWarper(2.0)]),
+        ({"top_k": 4}, [TopKLogitsWarper(4)]),
+        ({"top_k": VOCAB + 5}, [TopKLogitsWarper(VOCAB)]),
+        ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"top_p": 1.0}, []),
+        ({"top_p": 0.01}, [TopPLogitsWarper(0.01)]),
+        (
+            {"temperature": 1.5, "top_k": 6, "top_p": 0.8},
+            [TemperatureLogitsWarper(1.5), TopKLogitsWarper(6), TopPLogitsWarper(0.8)],
+        ),
+        (
+            {"temperature": 0.8, "repetition_penalty": 3.0},
+            [RepetitionPenaltyLogitsProcessor(3.0), TemperatureLogitsWarper(0.8)],
+        ),
+        (
+            {"temperature": 1.0, "no_repeat_ngram_size": 2, "top_k": 5},
+            [NoRepeatNGramLogitsProcessor(2), TopKLogitsWarper(5)],
+        ),
+    ],
+)
+def test_draws_follow_the_distribution_of_transformers(given, processors, logits):
+    ids = [1, 4, 7, 4, 2, 1, 4]
+    expected = theirs(logits, *processors, ids=ids)
+    draws = 3000
+    counts = distribution(GenerationOptions(seed=5, **given), logits, ids, draws)
+    assert counts[expected == 0].sum() == 0
+    likely = expected * draws >= 5
+    chi_square = ((counts - expected * draws)[likely] ** 2 / (expected * draws)[likely]).sum()
+    # Twelve cells at most: 31.3 is what 11 degrees of freedom exceed in one case of a thousand. The seed is fixed.
+    assert chi_square < 31.3
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7, 0.5])
+def test_repetition_penalty_of_greedy_choices(penalty, logits):
+    ids = [int(logits.argmax()), int(logits.argmin()), int(logits.argmax())]
+    before = logits.copy()
+    sampler = Sampler(GenerationOptions(repetition_penalty=penalty))
+    expected = theirs(logits, RepetitionPenaltyLogitsProcessor(penalty), ids=ids).argmax()
+    assert sampler.choose(logits, ids) == expected
+    assert np.array_equal(logits, before)  # they are wanted for log-probabilities
+    assert (sampler.choose(logits, ids) == ids[0]) is (penalty <= 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_repeated_n_grams_are_those_of_transformers(size):
+    rng = np.random.default_rng(size)
+    for length in range(1, 30):
+        ids = rng.integers(0, 3, length).tolist()
+        scores = NoRepeatNGramLogitsProcessor(size)(torch.tensor([ids]), torch.zeros(1, 3))
+        assert repeated(ids, size).tolist() == torch.isinf(scores[0]).nonzero()[:, 0].tolist(), ids
+
+
+def test_all_tokens_banned_still_gives_one(logits):
+    assert 0 <= Sampler(GenerationOptions(no_repeat_ngram_size=1)).choose(logits, list(range(VOCAB))) < VOCAB
+
+
+def test_the_seed_repeats_the_draws(logits):
+    first, second = (Sampler(GenerationOptions(temperature=1.0, seed=seed)) for seed in (7, 7))
+    draws = [[sampler.choose(logits, [0]) for _ in range(30)] for sampler in (first, second)]
+    assert draws[0] == draws[1]
+    drawn = Sampler(GenerationOptions(temperature=1.0))
+    assert drawn.seed is not None
+    again = Sampler(GenerationOptions(temperature=1.0, seed=drawn.seed))
+    assert [drawn.choose(logits, [0]) for _ in range(30)] == [again.choose(logits, [0]) for _ in range(30)]
+    assert Sampler(GenerationOptions()).seed is None
+
+
+def test_log_probability_and_softmax(logits):
+    for scores in (logits, logits + 1000, logits * 50):
+        exact = torch.tensor(scores).double().log_softmax(-1).numpy()
+        ours = [log_probability(scores, token) for token in range(VOCAB)]
+        assert np.allclose(ours, exact, rtol=1e-5, atol=1e-5)
+        assert np.allclose(softmax(scores), np.exp(exact), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_smallest_temperatures_are_greedy(logits, temperature):
+    sampler = Sampler(GenerationOptions(temperature=temperature, seed=0))
+    assert {sampler.choose(logits, [0]) for _ in range(20)} == {int(logits.argmax())}
+
+
+def test_a_tie_is_kept_by_top_k():
+    counts = distribution(GenerationOptions(top_k=1, seed=0), np.array([1.0, 2.0, 2.0, 0.0], np.float32), draws=100)
+    assert counts[[0, 3]].sum() == 0
+    assert min(counts[1:3]) > 20

@@ -1,0 +1,3 @@
+from tests.checkpoint.fixtures import checkpoint, copy
+
+__all__ = ["checkpoint", "copy"]

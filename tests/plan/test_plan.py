@@ -1,0 +1,238 @@
+import dataclasses
+import re
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from btlm.model import BTLMConfig
+from btlm.plan.memory import memory_per_device
+from btlm.plan.plan import plan, render, run_plan
+from btlm.train import Recipe, load_recipe
+from btlm.train.recipe import Lora, Parallelism, Precision, Stage, Start
+from tests.train.tiny import MODEL, tiny_recipe
+
+ROOT = Path(__file__).parents[2]
+BTLM_3B = ROOT / "recipes/btlm-3b.yaml"
+PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "head")
+LORA = Lora(rank=4)
+
+# BTLM-3B-8k: the paper, its recipes and the model card; FLOPs and days worked by hand
+
+
+def test_btlm_3b() -> None:
+    numbers = plan(load_recipe(BTLM_3B))
+    assert numbers["parameters"] == {
+        "total": 2_646_255_744,
+        "without_embeddings": 2_517_597_824,
+        "adapters": 0,
+        "trained": 2_646_255_744,
+    }
+    assert [stage["steps"] for stage in numbers["stages"]] == [119_727, 39_909]
+    assert [stage["tokens"] for stage in numbers["stages"]] == [470_785_720_320, 156_928_573_440]
+    assert numbers["steps"] == 159_636
+    assert numbers["tokens"] == pytest.approx(627.7e9, rel=1e-4)
+    assert numbers["flops_by_parameters"] == pytest.approx(9.97e21, rel=1e-3)
+    assert numbers["flops"] == pytest.approx(1.11e22, rel=5e-3)
+    assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
+    # 1.11e22 FLOPs by 8 x 989e12 x 0.4 a second are 40.6 days.
+    days = {row["devices"]: row["days"] for row in numbers["days"]}
+    assert days[8] == pytest.approx(40.6, rel=5e-3)
+    assert days[480] == pytest.approx(days[8] / 60)
+    by_shards = {row["shards"]: row for row in numbers["memory"]}
+    # 4, 4 and 8 bytes a parameter for weights, gradients and moments.
+    assert [by_shards[1][part] for part in PARTS[:3]] == [10_585_022_976, 10_585_022_976, 21_170_045_952]
+    # A single device casts the matrices of one block, and keeps the gradient of the head of 50,257 x 2,560.
+    matrices = 4 * 2560 * 2560 + 3 * 2560 * 6826
+    assert by_shards[1]["gathered"] == 2 * matrices + 4 * 128_657_920
+    assert by_shards[8]["weights"] == 10_585_022_976 / 8
+
+
+def test_days_follow_the_assumptions() -> None:
+    recipe = load_recipe(BTLM_3B)
+    (before,) = plan(recipe, devices=[8])["days"]
+    (after,) = plan(recipe, mfu=0.2, peak_tflops=2 * 989, devices=[32])["days"]
+    assert after["days"] == pytest.approx(before["days"] / 4)
+    assert (before["micro_batches"], after["micro_batches"]) == (60, 15)
+
+
+def test_lora_trains_adapters_alone() -> None:
+    recipe = tiny_recipe(lora=LORA)
+    # Two blocks, rank 4: 32 + 96, 32 + 32, 32 + 44 twice, and 44 + 32.
+    adapters = 2 * 4 * (128 + 64 + 76 + 76 + 76)
+    numbers = plan(recipe)
+    assert numbers["parameters"] == {
+        "total": 23_856,
+        "without_embeddings": 23_856 - 6_400,
+        "adapters": adapters,
+        "trained": adapters,
+    }
+    row = numbers["memory"][0]
+    assert [row[part] for part in PARTS[:3]] == [4 * (23_856 + adapters), 4 * adapters, 8 * adapters]
+    assert numbers["flops_by_parameters"] == (4 * 23_856 + 6 * adapters) * 448
+    # Two products with each of 2 x 8,320 and 6,400 weights, two operations each; causal attention three times.
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 44) + 200 * 32
+    attention = 2 * 4 * 32 * 17 / 2
+    assert numbers["stages"][0]["flops"] == (4 * weights + 3 * attention + 6 * adapters) * 256
+
+
+def test_more_shards_until_they_make_little_difference() -> None:
+    memory = plan(load_recipe(BTLM_3B))["memory"]
+    assert [row["shards"] for row in memory] == [2**power for power in range(len(memory))]
+    assert all(after["total"] <= 0.95 * before["total"] for before, after in pairwise(memory))
+    following = memory_per_device(load_recipe(BTLM_3B), 2 * memory[-1]["shards"])
+    assert following["total"] > 0.95 * memory[-1]["total"]
+    for row in memory:
+        assert row["total"] == sum(row[part] for part in PARTS)
+    # Four rows a step, then two: no more than two devices can share them.
+    assert [row["shards"] for row in plan(tiny_recipe())["memory"]] == [1, 2]
+
+
+def test_replicas_hold_the_state_several_times() -> None:
+    recipe = dataclasses.replace(load_recipe(BTLM_3B), parallelism=Parallelism(4, "bfloat16"))
+    rows = plan(recipe)["days"]
+    assert [row["devices"] for row in rows] == [4, 8, 16, 32, 80, 160, 480]
+    assert [row["shards"] for row in rows] == [1, 2, 4, 8, 20, 40, 120]
+    assert rows[1]["memory"] == memory_per_device(recipe, 2)["total"]
+
+
+def test_a_device_with_less_than_a_micro_batch_needs_less() -> None:
+    recipe = tiny_recipe(stages=[Stage(16, 64, 256)], micro_batch_tokens=64)
+    row = plan(recipe, devices=[4])["days"][0]
+    assert (row["micro_batches"], row["micro_batch_tokens"]) == (1, 16)
+    assert row["memory"] == memory_per_device(dataclasses.replace(recipe, micro_batch_tokens=16), 4)["total"]
+
+
+# What a plan needs
+
+
+def test_nothing_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BTLMConfig(**MODEL).save_pretrained(tmp_path)  # a folder without weights
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a plan builds nothing")
+
+    monkeypatch.setattr(nn.Module, "__init__", forbidden)
+    monkeypatch.setattr(torch.UntypedStorage, "__new__", forbidden)
+    for name in ("empty", "zeros", "tensor", "randn", "load"):
+        monkeypatch.setattr(torch, name, forbidden)
+    assert plan(load_recipe(BTLM_3B))["steps"] == 159_636
+    started = Recipe(
+        **{field.name: getattr(tiny_recipe(), field.name) for field in dataclasses.fields(Recipe)}
+        | {"model": {}, "start": Start(str(tmp_path)), "lora": LORA}
+    )
+    numbers = plan(started)
+    assert numbers["parameters"] == plan(tiny_recipe(lora=LORA))["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"mfu": 0}, "mfu is 0; give a share of the peak, above 0 and at most 1 (0.4 for 40%)."),
+        ({"mfu": 40.0}, "mfu is 40.0; give a share"),
+        ({"mfu": float("nan")}, "mfu is nan; give a share"),
+        ({"mfu": "0.4"}, "mfu is '0.4'; give a share"),
+        ({"mfu": True}, "mfu is True; give a share"),
+        ({"peak_tflops": 0.0}, "peak_tflops is 0.0; give the peak of one device in TFLOP/s"),
+        ({"peak_tflops": -989}, "peak_tflops is -989; give"),
+        ({"peak_tflops": 9.89e14}, "peak_tflops is 989000000000000.0; give"),
+        ({"peak_tflops": float("inf")}, "peak_tflops is inf; give"),
+        ({"devices": [1, 3]}, "devices has 3, which cannot share the batches of the recipe evenly; give some of 1, 2."),
+        ({"devices": [0]}, "devices has 0, which"),
+        ({"devices": [True]}, "devices has True, which"),
+        ({"devices": []}, "devices is empty; leave it out, or give some of 1, 2."),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        plan(tiny_recipe(), **arguments)
+
+
+def test_replicas_have_to_share_the_rows() -> None:
+    with pytest.raises(ValueError, match=r"^parallelism\.replicate is 3, but the steps have 2 rows to share; give a "):
+        plan(tiny_recipe(parallelism=Parallelism(3)))
+    with pytest.raises(ValueError, match=r"^devices has 1, which .*; give some of 2\.$"):
+        plan(tiny_recipe(parallelism=Parallelism(2)), devices=[1])
+
+
+@pytest.mark.parametrize("targets", [("wte",), ("c_attn", "lm_head"), ("attn",), ("fc",)])
+def test_adapters_of_other_matrices(targets: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"^lora\.target_modules are {', '.join(targets)}; a plan counts "):
+        plan(tiny_recipe(lora=Lora(target_modules=targets)))
+
+
+def test_a_target_of_other_activations_is_passed_over() -> None:
+    both, one = (
+        plan(tiny_recipe({"activation_function": "gelu"}, lora=Lora(target_modules=targets)))
+        for targets in (("c_fc", "c_fc2"), ("c_fc",))
+    )
+    assert both == one
+
+
+# Tables
+
+
+def rendered(name: str, numbers: dict[str, Any]) -> str:
+    output = StringIO()
+    Console(width=80, file=output).print(render(name, numbers))
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_tables_of_shipped_recipes_fit_80_columns(path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.start is not None:  # of a model that is not in the repository
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+        recipe = Recipe(**fields | {"start": None, "model": load_recipe(BTLM_3B).model | recipe.model})
+    text = rendered(path.name, plan(recipe))
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    # Every row of a table is one line.
+    assert [line.split()[0] for line in lines if " shard" in line and "GB" in line] == [
+        f"{row['shards']:,}" for row in plan(recipe)["memory"] if row["total"] >= 1e9
+    ]
+
+
+def test_tables_hold_the_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_plan(BTLM_3B)
+    text = capsys.readouterr().out
+    for part in (
+        "btlm-3b.yaml",
+        "2,646,255,744 parameters, 2,517,597,824 without",
+        "159,636",
+        "628 B  1.11e+22",
+        "tokens is 9.97e+21",
+        "10.6 GB   10.6 GB   21.2 GB",
+        "assumptions: MFU 0.4 at any number of devices, and a peak of 989 TFLOP/s each",
+        "(dense bf16 products on an H100 SXM, NVIDIA's data sheet)",
+        "block inputs are kept, the rest is recomputed",
+        "40.5 days",
+        "16.2 hours",
+    ):
+        assert part in text
+    run_plan(BTLM_3B, 0.5, 312.0, [40], {"micro_batch_tokens": 16_384})
+    text = capsys.readouterr().out
+    assert "assumptions: MFU 0.5 at any number of devices, and a peak of 312 TFLOP/s each" in text
+    assert "H100" not in text
+    assert "16,384 tokens a micro-batch" in text
+
+
+def test_tables_of_variants() -> None:
+    text = rendered("r", plan(tiny_recipe(lora=LORA, precision=Precision("float32"), parallelism=Parallelism(2))))
+    for part in (
+        "more in adapters, the only ones that are trained",
+        "(4 x frozen + 6 x trained parameters) x tokens",
+        "the recipe computes in float32: give its peak with --peak-tflops",
+        "2 replicas: devices are that many times the shards",
+        " seconds",
+    ):
+        assert part in text
+    assert "recomputed" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
