@@ -1,9 +1,20 @@
-"""What the commands tell the user: one line each, on standard error, so that standard output can be piped."""
+"""What the commands tell the user: lines and progress on standard error, so that standard output can be piped.
+
+Also the numbers in them, as people read them.
+"""
 
 import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+
+# Lines
 
 
 def note(text: str) -> None:
@@ -82,3 +93,52 @@ class _Lines(logging.Handler):
         if text not in self.seen:
             self.seen.add(text)
             warn(text)
+
+
+# Progress
+
+
+def progress_bars(
+    *details: "ProgressColumn", console: "Console | None" = None, transient: bool = True, remaining: bool = True
+) -> "Progress":
+    """Progress bars on standard error: description, bar, details, elapsed and remaining time. Only a terminal has them.
+
+    Args:
+        details: Columns behind the bar; the percentage where none is given.
+        console: Of standard error, where there is one already.
+        transient: Remove the bars at the end.
+        remaining: Show the remaining time.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = console or Console(stderr=True)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *(details or [TextColumn("{task.percentage:>3.0f}%")]),
+        TimeElapsedColumn(),
+        *([TextColumn("eta"), TimeRemainingColumn()] if remaining else []),
+    ]
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+
+
+# Numbers
+
+
+def three_digits(value: float) -> str:
+    """A number to three digits; all digits of a larger one."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
+def scaled(value: float) -> str:
+    """Three digits, a space and a decimal prefix, for a unit to follow."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{three_digits(value / scale)} {prefix}"
+    return f"{value:.0f} "
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB, or as MB below 0.1 GB; powers of 1,000."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,12 +1,44 @@
-"""Which device to compute on."""
+"""Which device of torch to compute on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from btlm.console import one_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def best_device(*kinds: str) -> str:
+    """The first of some kinds, ``"cuda"`` or ``"mps"``, that torch can use here; else ``"cpu"``."""
+    import torch
+
+    usable: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return next((kind for kind in kinds if usable[kind]()), "cpu")
+
+
+def usable_device(name: str) -> "torch.device":
+    """A device by its name.
+
+    Raises:
+        ValueError: Torch does not know it, or cannot use it here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise ValueError(f"The device {name!r} is unknown; use auto, cpu, cuda, cuda:1, mps or another one of torch.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"The device {name} is not available here ({one_line(error)}); use cpu.") from error
+    return device
 
 
 def has_cuda() -> bool:
-    """Torch is asked where there is an NVIDIA driver: it takes seconds to import."""
-    if not Path("/dev/nvidiactl").exists():
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    """Whether torch can use CUDA. It is asked only where there is an NVIDIA driver: it takes seconds to import."""
+    return Path("/dev/nvidiactl").exists() and best_device("cuda") == "cuda"

@@ -1,27 +1,148 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, locks, and digests."""
 
+import glob
+import hashlib
+import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+# Ends the temporary name of what is not whole yet.
+PARTIAL = ".partial"
+
+
+# Files
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Write JSON, whole or not at all; the folder is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
 def remove_partial_files(folder: Path) -> None:
-    """Remove what killed tasks left behind."""
-    for path in folder.rglob(".*.partial"):
+    """Remove the temporary files of :func:`whole_file` that killed processes left anywhere in a folder."""
+    for path in folder.rglob(f".*{PARTIAL}"):
         with suppress(FileNotFoundError):
             path.unlink()
+
+
+# Folders
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder under a temporary name that becomes ``path`` when the block ends without an error.
+
+    After an error nothing is left, and what processes of this machine that were killed have left beside ``path`` is
+    removed.
+
+    Raises:
+        OSError: At the end, if ``path`` has come to hold something meanwhile.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        if not _lives(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Give a folder that is whole its final name, in place of what has that name now; this lasts after a power cut."""
+    remove_folder(path)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill in the middle leaves a partial one under another name, not a damaged one."""
+    if path.exists():
+        leftover = path.with_name(f"{path.name}.old{PARTIAL}")
+        shutil.rmtree(leftover, ignore_errors=True)
+        path.rename(leftover)
+        shutil.rmtree(leftover)
+
+
+def _lives(process: str) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere the call below would end the process
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, PermissionError):
+        return True  # not a number of ours, or a process of somebody else
+    except OSError:
+        return False
+    return True
+
+
+# Disk
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """The folder that exists and is nearest to a path, and the bytes that its disk has free."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    return folder, shutil.disk_usage(folder).free
+
+
+# Locks and digests
+
+
+@contextmanager
+def locked(path: Path, problem: str) -> Iterator[None]:
+    """Hold a lock on a file, which is made if there is none.
+
+    Raises:
+        ValueError: Another process holds it; the message is ``problem``.
+    """
+    import fcntl  # not on Windows
+
+    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
+    with path.open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(problem) from error
+        yield
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from btlm.checkpoint import load_model
 from btlm.checkpoint.tensor_file import read_header
 from btlm.convert.calibrate import calibration_rows
-from btlm.convert.quantize import _new_folder, quantize
+from btlm.convert.quantize import quantize
 from btlm.engine import Engine
+from btlm.files import whole_folder
 from tests.checkpoint.tiny import byte_tokenizer, change_tensors, cut, pickle_tensors, save_tiny, set_config, tiny_model
 
 # Groups of 64 divide the width, and neither group divides the feed-forward width.
@@ -139,7 +140,7 @@ def test_calibration_rows_are_of_all_of_a_text(tmp_path):
 
 def test_two_runs_to_one_place_do_not_mix(wide, tmp_path):
     """The slower one finds the folder of the other, and leaves it as it is."""
-    slower = _new_folder(tmp_path / "copy")
+    slower = whole_folder(tmp_path / "copy")
     partial = slower.__enter__()
     (partial / "half").touch()
     assert subprocess.run([sys.executable, "-m", "btlm", "quantize", wide, tmp_path / "copy"]).returncode == 0

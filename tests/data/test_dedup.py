@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from btlm.data import dedup as dedup_module
+from btlm.data.bands import pair_probability
 from btlm.data.clean import clean_documents
 from btlm.data.dedup import deduplicate
 from btlm.data.documents import Document
-from btlm.data.minhash import band_keys, pair_probability, signatures
+from btlm.data.minhash import band_keys, signatures
 from btlm.data.parts import read_table, table_of, write_part, write_table
 from btlm.data.recipe import Clean, Dedup, Execution, Read
 from btlm.data.stage import open_run

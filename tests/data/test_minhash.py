@@ -3,17 +3,15 @@ import random
 import re
 import string
 
-import datasketch.lsh
 import numpy as np
 import pytest
 
 from btlm.data import minhash
+from btlm.data.bands import pair_probability
 from btlm.data.minhash import (
     band_keys,
-    bands_for_threshold,
     normalize,
     normalized_length_reaches,
-    pair_probability,
     permutations,
     shingle_hashes,
     signatures,
@@ -177,21 +175,3 @@ def test_signatures_agree_with_the_probability_of_the_similarity(jaccard):
     assert agree.mean() == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / agree.size / 128))
     # Permutations are as good as independent: pairs vary as those of 128 coins do.
     assert agree.std() == pytest.approx(math.sqrt(exact * (1 - exact) / 128), rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("jaccard", "percent"),
-    [(0.70, 8), (0.80, 40), (0.85, 69), (0.90, 93)],  # SlimPajama's bands
-)
-def test_pair_probability(jaccard, percent):
-    assert round(100 * pair_probability(jaccard, 9, 13)) == percent
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9])
-def test_bands_of_a_threshold_are_datasketchs(threshold):
-    assert bands_for_threshold(threshold, 128) == datasketch.lsh._optimal_param(threshold, 128, 0.5, 0.5)
-
-
-def test_slimpajamas_bands_are_those_of_threshold_08():
-    assert bands_for_threshold(0.8, 128) == (9, 13)
-    assert (Dedup(threshold=0.8).bands, Dedup(threshold=0.8).rows) == (Dedup().bands, Dedup().rows)

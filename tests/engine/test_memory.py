@@ -33,8 +33,3 @@ def test_a_limit_of_the_address_space(monkeypatch):
     assert limited is not None
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
     assert (memory.available_memory() or 0) < 1 << 20
-
-
-@pytest.mark.parametrize(("size", "text"), [(1_234_000, "1.2 MB"), (99_900_000, "99.9 MB"), (2_640_000_000, "2.64 GB")])
-def test_gigabytes(size, text):
-    assert memory.gigabytes(size) == text

@@ -15,6 +15,7 @@ import torch
 
 from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import map_tensors
+from btlm.console import progress_bars
 from btlm.convert.quantize import quantize
 from btlm.engine import Engine, GenerationOptions
 from btlm.evaluate import bench as bench_module
@@ -290,5 +291,5 @@ def test_error_of_a_child_is_one_line(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     write_random_model(folder, SMALL, "4bit")
-    with bench_module._progress() as progress, pytest.raises(ValueError, match="context of 0"):
+    with progress_bars() as progress, pytest.raises(ValueError, match="context of 0"):
         bench_module._child({"folder": str(folder), "context": 0, "new_tokens": 8, "threads": 1}, progress, "title", 1)

@@ -21,7 +21,8 @@ from btlm.data.shards import TokenShards, write_manifest, write_shard
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.tokenization_btlm import load_tokenizer
 from btlm.train import load_recipe
-from btlm.train.command import run_training, token_bytes
+from btlm.train.command import run_training
+from btlm.train.held_out import token_bytes
 from tests.train.tiny import MODEL
 
 RAW: dict[str, Any] = {
@@ -242,9 +243,9 @@ def test_a_recipe_may_be_corrected_before_there_is_a_checkpoint(
 
 def test_what_cannot_be_used_is_an_error_that_leaves_no_folder(tmp_path: Path, data: Path) -> None:
     recipe, output = write_recipe(tmp_path).rename(tmp_path / "good.yaml"), tmp_path / "run"
-    with pytest.raises(ValueError, match=r"device is 'abacus', which torch cannot use: "):
+    with pytest.raises(ValueError, match=r"The device 'abacus' is unknown"):
         run_training(recipe, data, output, device="abacus")
-    with pytest.raises(ValueError, match=r"device is 'cuda:99', which torch cannot use: "):
+    with pytest.raises(ValueError, match=r"The device cuda:99 is not available here"):
         run_training(recipe, data, output, device="cuda:99")
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         run_training(recipe, tmp_path, output, "cpu")

@@ -374,7 +374,7 @@ def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uni
     (tmp_path / "checkpoints/step-00000006.partial/model").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000006.partial/model/model.safetensors").write_bytes(b"half")
     (tmp_path / "checkpoints/step-00000005.partial").mkdir()
-    (tmp_path / "metrics.jsonl.partial").write_text('{"step": 9')
+    (tmp_path / ".metrics.jsonl.1-ab.partial").write_text('{"step": 9')
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "model.partial" / "leftover").touch()
@@ -387,7 +387,7 @@ def test_half_written_files_are_ignored(tmp_path: Path, shards: TokenShards, uni
 def test_metrics_survive_an_end_while_they_are_shortened(
     tmp_path: Path, shards: TokenShards, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path, text: str) -> int:
+    def killed(path: Path, text: str, **_: object) -> int:
         path.open("w").close()
         raise KeyboardInterrupt
 

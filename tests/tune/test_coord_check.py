@@ -12,8 +12,9 @@ from btlm.model.alibi import alibi_slopes
 from btlm.train.recipe import Optimizer
 from btlm.train.recipe_file import dump_recipe, load_recipe
 from btlm.tune import coord_check, coord_models
-from btlm.tune.coord_check import PREDICTIONS, Coordinates, draw_batches, fit_slopes, measure, run_coord_check
+from btlm.tune.coord_check import run_coord_check
 from btlm.tune.coord_models import ABLATIONS, CoordCheck
+from btlm.tune.coord_slopes import PREDICTIONS, Coordinates, draw_batches, fit_slopes, measure
 from tests.train.tiny import tiny_recipe, tiny_shards
 
 RECIPES = Path(__file__).parents[2] / "recipes"

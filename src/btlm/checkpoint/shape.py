@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from btlm.errors import NotSupported
+
 from .locate import checkpoint_folder
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -87,10 +89,11 @@ class Shape:
             end_ids: ``eos_token_id``, which may be a list.
 
         Raises:
-            ValueError: The engine does not run this network, or a key is missing or impossible.
+            NotSupported: The engine does not run this network.
+            ValueError: A key is missing or impossible.
         """
         if problem := _problem(config):
-            raise ValueError(problem)
+            raise problem
         scaling = config.get("alibi_scaling") or {}
         head_dim = config["n_embd"] // config["n_head"]
         scale = 1 / head_dim if config["mup_scale_qk_dot_by_d"] else 1 / math.sqrt(head_dim)
@@ -123,7 +126,8 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
         factor: Interpolation instead of the stored one, at least 1.
 
     Raises:
-        ValueError: It is not a checkpoint of BTLM, or the engine does not run it.
+        NotSupported: The engine does not run this network.
+        ValueError: It is not a checkpoint of BTLM.
     """
     if factor is not None and not 1 <= factor < math.inf:
         raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
@@ -142,48 +146,52 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
         return Shape.from_config({**full.to_dict(), **scaling}, full.eos_token_id)
 
 
-def _problem(config: Mapping[str, Any]) -> str | None:
+def _problem(config: Mapping[str, Any]) -> ValueError | None:
     if config.get("model_type") != _MODEL_TYPE:
-        return f"The model_type is {config.get('model_type')!r}, and the engine runs {_MODEL_TYPE!r}."
+        return ValueError(f"The model_type is {config.get('model_type')!r}, and the engine runs {_MODEL_TYPE!r}.")
     if missing := [key for key in _KEYS if key not in config]:
-        return f"The configuration lacks {', '.join(missing)}."
+        return ValueError(f"The configuration lacks {', '.join(missing)}.")
     for key in _SIZES:
         if not (_whole(config[key]) and config[key] > 0):
-            return f"{key} is {config[key]!r}, not a positive whole number."
+            return ValueError(f"{key} is {config[key]!r}, not a positive whole number.")
     for key in _NUMBERS:
         if not (isinstance(config[key], (int, float)) and 0 < config[key] < math.inf):
-            return f"{key} is {config[key]!r}, not a positive number."
+            return ValueError(f"{key} is {config[key]!r}, not a positive number.")
     if config["n_inner"] is not None and not (_whole(config["n_inner"]) and config["n_inner"] > 0):
-        return f"n_inner is {config['n_inner']!r}, neither null nor a positive whole number."
+        return ValueError(f"n_inner is {config['n_inner']!r}, neither null nor a positive whole number.")
     if config["n_embd"] % config["n_head"]:
-        return f"n_head is {config['n_head']}, which does not divide n_embd ({config['n_embd']})."
+        return ValueError(f"n_head is {config['n_head']}, which does not divide n_embd ({config['n_embd']}).")
     for key, runs in (("activation_function", "swiglu"), ("position_embedding_type", "alibi")):
         if config[key] != runs:
-            return f"The engine runs {key} {runs!r}, and this model has {config[key]!r}; use --engine transformers."
+            return NotSupported(
+                f"The engine runs {key} {runs!r}, and this model has {config[key]!r}; use --engine transformers."
+            )
     scaling = config.get("alibi_scaling")
     if scaling is not None and not (isinstance(scaling, dict) and isinstance(scaling.get("factor"), (int, float))):
-        return "The engine runs a fixed interpolation, and this one is dynamic; use --engine transformers."
+        return NotSupported(
+            "The engine runs a fixed interpolation, and this one is dynamic; use --engine transformers."
+        )
     if scaling is not None and not 1 <= scaling["factor"] < math.inf:
-        return f"The factor of alibi_scaling is {scaling['factor']!r}; it must be at least 1."
+        return ValueError(f"The factor of alibi_scaling is {scaling['factor']!r}; it must be at least 1.")
     if problem := _quantization_problem(config.get("quantization_config")):
         return problem
     if config["n_embd"] // config["n_head"] > 256:
-        return (
+        return NotSupported(
             f"The engine runs heads of at most 256, and these have {config['n_embd'] // config['n_head']}; use "
             "--engine transformers."
         )
     return None
 
 
-def _quantization_problem(quantization: object) -> str | None:
+def _quantization_problem(quantization: object) -> ValueError | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(quantization, dict) or method != _QUANT_METHOD:
-        return f"The engine runs weights that btlm quantize wrote, and these are quantized by {method!r}."
+        return ValueError(f"The engine runs weights that btlm quantize wrote, and these are quantized by {method!r}.")
     for key, choices in _QUANTIZATION.items():
         if quantization.get(key) not in choices:
-            return f"{key} of quantization_config is {quantization.get(key)!r}, none of {choices}."
+            return ValueError(f"{key} of quantization_config is {quantization.get(key)!r}, none of {choices}.")
     return None
 
 

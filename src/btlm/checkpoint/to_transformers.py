@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from btlm.console import first_of, one_line
+from btlm.devices import best_device, usable_device
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.quantization_btlm import BTLMQuantizationConfig
 
@@ -49,7 +50,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"The dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    torch_device = _device(device)
+    torch_device = usable_device(best_device("cuda", "mps") if device == "auto" else device)
     folder = checkpoint_folder(name_or_path)
     config = read_config(folder, name_or_path)
     _set_context_scaling(config, context_scaling)
@@ -225,23 +226,3 @@ def _load_weights(folder: Path, config: BTLMConfig, dtype: torch.dtype | str, na
     if problems:
         raise ValueError(f"The weights of {name} do not fit its config.json: {first_of(problems)}.")
     return cast(BTLMLMHeadModel, model)
-
-
-# Helpers
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device("cuda" if torch.cuda.is_available() else mps)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type == "meta":
-        raise ValueError(f"The device {name!r} is unknown; use auto, cpu, cuda, cuda:1, mps or another one of torch.")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"The device {name} is not available here ({one_line(error)}); use cpu.") from error
-    return device

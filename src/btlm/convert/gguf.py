@@ -8,7 +8,6 @@ Letters: C width (``n_embd``), F feed-forward width, V vocabulary.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -25,8 +23,8 @@ from btlm.checkpoint.locate import checkpoint_folder
 from btlm.checkpoint.tensors import Weights, empty_model
 from btlm.checkpoint.to_transformers import check_weights, end_ids, load_config, load_model
 from btlm.checkpoint.tokenizer import load_tokenizer_of
-from btlm.console import note
-from btlm.files import whole_file
+from btlm.console import note, progress_bars
+from btlm.files import free_space, whole_file
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def export_gguf(model: str, output: Path | str, *, type: str) -> None:  # noqa: 
     read = _reader(folder, config, model)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial, _progress() as progress:
+    with whole_file(output) as partial, progress_bars(DownloadColumn()) as progress:
         writer = gguf.GGUFWriter(partial, "jais")
         try:
             _describe(writer, config, Path(model).name, type)
@@ -348,16 +346,9 @@ def _describe(writer: "GGUFWriter", config: BTLMConfig, name: str, type: str) ->
 
 
 def _check_disk(output: Path, needed: int) -> None:
-    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(output)
     if free < needed:
         raise ValueError(
             f"{output} takes {needed / 1e9:,.3f} GB, and {folder} has {free / 1e9:,.3f} GB free; make room, or choose "
             "another disk or a smaller type."
         )
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,18 +1,14 @@
 """`btlm quantize`: a checkpoint in four or eight bits, tensor by tensor, so that it never has to fit in memory."""
 
-import glob
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -22,6 +18,8 @@ from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
 from btlm.checkpoint.tensors import Weights, empty_model
 from btlm.checkpoint.to_transformers import check_weights, read_config
 from btlm.checkpoint.tokenizer import load_tokenizer_of
+from btlm.console import progress_bars
+from btlm.files import free_space, whole_folder
 from btlm.model import BTLMConfig
 from btlm.model.quantization_btlm import (
     BITS,
@@ -106,7 +104,9 @@ def quantize(
     _check_disk(output, size)
 
     console = Console(stderr=True)
-    with _new_folder(output) as partial, _progress(console, matrices) as (progress, task):
+    num_weights = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
+    with whole_folder(output) as partial, progress_bars(console=console) as progress:
+        task = progress.add_task("quantize", total=num_weights)
         _write_description(partial, folder, config, quantization, weights, tokenizer)
         with SafetensorsWriter(partial / "model.safetensors", layout) as writer:
             errors = {}
@@ -194,8 +194,7 @@ def _layout(
 
 
 def _check_disk(output: Path, size: int) -> None:
-    parent = next(path for path in output.absolute().parents if path.exists())
-    needed, free = size + _OTHER_FILES, shutil.disk_usage(parent).free
+    needed, (_, free) = size + _OTHER_FILES, free_space(output)
     if free < needed:
         raise ValueError(
             f"{output} will take {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left; make room "
@@ -204,34 +203,6 @@ def _check_disk(output: Path, size: int) -> None:
 
 
 # What surrounds it
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``output`` when the block ends without an error; else nothing is left."""
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):  # of processes that were killed
-        if not _lives(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _lives(process: str) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere the call below would end the process
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, PermissionError):
-        return True  # not a number of ours, or a process of somebody else
-    except OSError:
-        return False
-    return True
 
 
 def _write_description(
@@ -258,21 +229,6 @@ def _write_description(
     config.__dict__.pop("auto_map", None)  # names code that does not come along
     config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-
-
-@contextmanager
-def _progress(console: Console, matrices: Mapping[str, StoredMatrix]) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (
-        TextColumn("quantize"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
-    total = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task("quantize", total=total)
 
 
 # What is told at the end

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from btlm.files import whole_file
+from btlm.files import write_text
 
 from .documents import Problem, Unit, list_units, read_unit
 from .minhash import normalized_length_reaches
@@ -49,8 +49,7 @@ def clean_documents(
         files.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
     if begin(folder, name, {"read": settings, "clean": as_settings(clean), "input": files}, run):
         return load_stage(folder)
-    with whole_file(folder / UNITS) as file:
-        file.write_text("".join(json.dumps(unit) + "\n" for unit in units))
+    write_text(folder / UNITS, "".join(json.dumps(unit) + "\n" for unit in units))
     task = partial(_clean_unit, folder, read, clean)
     results = run_tasks(folder, name, task, [unit.bytes for unit in units], run)
 
@@ -106,8 +105,7 @@ def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Call
     if problems:
         path = folder / PROBLEMS / f"{task:06d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+        write_text(path, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
     if len(problems) > read.max_bad_documents:
         raise ValueError(_too_many(len(problems), read, problems))
     kept.flush()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from btlm.files import whole_file
+from btlm.files import file_sha256, whole_file
 
 from .minhash import normalize, shingle_hashes
 from .parts import (
@@ -109,7 +109,7 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
 
 def _digest(file: str) -> str:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return file_sha256(Path(file))
     except OSError as error:
         raise ValueError(f"mix.decontaminate: {file}: {error.strerror}") from error
 

@@ -86,7 +86,7 @@ class Dedup:
         """Check the values, and derive bands and rows where a threshold is given."""
         _at_least(self, "dedup", shingle_size=1, permutations=1, bands=1, rows=1, seed=0)
         if self.threshold is not None:
-            from .minhash import bands_for_threshold
+            from .bands import bands_for_threshold
 
             if not 0 < self.threshold < 1:
                 raise ValueError(f"dedup.threshold is {self.threshold}; give a Jaccard similarity between 0 and 1.")

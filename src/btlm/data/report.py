@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .stage import Run, load_stage, write_json
+from btlm.files import write_json
+from btlm.plots import pyplot, save_figure
+
+from .stage import Run, load_stage
 
 TEXT, JSON, PICTURE = "report.txt", "report.json", "report.png"
 _WIDTH = 140
@@ -120,11 +123,7 @@ def _percent(part: int, whole: int) -> str:
 
 def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
     """What became of the documents and the bytes of each source, of the largest if there are many, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     if len(rows) > _BARS:
         largest = sorted(rows[:-1], key=lambda row: -row["bytes"])[: _BARS - 1]
         rows = [*(row for row in rows if any(row is one for one in largest)), rows[-1]]
@@ -157,5 +156,4 @@ def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in another script: boxes are drawn
-        figure.savefig(picture, dpi=110)
-    plt.close(figure)
+        save_figure(figure, picture)

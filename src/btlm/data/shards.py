@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from btlm.files import whole_file
+from btlm.files import file_sha256, whole_file, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -118,8 +118,7 @@ def write_manifest(
         "splits": splits,
         **(extra or {}),
     }
-    with whole_file(Path(folder) / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(Path(folder) / MANIFEST, manifest, indent=2)
     return manifest
 
 
@@ -246,7 +245,7 @@ class TokenShards:
         if not verify:
             return
         with ThreadPoolExecutor() as pool:
-            for (path, wanted), actual in zip(sha256.items(), pool.map(_file_sha256, sha256), strict=True):
+            for (path, wanted), actual in zip(sha256.items(), pool.map(file_sha256, sha256), strict=True):
                 if actual != wanted:
                     raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, not {wanted}; {again}.")
 
@@ -271,11 +270,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     assert isinstance(manifest, dict)
     return manifest
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -4,8 +4,6 @@ A stage begins by writing what it depends on, its *key*. The same key goes on wh
 is refused.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from btlm.files import remove_partial_files, whole_file
+from btlm.files import file_sha256, locked, remove_partial_files, write_json
 
 from .recipe import Execution
 
@@ -66,12 +64,7 @@ def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
     output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not (output / LOG).exists():
         raise ValueError(f"{output} holds files that are not of a data stage; give a new or empty folder.")
-    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
-    with (output / LOG).open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another command works in {output}; wait for it, or give another folder.") from error
+    with locked(output / LOG, f"Another command works in {output}; wait for it, or give another folder."):
         yield Run(execution, Console(stderr=True), output / LOG)
 
 
@@ -159,19 +152,12 @@ def load_stage(folder: Path) -> dict[str, Any]:
 def key_digest(folder: Path) -> str:
     """A short name for the key of the stage that was begun in a folder; ``none`` if there is none."""
     begun = folder / BEGUN
-    return hashlib.sha256(begun.read_bytes()).hexdigest()[:12] if begun.exists() else "none"
+    return file_sha256(begun)[:12] if begun.exists() else "none"
 
 
 def stage_digest(folder: Path) -> str:
     """What the key of a stage says of the stage before it."""
-    return hashlib.sha256((folder / COMPLETE).read_bytes()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n")
+    return file_sha256(folder / COMPLETE)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from .stage import Run, key_digest, write_json
+from btlm.console import progress_bars
+from btlm.files import write_json
+
+from .stage import Run, key_digest
 
 # datatrove's own messages stay off the terminal: progress, log and errors are told here.
 logger.disable("datatrove")
@@ -271,18 +274,11 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def _progress(home: Path, step: str, sizes: Sequence[int], run: Run) -> Iterator[None]:
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
+    details = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
     total = sum(sizes) or len(sizes)
     ended, started = threading.Event(), time.monotonic()
-    with Progress(*columns, console=run.console, transient=True, disable=not run.console.is_terminal) as progress:
-        bar = progress.add_task(step, total=total, status="")
+    with progress_bars(details, console=run.console) as progress:
+        bar = progress.add_task(f"  {step}", total=total, status="")
 
         def watch() -> None:
             before = None

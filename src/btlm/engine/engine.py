@@ -16,10 +16,12 @@ import numpy.typing as npt
 from btlm.checkpoint.locate import checkpoint_folder
 from btlm.checkpoint.shape import Shape, read_shape
 from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
+from btlm.console import gigabytes
+from btlm.errors import NotSupported
 from btlm.kernels import load_kernels
 
 from .cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
-from .memory import available_memory, gigabytes
+from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
 from .sampling import Sampler, log_probability
@@ -334,7 +336,7 @@ class Engine:
             if not 0 <= token < self.shape.vocab_size:
                 raise ValueError(f"Token {token} is not in the vocabulary of {self.shape.vocab_size:,}.")
         if options.num_beams > 1:
-            raise ValueError("The engine has no beams; use --engine transformers.")
+            raise NotSupported("The engine has no beams; use --engine transformers.")
         length = len(ids) + options.max_new_tokens - 1  # the last token is not read again
         if length > self.context:
             raise ValueError(

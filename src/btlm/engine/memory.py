@@ -53,11 +53,6 @@ def read_rate(threads: int | None) -> dict[str, Any]:
     }
 
 
-def gigabytes(size: float) -> str:
-    """As people read it: powers of 1,000."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def _free() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import MappedTensor
+from btlm.errors import NotSupported
 from btlm.kernels import Kernels, WeightMatrix
 
 from .cache import KVCache
@@ -187,7 +188,7 @@ class _Weights:
         if tensor is None:
             raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
         if tensor.dtype not in ("U8", "F32", "BF16", "F16"):
-            raise ValueError(
+            raise NotSupported(
                 f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
             )
         if tensor.values.shape != shape or tensor.dtype not in dtypes:

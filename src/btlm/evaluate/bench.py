@@ -17,15 +17,16 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from btlm.checkpoint.shape import Shape, read_shape
 from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
+from btlm.console import gigabytes, progress_bars, three_digits
 from btlm.engine.cache import cache_bytes, cache_dtype_of
-from btlm.engine.memory import available_memory, gigabytes
+from btlm.engine.memory import available_memory
 from btlm.engine.network import weight_dtype
-from btlm.files import whole_file
+from btlm.files import write_json
 
 from .random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
 
@@ -77,7 +78,7 @@ def run_bench(
         _make_folder(Path(output))
     rows: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
-    with _progress() as progress:
+    with progress_bars() as progress:
         for number, subject in enumerate(subjects):
             with subject.folder(progress) as folder:
                 for i, context in enumerate(lengths):
@@ -94,14 +95,14 @@ def run_bench(
                     rows.append(row)
                     machine = {**_machine(), "kernels": rate["kernels"], "threads": rate["threads"]}
                     if output is not None:
-                        _write(Path(output), {"machine": machine, "new_tokens": new_tokens, "measurements": rows})
+                        content = {"machine": machine, "new_tokens": new_tokens, "measurements": rows}
+                        write_json(Path(output) / "bench.json", content)
     Console().print(bench_table(rows))
     if output is not None:
         from .bench_plot import plot_memory, plot_speed
 
         for name, plot in (("figure-1.png", plot_memory), ("figure-2.png", plot_speed)):
-            with whole_file(Path(output) / name) as partial:
-                plot(rows, partial)
+            plot(rows, Path(output) / name)
     return rows
 
 
@@ -127,10 +128,10 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             escape(row["model"]),
             row["dtype"],
             f"{row['context']:,}",
-            *(_three(row[key] / 1e9) for key in ("weight_bytes", "cache_bytes", "peak_bytes")),
+            *(three_digits(row[key] / 1e9) for key in ("weight_bytes", "cache_bytes", "peak_bytes")),
             f"{row['open_s']:.2f}",
-            *(_three(row[key]) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
-            _three(row["read_bytes_per_s"] / 1e9),
+            *(three_digits(row[key]) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            three_digits(row["read_bytes_per_s"] / 1e9),
             f"{100 * row['share_of_read_rate']:.0f}%",
         )
     return table
@@ -248,17 +249,6 @@ def _child(task: dict[str, Any], progress: Progress, title: str, total: int) -> 
     return result
 
 
-def _progress() -> Progress:
-    """Bars on standard error, which vanish."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 # Arguments and results
 
 
@@ -300,13 +290,3 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _write(output: Path, content: dict[str, Any]) -> None:
-    with whole_file(output / "bench.json") as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _three(value: float) -> str:
-    """Three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from btlm.plots import pyplot, save_figure
+
 PHONE = 3.0  # GB: what the card's figure 1 marks as the memory of small devices
 _FORMATS = {"4bit": "4 bits", "8bit": "8 bits", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -15,7 +17,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         rows: As :func:`btlm.evaluate.bench.run_bench` returns them.
         picture: PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.3 * len(rows) + 0.15 * len(_groups(rows))), layout="constrained")
     places, labels = _places(rows), [f"{row['context']:,}" for row in rows]
     peaks = [row["peak_bytes"] / 1e9 for row in rows]
@@ -47,7 +49,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     axis.margins(y=0.02)
     axis.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    _save(figure, picture)
+    save_figure(figure, picture)
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
@@ -56,7 +58,7 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     Args:
         rows, picture: As for :func:`plot_memory`.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.patheffects import withStroke
 
     contexts = sorted({row["context"] for row in rows})
@@ -91,7 +93,7 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     axes[0].text(1.0, PHONE, f" {PHONE:g} GB", transform=edge, color="C3", size=8, va="center", ha="left")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
-    _save(figure, picture)
+    save_figure(figure, picture)
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
@@ -116,17 +118,3 @@ def _shade(color: str, share: float) -> tuple[float, ...]:
 
 def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:21]}..."
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, picture: Path) -> None:
-    figure.savefig(picture, dpi=110, format="png")
-    _pyplot().close(figure)

@@ -11,6 +11,7 @@ from btlm.console import note, plain_warnings
 from btlm.devices import has_cuda
 from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.options import GenerationOptions
+from btlm.errors import NotSupported
 
 from .with_engine import run_engine
 
@@ -61,7 +62,7 @@ def run_generate(
     with plain_warnings():
         reason = _not_for_the_engine(model, options, dtype, device, context_scaling)
         if reason is not None and engine == "btlm":
-            raise ValueError(f"The engine has {reason}; use --engine transformers.")
+            raise NotSupported(f"The engine has {reason}; use --engine transformers.")
         if reason is None and engine != "transformers":
             factor = None if context_scaling == "none" else _factor(context_scaling)
             run_engine(text, model, options, factor, cache_dtype, kernels, threads)
@@ -96,9 +97,7 @@ def _not_for_the_engine(
         return "only weights in safetensors"
     try:
         read_shape(model)
-    except ValueError as error:
-        if "--engine transformers" not in str(error):
-            raise
+    except NotSupported:
         return "SwiGLU and ALiBi, at most with fixed interpolation and heads of 256"
     return None
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from btlm.checkpoint.locate import BUNDLED_MODEL
 from btlm.checkpoint.to_transformers import load_config
-from btlm.console import plain_messages
+from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.mup import MUP_TABLE, init_std
 from btlm.train import load_recipe
@@ -175,16 +175,16 @@ def _mup(mup: dict[str, Any]) -> Padding:
 def _compute(rows: list[dict[str, Any]]) -> Padding:
     table = _table("FLOPs a token", "forward", "training")
     for row in rows:
-        table.add_row(f"at context {row['context']:,}", _scaled(row["forward"]), _scaled(row["training"]))
+        table.add_row(f"at context {row['context']:,}", scaled(row["forward"]), scaled(row["training"]))
     return _section(table)
 
 
 def _memory(info: dict[str, Any]) -> Padding:
     weights, cache = info["weight_bytes"], info["kv_cache_bytes"]
     table = _table("memory", *weights)
-    table.add_row("weights", *(f"{_scaled(size)}B" for size in weights.values()))
-    table.add_row("cache of one token", "", f"{_scaled(cache['per_token'])}B")
-    table.add_row(f"cache of {info['architecture']['positions']:,}", "", f"{_scaled(cache['at_n_positions'])}B")
+    table.add_row("weights", *(f"{scaled(size)}B" for size in weights.values()))
+    table.add_row("cache of one token", "", f"{scaled(cache['per_token'])}B")
+    table.add_row(f"cache of {info['architecture']['positions']:,}", "", f"{scaled(cache['at_n_positions'])}B")
     return _section(table)
 
 
@@ -198,11 +198,3 @@ def _table(title: str, *numbers: str) -> Table:
 
 def _section(*parts: RenderableType) -> Padding:
     return Padding(Group(*parts), (1, 0, 0, 2), expand=False)
-
-
-def _scaled(value: float) -> str:
-    """Three digits and a decimal prefix."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:#.3g}".rstrip(".") + f" {prefix}"
-    return f"{value:.0f} "

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from btlm.console import scaled, three_digits
 from btlm.model import BTLMConfig
 from btlm.train.recipe import Recipe
 from btlm.train.recipe_file import load_recipe
@@ -252,7 +253,7 @@ def _memory(numbers: dict[str, Any]) -> Padding:
     table = _table("memory", *((part, max(len(part), 7)) for part in parts))
     for row in numbers["memory"]:
         shards = row["shards"]
-        sizes = (f"{_scaled(row[part])}B" if row[part] else "-" for part in parts)
+        sizes = (f"{scaled(row[part])}B" if row[part] else "-" for part in parts)
         table.add_row(f"{shards:,} shard{'s' if shards > 1 else ''}", *sizes)
     moments: dict[str, list[str]] = {}
     for row in numbers["memory"]:
@@ -275,7 +276,7 @@ def _days(numbers: dict[str, Any]) -> Padding:
             f"{row['devices']:,}",
             f"{row['shards']:,}",
             f"{row['micro_batches']:,} x {row['micro_batch_tokens']:,}",
-            f"{_scaled(row['memory'])}B",
+            f"{scaled(row['memory'])}B",
             _duration(row["days"]),
         )
     peak = numbers["peak_tflops"]
@@ -305,24 +306,12 @@ def _section(table: Table, *notes: str) -> Padding:
     return Padding(Group(*parts), (1, 0, 0, 2), expand=False)
 
 
-def _scaled(value: float) -> str:
-    """Three digits and a decimal prefix."""
-    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{_three_digits(value / scale)} {prefix}"
-    return f"{value:.0f} "
-
-
 def _tokens(value: float) -> str:
-    return _scaled(value).replace("G", "B").strip()
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
+    return scaled(value).replace("G", "B").strip()
 
 
 def _duration(days: float) -> str:
     for unit, size in (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0)):
         if days * size >= 1:
-            return f"{_three_digits(days * size)} {unit}"
-    return f"{_three_digits(days * 86_400)} seconds"
+            return f"{three_digits(days * size)} {unit}"
+    return f"{three_digits(days * 86_400)} seconds"

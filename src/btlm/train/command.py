@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
+from btlm.console import progress_bars
 from btlm.data.shards import TokenShards
+from btlm.files import write_text
 from btlm.model import BTLMConfig
-from btlm.model.tokenization_btlm import load_tokenizer
 
 from .curve import plot_metrics
 from .distributed import join_ranks
+from .held_out import token_bytes
 from .loop import train, training_batches
 from .recipe import Recipe
 from .recipe_file import as_dict, changes_of_result, dump_recipe, load_recipe
@@ -90,15 +90,6 @@ def run_training(
         ranks.leave()
 
 
-def token_bytes() -> NDArray[np.int64]:
-    """Bytes of text that each token of the GPT-2 vocabulary stands for, int64 ``[50257]``; 0 for end-of-text."""
-    tokenizer = load_tokenizer()
-    # A byte-level vocabulary spells every byte as one character.
-    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    sizes[tokenizer.eos_token_id] = 0
-    return np.array(sizes, dtype=np.int64)
-
-
 # Parts
 
 
@@ -116,9 +107,7 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
             "that recipe."
         )
     output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / "recipe.yaml.partial"
-    unfinished.write_text(dump_recipe(recipe))
-    unfinished.rename(kept)
+    write_text(kept, dump_recipe(recipe))
 
 
 def _say(console: Console, line: str) -> None:
@@ -134,21 +123,18 @@ def _progress(
 
     Warnings of the trainer come as such lines too.
     """
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-    )
+    details = TextColumn("{task.fields[status]}")  # which has the remaining time
+    bars = progress_bars(details, console=console, transient=False, remaining=False)
     every = max(1, recipe.total_steps // LOG_LINES)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, _messages(console):
-        task = progress.add_task("train", total=recipe.total_steps, status="")
+    with bars as progress, _messages(console):
+        task = progress.add_task(f"step 0/{recipe.total_steps}", total=recipe.total_steps, status="")
 
         def show(record: dict[str, Any]) -> None:
             line = status(recipe, config, record)
-            progress.update(task, completed=record["step"], status=line)
+            place = f"step {record['step']}/{recipe.total_steps}"
+            progress.update(task, completed=record["step"], description=place, status=line)
             if not console.is_terminal and (record["step"] % every == 0 or record["step"] <= 10):
-                _say(console, f"step {record['step']}/{recipe.total_steps}  {line}")
+                _say(console, f"{place}  {line}")
 
         yield show, partial(_say, console)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from btlm.plots import pyplot, save_figure
+
 from .metrics import read_metrics
 
 
@@ -17,11 +19,7 @@ def plot_metrics(output: Path, picture: Path) -> None:
     """
     if not (records := read_metrics(output)):
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     tokens = np.array([record["tokens"] for record in records]) / 1e6
     loss = np.array([record["loss"] for record in records])
     evaluated = [record for record in records if "bits_per_byte" in record]
@@ -68,7 +66,4 @@ def plot_metrics(output: Path, picture: Path) -> None:
         axis.set(xlabel="tokens (millions)", xlim=(0, tokens[-1] * 1.05))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.93")
-    partial = picture.with_name(f"{picture.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.rename(picture)
-    plt.close(figure)
+    save_figure(figure, picture)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from btlm.devices import best_device, usable_device
+
 from .recipe import Parallelism
 
 
@@ -62,15 +64,11 @@ def join_ranks(device: str = "auto") -> Ranks:
         ValueError: Torch cannot use the device.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device("cuda")  # Training has not been run on MPS.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda" and world_size > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
-    chosen = torch.device(device)
+    chosen = usable_device(device)
     if world_size == 1:
         return Ranks(chosen)
     if chosen.type == "cuda":

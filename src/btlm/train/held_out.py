@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
+from btlm.model.tokenization_btlm import load_tokenizer
 
 from .distributed import Ranks
 from .step import LossModel
@@ -73,6 +74,15 @@ def evaluate_held_out(
         "nats_per_token": _with_mean({source: nats / tokens for source, (nats, tokens, _) in counted.items()}),
         "bits_per_byte": _with_mean({source: nats / math.log(2) / size for source, (nats, _, size) in counted.items()}),
     }
+
+
+def token_bytes() -> NDArray[np.int64]:
+    """Bytes of text that each token of the GPT-2 vocabulary stands for, int64 ``[50257]``; 0 for end-of-text."""
+    tokenizer = load_tokenizer()
+    # A byte-level vocabulary spells every byte as one character.
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    sizes[tokenizer.eos_token_id] = 0
+    return np.array(sizes, dtype=np.int64)
 
 
 def _documents(ids: NDArray[np.int64], token_bytes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from btlm.data.loader import Batch, TokenLoader
 from btlm.data.shards import TokenShards
+from btlm.files import remove_partial_files, write_json
 
 from .distributed import Ranks, join_ranks, shard
 from .held_out import evaluate_held_out
@@ -69,7 +70,10 @@ def train(
     run = _set_up(recipe, ranks)
     output.mkdir(parents=True, exist_ok=True)
     done = _resume(output, run, loader, recipe, ranks)
-    records = truncate_metrics(output, done) if ranks.first else []
+    records = []
+    if ranks.first:
+        remove_partial_files(output)
+        records = truncate_metrics(output, done)
     monitor = SpikeMonitor(recipe.watching.spike_deviations, [record["loss"] for record in records])
     rate = matrix_rate(ranks.device, run.model.dtype) * ranks.world_size
     passes = 2 if run.trainee.adapted else 3  # Frozen weights have no gradient.
@@ -227,9 +231,7 @@ def _tell_not_finite(output: Path, place: dict[str, Any], error: FloatingPointEr
     """Save where the batch is, so that it can be looked at: a loader that seeks ``tokens_before`` reads it next."""
     if ranks.first:
         content = place | {"problem": error.args[0], "loss_of_micro_batches_by_rank": error.args[1]}
-        partial = output / f"{NOT_FINITE}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.rename(output / NOT_FINITE)
+        write_json(output / NOT_FINITE, content)
 
 
 @contextmanager

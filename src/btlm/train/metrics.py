@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from btlm.files import write_text
+
 from .recipe import Recipe, Watching
 from .recipe_file import as_dict
 
@@ -68,9 +70,7 @@ def truncate_metrics(output: Path, step: int) -> list[dict[str, Any]]:
     """Drop what steps after the checkpoint recorded, since they run again; returns the records that stay."""
     records = [record for record in read_metrics(output) if record["step"] <= step]
     if (output / METRICS).exists():
-        partial = output / f"{METRICS}.partial"
-        partial.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-        partial.rename(output / METRICS)
+        write_text(output / METRICS, "".join(f"{json.dumps(record)}\n" for record in records))
     return records
 
 

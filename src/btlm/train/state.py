@@ -10,7 +10,6 @@
 A checkpoint is written under another name and renamed when all of it is on the disk.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from transformers.utils import logging as transformers_logging
 
+from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder, sync
+
 from .distributed import Ranks
 from .model import Trainee
 from .recipe import Recipe
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 MARKER = "checkpoint.json"
 FORMAT = 1
-_PARTIAL = ".partial"
 
 
 def save_checkpoint(
@@ -71,7 +71,7 @@ def save_checkpoint(
         ValueError: It could not be written.
     """
     final = output / FOLDER / f"step-{step:08d}"
-    partial = final.with_name(final.name + _PARTIAL)
+    partial = final.with_name(final.name + PARTIAL)
     with _writing(final):
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -95,12 +95,11 @@ def save_checkpoint(
                 "recipe": as_dict(recipe),
                 "files": _digests(partial),
             }
-            _write_synced(partial / MARKER, json.dumps(marker, indent=1))
+            (partial / MARKER).write_text(json.dumps(marker, indent=1))
+            sync(partial / MARKER)
             for folder in (partial / "model", partial / "state", partial):
-                _sync(folder)
-            _remove(final)  # Only a damaged one can have this name.
-            partial.rename(final)
-            _sync(final.parent)
+                sync(folder)
+            replace_folder(partial, final)  # Only a damaged one can have this name.
         ranks.barrier()
     return final
 
@@ -113,7 +112,7 @@ def keep_checkpoints(output: Path, step: int, keep_last: int, keep_every_steps: 
     if ranks.first:
         for earlier, folder in [found for found in _checkpoints(output) if found[0] <= step][keep_last:]:
             if keep_every_steps is None or earlier % keep_every_steps:
-                _remove(folder)
+                remove_folder(folder)
     ranks.barrier()
 
 
@@ -128,7 +127,7 @@ def find_checkpoint(output: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] |
     found: tuple[Path, dict[str, Any]] | None = None
     problem = ""
     if ranks.first:
-        for leftover in (output / FOLDER).glob(f"*{_PARTIAL}"):
+        for leftover in (output / FOLDER).glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
         for _, folder in _checkpoints(output):
             try:
@@ -177,12 +176,11 @@ def load_checkpoint(
 
 def publish_model(checkpoint: Path, output: Path) -> Path:
     """``output/model``: the model folder of a checkpoint under a lasting name, by links where they can be made."""
-    model, partial = output / "model", output / f"model{_PARTIAL}"
-    for leftover in output.glob(f"model*{_PARTIAL}"):
+    model, partial = output / "model", output / f"model{PARTIAL}"
+    for leftover in output.glob(f"model*{PARTIAL}"):
         shutil.rmtree(leftover)
     shutil.copytree(checkpoint / "model", partial, copy_function=_link)
-    _remove(model)
-    partial.rename(model)
+    replace_folder(partial, model)
     return model
 
 
@@ -263,9 +261,8 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
 
     def digest(path: Path) -> list[Any]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        sync(path)
+        return [path.stat().st_size, file_sha256(path)]
 
     with ThreadPoolExecutor() as pool:
         return {str(f.relative_to(folder)): value for f, value in zip(files, pool.map(digest, files), strict=True)}
@@ -305,33 +302,8 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _remove(folder: Path) -> None:
-    """Take a folder away so that a kill in the middle leaves a leftover, not a damaged folder."""
-    if folder.exists():
-        leftover = folder.with_name(f"{folder.name}.old{_PARTIAL}")
-        shutil.rmtree(leftover, ignore_errors=True)
-        folder.rename(leftover)
-        shutil.rmtree(leftover)
-
-
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

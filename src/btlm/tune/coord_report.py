@@ -1,17 +1,17 @@
 """What a coordinate check found: a table, a picture, and the numbers as JSON."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from btlm.files import whole_file
+from btlm.files import write_json
+from btlm.plots import pyplot, save_figure
 
-from .coord_check import TOLERANCE, Coordinates, Slope
 from .coord_models import CoordCheck
+from .coord_slopes import TOLERANCE, Coordinates, Slope
 
 # Quantities of the picture; the table has the parameters too.
 _PANELS = (
@@ -50,25 +50,19 @@ def write_report(output: Path, check: CoordCheck, coordinates: Coordinates, slop
     The root mean squares in the JSON are ``[widths, seeds]`` at initialization and ``[widths, seeds, steps]`` for
     changes.
     """
-    output.mkdir(parents=True, exist_ok=True)
     content = {
         "check": dataclasses.asdict(check),
         "slopes": [{**slope._asdict(), "passes": slope.passes} for slope in slopes],
         "initial": {name: sizes.tolist() for name, sizes in coordinates.initial.items()},
         "change": {name: sizes.tolist() for name, sizes in coordinates.change.items()},
     }
-    with whole_file(output / "coord-check.json") as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-    with whole_file(output / "coord-check.png") as partial:
-        plot_coordinates(check, coordinates, slopes, partial)
+    write_json(output / "coord-check.json", content)
+    plot_coordinates(check, coordinates, slopes, output / "coord-check.png")
 
 
 def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[Slope], picture: Path) -> None:
     """A panel for each activation: its size at initialization and its change after every step, against the width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     found = {(slope.quantity, slope.moment): slope for slope in slopes}
@@ -102,8 +96,7 @@ def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[S
     figure.supylabel("root mean square", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.savefig(picture, dpi=100, format="png")
-    plt.close(figure)
+    save_figure(figure, picture, dpi=100)
 
 
 def _mean(sizes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ trial that was killed runs again with the same values, from its last checkpoint.
 """
 
 import dataclasses
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
-from btlm.files import whole_file
+from btlm.files import locked, write_text
 from btlm.train.distributed import join_ranks
 from btlm.train.loop import training_batches
 from btlm.train.recipe import Recipe, Watching
@@ -118,7 +117,7 @@ def run_transfer(
     """
     from rich.console import Console
 
-    from btlm.train.command import token_bytes as gpt2_token_bytes
+    from btlm.train.held_out import token_bytes as gpt2_token_bytes
 
     from .transfer_report import Watch, plot_trials, trials_table
 
@@ -169,10 +168,8 @@ def run_transfer(
             f"# Values of trial {chosen.user_attrs['number']}, the best of {len(finished)} on "
             f"{Path(proxy).name}: held-out loss {chosen.value:.4f} bits a byte.\n"
         )
-        with whole_file(output / RESULT) as partial:
-            partial.write_text(heading + dump_recipe(result))
-        with whole_file(output / "transfer.png") as partial:
-            plot_trials(finished, space.ranges, partial)
+        write_text(output / RESULT, heading + dump_recipe(result))
+        plot_trials(finished, space.ranges, output / "transfer.png")
         console.print(trials_table(finished))
         console.print(f"Wrote {output / RESULT} and {output / 'transfer.png'}")
     return result
@@ -199,12 +196,7 @@ def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
         raise ValueError(f"{output} holds files that are not of a search; give a new or empty folder.")
     optuna.logging.set_verbosity(logging.WARNING)
     output.mkdir(parents=True, exist_ok=True)
-    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
-    with (output / LOCK).open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another search runs in {output}; wait for it, or give another folder.") from error
+    with locked(output / LOCK, f"Another search runs in {output}; wait for it, or give another folder."):
         with journal.open("ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # A line that was not written to its end.

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TaskID
 from rich.table import Table
+
+from btlm.console import progress_bars
+from btlm.plots import pyplot, save_figure
 
 from .transfer_trials import Event
 
@@ -29,8 +32,7 @@ class Watch:
     """A bar for all trials and one for each that runs; a line for each that ends."""
 
     def __init__(self, console: Console, finished: int, trials: int, steps: int) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = progress_bars(MofNCompleteColumn(), console=console)
         self._all = self._progress.add_task("trials", total=max(trials, finished), completed=finished)
         self._steps = steps
         self._tasks: dict[int, TaskID] = {}
@@ -74,10 +76,7 @@ def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
 
 def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[float, float]], picture: Path) -> None:
     """The loss against each value, and in the order of the trials with the best so far; diverged ones at the top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
 
     numbers = np.array(list(trials))
@@ -111,5 +110,4 @@ def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[
     axes[0].set_ylim(low - 0.05 * (top - low), top)
     axes[0].set_ylabel("held-out loss (bits a byte)")
     figure.align_xlabels()
-    figure.savefig(picture, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, picture)

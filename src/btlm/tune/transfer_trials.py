@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
+from btlm.devices import best_device
 from btlm.train.recipe import Recipe
 
 
@@ -151,5 +152,5 @@ def _serve(connection: Connection, setting: Setting, threads: int) -> None:
 
 def _device(device: str, worker: int) -> str:
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device("cuda")
     return f"cuda:{worker % torch.cuda.device_count()}" if device == "cuda" else device

@@ -1,0 +1,53 @@
+"""Registers BTLM with Transformers' Auto classes, whichever of btlm and Transformers is imported first."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+
+    from btlm.model import BTLMConfig, BTLMLMHeadModel, BTLMModel
+
+    AutoConfig.register("btlm", BTLMConfig)
+    AutoModel.register(BTLMConfig, BTLMModel)
+    AutoModelForCausalLM.register(BTLMConfig, BTLMLMHeadModel)
+    AutoTokenizer.register(BTLMConfig, tokenizer_class=GPT2Tokenizer)
+
+
+class _AfterImport(MetaPathFinder):
+    """Lets the other finders find the module, and acts once it has run.
+
+    Transformers brings in ``btlm.model``, and ``btlm.model`` is registered when it is complete. That order also holds
+    where ``btlm.model`` is what imports Transformers, at a time when half of it is still missing.
+    """
+
+    actions = {"transformers": lambda: importlib.import_module("btlm.model"), "btlm.model": _register}  # noqa: RUF012
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.actions:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                self.actions[fullname]()
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else when it will be."""
+    sys.meta_path.insert(0, _AfterImport())
+    if "transformers" in sys.modules:
+        importlib.import_module("btlm.model")

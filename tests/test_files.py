@@ -1,0 +1,151 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from btlm.files import (
+    file_sha256,
+    free_space,
+    locked,
+    remove_folder,
+    remove_partial_files,
+    replace_folder,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Files
+
+
+def test_a_file_has_its_name_when_it_is_whole(tmp_path):
+    with whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("all of it")
+        assert partial.parent == tmp_path
+        assert not (tmp_path / "a.txt").exists()
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "all of it"
+
+
+def test_an_error_leaves_the_file_as_it_was(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    with suppress(RuntimeError), whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "before"
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    with whole_file(tmp_path / "a.txt") as slower:
+        slower.write_text("slower")
+        write_text(tmp_path / "a.txt", "faster")
+        assert (tmp_path / "a.txt").read_text() == "faster"
+    assert (tmp_path / "a.txt").read_text() == "slower"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_text_is_utf_8(tmp_path):
+    write_text(tmp_path / "a.txt", "Ä")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\x84"
+
+
+def test_json_makes_its_folder(tmp_path):
+    write_json(tmp_path / "deep/a.json", {"b": [1]})
+    assert json.loads((tmp_path / "deep/a.json").read_text()) == {"b": [1]}
+    assert (tmp_path / "deep/a.json").read_text().endswith("}\n")
+
+
+def test_partial_files_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / "deep").mkdir()
+    program = "import sys, pathlib, os, btlm.files as f\nwith f.whole_file(pathlib.Path(sys.argv[1])) as partial:\n"
+    program += "    partial.touch()\n    os._exit(1)"
+    subprocess.run([sys.executable, "-c", program, tmp_path / "deep/a.txt"], check=False)
+    (tmp_path / "deep/b.txt").touch()
+    assert len(names(tmp_path / "deep")) == 2
+    remove_partial_files(tmp_path)
+    assert names(tmp_path / "deep") == ["b.txt"]
+
+
+# Folders
+
+
+def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
+    with whole_folder(tmp_path / "deep/a") as partial:
+        (partial / "file").touch()
+        assert not (tmp_path / "deep/a").exists()
+    assert names(tmp_path / "deep") == ["a"]
+    assert names(tmp_path / "deep/a") == ["file"]
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with suppress(KeyboardInterrupt), whole_folder(tmp_path / "a") as partial:
+        (partial / "file").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere it is not known which processes live")
+def test_folders_of_killed_processes_are_removed_and_those_of_others_are_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for owner in (dead.pid, os.getppid(), "x"):
+        (tmp_path / f".a[1].{owner}.partial").mkdir()
+    with whole_folder(tmp_path / "a[1]"):
+        pass
+    assert names(tmp_path) == sorted([f".a[1].{os.getppid()}.partial", ".a[1].x.partial", "a[1]"])
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("a", "a.partial", "a.old.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "a.partial", tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["a.partial"]
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").touch()
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: seen.append((path.name, path.exists())))
+    remove_folder(tmp_path / "a")
+    assert seen == [("a.old.partial", False), ("a.old.partial", True)]
+    remove_folder(tmp_path / "absent")
+
+
+# Disk, locks and digests
+
+
+def test_free_space_is_of_the_nearest_folder_that_exists(tmp_path):
+    folder, free = free_space(tmp_path / "not/there/yet")
+    assert folder == tmp_path
+    assert free > 0
+
+
+def test_a_lock_is_held_against_other_processes(tmp_path):
+    program = "import sys, pathlib, btlm.files as f\nwith f.locked(pathlib.Path(sys.argv[1]), 'It is taken.'): pass"
+
+    def other():
+        command = [sys.executable, "-c", program, tmp_path / "lock"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    with locked(tmp_path / "lock", "It is taken."):
+        assert other().endswith("ValueError: It is taken.\n")
+    assert other() == ""
+
+
+def test_digest(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
