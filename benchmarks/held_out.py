@@ -1,4 +1,4 @@
-"""Held-out loss of checkpoints in bits a byte of text, by source.
+"""Held-out loss of checkpoints in bits per byte of text, by source.
 
     python benchmarks/held_out.py [MODEL ...] --data shards/ [--tokens 65536] [--context 2048]
 
@@ -9,12 +9,9 @@ import argparse
 
 import torch
 
-from btlm.checkpoint import BUNDLED_MODEL, load_model
+from btlm.checkpoint import BUNDLED_MODEL
 from btlm.data import TokenShards
-from btlm.train import evaluate_held_out
-from btlm.train.command import token_bytes
-from btlm.train.distributed import join_ranks
-from btlm.train.step import LossModel
+from btlm.evaluate.held_out import transformers_loss
 
 
 def main() -> None:
@@ -23,7 +20,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", default=[BUNDLED_MODEL])
     parser.add_argument("--data", help="folder of token shards")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens of each source, at most")
-    parser.add_argument("--context", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per row")
     args = parser.parse_args()
     if not args.data:
         print("Nothing is measured without documents: give --data.")
@@ -31,10 +28,8 @@ def main() -> None:
     shards = TokenShards(args.data)
     print(f"torch {torch.__version__}, up to {args.tokens:,} tokens a source in rows of {args.context:,}\n")
     for i, name in enumerate(args.models):
-        model, _ = load_model(name)
-        loss_model = LossModel(model, torch.bfloat16)
-        held_out = evaluate_held_out(loss_model, shards, args.context, args.tokens, token_bytes(), join_ranks("cpu"))
-        result = held_out["bits_per_byte"]
+        loss = transformers_loss(name, shards, args.context, args.tokens, dtype="auto", compute_dtype=torch.bfloat16)
+        result = loss["bits_per_byte"]
         if i == 0:
             print(f"| | {' | '.join(result)} |\n|---{'|---' * len(result)}|")
         print(f"| {name} | {' | '.join(f'{value:.4f}' for value in result.values())} |", flush=True)

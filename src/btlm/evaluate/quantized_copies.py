@@ -1,0 +1,84 @@
+"""What quantized copies of a model lose on held-out text."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from btlm.data.shards import END_OF_TEXT, TokenShards
+from btlm.data.tokenize import decode
+
+from .held_out import engine_loss, transformers_loss
+
+# Tokens in a row that calibration takes from one place.
+_PIECE = 4096
+
+# What runs a checkpoint.
+ENGINES: dict[str, Callable[[Path | str, TokenShards, int, int], dict[str, dict[str, float]]]] = {
+    "transformers": transformers_loss,
+    "engine": engine_loss,
+    "engine, int4 cache": partial(engine_loss, cache_dtype="int4"),
+}
+
+
+class Quality(NamedTuple):
+    """How well one checkpoint predicts held-out text, as the mean of the sources."""
+
+    perplexity: float
+    """Exponential of the nats per token."""
+    change: float
+    """Relative, against the perplexity of the original in Transformers."""
+    bits_per_byte: float
+
+
+def compare_copies(
+    original: Path | str, copies: Iterable[Path], shards: TokenShards, context: int, tokens: int
+) -> Iterator[dict[str, Quality]]:
+    """Measure a model and then its quantized copies in each of :data:`ENGINES`.
+
+    Args:
+        original: Plain folder, or id on the Hugging Face Hub.
+        copies: Folders, each taken when it is its turn, so that it can be made then.
+        shards: With held-out documents.
+        context: Rows of at most this many tokens, without overlap.
+        tokens: Held-out tokens of each source, at most.
+
+    Yields:
+        Quality by engine: of the original first, then of each copy.
+
+    Raises:
+        ValueError: The shards hold no held-out text, or a checkpoint cannot be used.
+    """
+    reference: float | None = None
+    for folder in chain([original], copies):
+        row = {}
+        for name, measure in ENGINES.items():
+            loss = measure(folder, shards, context, tokens)
+            if not loss:
+                raise ValueError("The shards hold no held-out text; prepare them with a holdout (mix.holdout).")
+            perplexity = math.exp(loss["nats_per_token"]["mean"])
+            reference = perplexity if reference is None else reference
+            row[name] = Quality(perplexity, perplexity / reference - 1, loss["bits_per_byte"]["mean"])
+        yield row
+
+
+def calibration_text(shards: TokenShards, tokens: int) -> str:
+    """Training text from all over each source, as many tokens of each, for :func:`btlm.convert.quantize.quantize`.
+
+    Args:
+        shards: With training documents.
+        tokens: Of all sources together, about.
+    """
+    texts = []
+    for source in shards.sources:
+        stream = shards.source_tokens("train", source, 100 * tokens)
+        pieces = max(1, tokens // len(shards.sources) // _PIECE)
+        for start in np.linspace(0, max(0, len(stream) - _PIECE), pieces).astype(int):
+            piece = stream[start : start + _PIECE]
+            documents = np.split(piece, np.flatnonzero(piece == END_OF_TEXT))
+            texts += [decode(document[document != END_OF_TEXT]).replace("\ufffd", "") for document in documents]
+    return "\n\n".join(texts)
