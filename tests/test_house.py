@@ -164,6 +164,43 @@ def test_an_allowed_import_is_no_problem(tmp_path, file, line):
     assert import_problems(tmp_path) == []
 
 
+def import_circle(package: Path) -> list[str]:
+    """Modules of a source tree of btlm that import one another in a circle, lazy imports included; empty if none do.
+
+    What a package's ``__init__`` imports is left out: it offers names of the files below it.
+    """
+    files = {}
+    for path in package.rglob("*.py"):
+        if path.name != "__init__.py":
+            files[".".join(["btlm", *path.relative_to(package).with_suffix("").parts])] = path
+    imports = {
+        module: {name if name in files else name.rpartition(".")[0] for _, name in imports_of(path, module)}
+        & set(files)
+        for module, path in files.items()
+    }
+    while leaves := {module for module, imported in imports.items() if not imported & set(imports)}:
+        imports = {module: imported for module, imported in imports.items() if module not in leaves}
+    if not imports:
+        return []
+    way = [min(imports)]  # every module that is left imports another one that is left
+    while (following := min(imports[way[-1]] & set(imports))) not in way:
+        way.append(following)
+    return way[way.index(following) :]
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert import_circle(ROOT / "src/btlm") == []
+
+
+@pytest.mark.parametrize("line", ["from .b import x", "def lazy():\n    from btlm.data import b", "import btlm.data.b"])
+def test_a_circle_is_found(tmp_path, line):
+    for name, content in (("a", line), ("b", "from .c import x"), ("c", "from . import a"), ("d", "from .a import x")):
+        path = tmp_path / f"data/{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    assert sorted(import_circle(tmp_path)) == ["btlm.data.a", "btlm.data.b", "btlm.data.c"]
+
+
 # Exported names
 
 

@@ -23,7 +23,7 @@ def no_slow_path(monkeypatch):
     def refuse(*_):
         raise AssertionError("the configuration class was needed")
 
-    monkeypatch.setattr("btlm.checkpoint.to_transformers.load_config", refuse)
+    monkeypatch.setattr("btlm.checkpoint.config.load_config", refuse)
 
 
 @pytest.mark.parametrize("heads", range(1, 41))

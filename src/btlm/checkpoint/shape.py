@@ -140,7 +140,7 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
         return Shape.from_config({**config, **scaling}, stored.get("eos_token_id"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
-        from .to_transformers import load_config
+        from .config import load_config
 
         full = load_config(name_or_path)
         return Shape.from_config({**full.to_dict(), **scaling}, full.eos_token_id)

@@ -33,7 +33,7 @@ def open_tokenizer(name_or_path: Path | str, folder: Path, shape: Shape) -> Toke
         except Exception:  # the library raises bare exceptions; the slower way below names the problem
             tokenizer = None
     if tokenizer is None or tokenizer.get_vocab_size() > shape.vocab_size:
-        from .to_transformers import load_config
+        from .config import load_config
 
         loaded: Any = load_tokenizer_of(folder, load_config(folder), name_or_path)
         tokenizer = loaded.backend_tokenizer

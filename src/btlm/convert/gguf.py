@@ -19,9 +19,10 @@ from rich.progress import DownloadColumn
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from btlm.checkpoint.config import load_config
 from btlm.checkpoint.locate import checkpoint_folder
 from btlm.checkpoint.tensors import Weights, empty_model
-from btlm.checkpoint.to_transformers import check_weights, end_ids, load_config, load_model
+from btlm.checkpoint.to_transformers import check_weights, end_ids, load_model
 from btlm.checkpoint.tokenizer import load_tokenizer_of
 from btlm.console import note, progress_bars
 from btlm.files import free_space, whole_file

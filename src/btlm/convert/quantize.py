@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from btlm.checkpoint.config import read_config
 from btlm.checkpoint.locate import checkpoint_folder
 from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
 from btlm.checkpoint.tensors import Weights, empty_model
-from btlm.checkpoint.to_transformers import check_weights, read_config
+from btlm.checkpoint.to_transformers import check_weights
 from btlm.checkpoint.tokenizer import load_tokenizer_of
 from btlm.console import progress_bars
 from btlm.files import free_space, whole_folder

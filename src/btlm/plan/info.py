@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from btlm.checkpoint.config import load_config
 from btlm.checkpoint.locate import BUNDLED_MODEL
-from btlm.checkpoint.to_transformers import load_config
 from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.mup import MUP_TABLE, init_std
