@@ -1,0 +1,223 @@
+// Causal attention with ALiBi of one head's queries over the cache, with a running softmax.
+#pragma once
+
+#include "cache_write.h"
+#include "elements.h"
+
+namespace {
+
+// A query and its running softmax.
+struct Query {
+    float most, sum;
+    float scale;        // packed: of the query times that of the scores
+    int32_t offset;     // packed: what the keys' offset of 8 or 128 adds to a product
+    alignas(64) float total[MAX_HEAD_DIM];
+    alignas(64) float values[MAX_HEAD_DIM];
+    alignas(64) int8_t bytes[MAX_HEAD_DIM];
+};
+
+// The first `visible` lanes, the others minus infinity.
+inline F hide(F x, int64_t visible) {
+    if (visible >= LANES) return x;
+    float part[LANES];
+    lanes::store(part, x);
+    for (int64_t i = visible < 0 ? 0 : visible; i < LANES; ++i) part[i] = -INFINITY;
+    return lanes::load(part);
+}
+
+// Adds ALiBi to the scores of a block of keys and turns them into probabilities relative to the running maximum. Keys after
+// the query's position are hidden. Returns what the sums so far have to be multiplied by.
+inline float softmax_step(Query& q, F (&scores)[KEY_BLOCK / LANES], int64_t first_key, int64_t position, float slope) {
+    F most = lanes::set(-INFINITY);
+    for (int s = 0; s < KEY_BLOCK / LANES; ++s) {
+        const auto behind = static_cast<int32_t>(first_key + s * LANES - position);
+        const F distance = lanes::to_float(lanes::add(lanes::iota(), lanes::iset(behind)));
+        scores[s] = hide(lanes::fma(lanes::set(slope), distance, scores[s]), 1 - behind);
+        most = lanes::max(most, scores[s]);
+    }
+    const float block_most = lanes::reduce_max(most), now = block_most > q.most ? block_most : q.most;
+    const float correction = std::exp(q.most - now);
+    F sum = lanes::zero();
+    for (int s = 0; s < KEY_BLOCK / LANES; ++s) {
+        scores[s] = exp(lanes::sub(scores[s], lanes::set(now)));
+        sum = lanes::add(sum, scores[s]);
+    }
+    q.most = now;
+    q.sum = q.sum * correction + lanes::reduce_add(sum);
+    return correction;
+}
+
+// Brings memory near before it is used: the pieces of a head are too short for the processor to see them coming.
+inline void fetch(const void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
+// total = total * kept + unit * (the sum over a block of keys of their values times 256 * high + low), N * 16 dimensions.
+template <int BITS, int N>
+inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I low_start, const uint8_t* values,
+                       int64_t stride, F unit, F kept, float* total) {
+    constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // tokens in four bytes
+    I of_high[N], of_low[N];
+    BTLM_UNROLL for (int i = 0; i < N; ++i) {
+        of_high[i] = high_start;
+        of_low[i] = low_start;
+    }
+    for (int64_t t = 0; t < KEY_BLOCK; t += STEP) {
+        const int32_t four_high = load_quad(high + t), four_low = load_quad(low + t);
+        BTLM_UNROLL for (int i = 0; i < N; ++i) {
+            const B bytes = lanes::load_bytes(values + t / STEP * stride + i * 64);
+            const B four = BITS == 4 ? lanes::low_nibbles(bytes) : bytes;
+            of_high[i] = lanes::dot_signed(of_high[i], four_high, four);
+            of_low[i] = lanes::dot_signed(of_low[i], four_low, four);
+            if constexpr (BITS == 4) {
+                const B next = lanes::high_nibbles(bytes);
+                of_high[i] = lanes::dot_signed(of_high[i], load_quad(high + t + 4), next);
+                of_low[i] = lanes::dot_signed(of_low[i], load_quad(low + t + 4), next);
+            }
+        }
+    }
+    BTLM_UNROLL for (int i = 0; i < N; ++i) {
+        const F sum = lanes::fma(lanes::to_float(of_high[i]), lanes::set(256.0f), lanes::to_float(of_low[i]));
+        lanes::store(total + i * LANES, lanes::fma(sum, unit, lanes::mul(lanes::load(total + i * LANES), kept)));
+    }
+}
+
+inline int32_t sum_block(const uint8_t* bytes) {  // of a block of keys
+    return lanes::reduce_add(lanes::dot_bytes(lanes::iset(0), lanes::load_bytes(bytes), 0x01010101));
+}
+
+// For what is left of a head, at most 128 dimensions.
+template <int BITS>
+inline auto value_sums(int64_t dimensions) {
+    constexpr decltype(&sum_values<BITS, 1>) SIZES[] = {
+        sum_values<BITS, 1>, sum_values<BITS, 2>, sum_values<BITS, 3>, sum_values<BITS, 4>,
+        sum_values<BITS, 5>, sum_values<BITS, 6>, sum_values<BITS, 7>, sum_values<BITS, 8>};
+    return SIZES[(dimensions < 8 * LANES ? dimensions : 8 * LANES) / LANES - 1];
+}
+
+template <int BITS>
+inline void attend_block_packed(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
+                                bool next, Query& q) {
+    constexpr int BLOCKS = KEY_BLOCK / LANES;
+    const int64_t at = head_of_slot * cache.capacity + first_key, row = cache.width * BITS / 8;
+    const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * row;
+    const auto* values = static_cast<const uint8_t*>(cache.values) + at * row;
+
+    // What comes next: this head's next block, or the first one of the next head.
+    const int64_t ahead = next ? KEY_BLOCK * row : ((head_of_slot + 1) * cache.capacity - at) * row;
+    fetch(keys + ahead, KEY_BLOCK * row);
+    fetch(values + ahead, KEY_BLOCK * row);
+    I products[BLOCKS];
+    for (int s = 0; s < BLOCKS; ++s) products[s] = lanes::iset(q.offset);
+    for (int64_t c = 0; c < row / 4; ++c) {
+        if constexpr (BITS == 4) {
+            const int32_t quad = load_quad(q.bytes + c * 8), next_quad = load_quad(q.bytes + c * 8 + 4);
+            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s) {
+                const B both = lanes::load_bytes(keys + (c * BLOCKS + s) * 64);
+                products[s] = lanes::dot_nibbles(products[s], lanes::low_nibbles(both), quad);
+                products[s] = lanes::dot_nibbles(products[s], lanes::high_nibbles(both), next_quad);
+            }
+        } else {
+            const int32_t quad = load_quad(q.bytes + c * 4);
+            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s)
+                products[s] = lanes::dot_bytes(products[s], lanes::load_bytes(keys + (c * BLOCKS + s) * 64), quad);
+        }
+    }
+    F scores[BLOCKS];
+    for (int s = 0; s < BLOCKS; ++s) {
+        const F scale = lanes::mul(lanes::load_bf16(cache.key_scales + at + s * LANES), lanes::set(q.scale));
+        scores[s] = lanes::mul(lanes::to_float(products[s]), scale);
+    }
+    const float correction = softmax_step(q, scores, first_key, position, slope);
+
+    // Probabilities times the scales of the values, in 16 bits of which each half meets the values' bits by itself.
+    F most = lanes::zero();
+    for (int s = 0; s < BLOCKS; ++s) {
+        scores[s] = lanes::mul(scores[s], lanes::load_bf16(cache.value_scales + at + s * LANES));
+        most = lanes::max(most, scores[s]);
+    }
+    const float largest_weight = lanes::reduce_max(most);
+    const bool some = largest_weight > SMALLEST;
+    const F to_16_bits = lanes::set(some ? 65535.0f / largest_weight : 0.0f);
+    alignas(64) uint8_t high[KEY_BLOCK], low[KEY_BLOCK];
+    for (int s = 0; s < BLOCKS; ++s) {
+        const I weight = lanes::to_int(lanes::mul(scores[s], to_16_bits));
+        lanes::store_bytes(low + s * LANES, weight);
+        lanes::store_bytes(high + s * LANES, lanes::shift_right_8(weight));
+    }
+    const I high_start = lanes::iset(BITS == 4 ? -8 * sum_block(high) : 0);
+    const I low_start = lanes::iset(BITS == 4 ? -8 * sum_block(low) : 0);
+    const F unit = lanes::set(some ? largest_weight / 65535.0f : 0.0f), kept = lanes::set(correction);
+    for (int64_t d = 0; d < cache.width; d += 8 * LANES) {
+        const auto add_values = value_sums<BITS>(cache.width - d);
+        add_values(high, low, high_start, low_start, values + d * 4, cache.width * 4, unit, kept, q.total + d);
+    }
+}
+
+inline F load_lanes(const float* p) { return lanes::load(p); }
+inline F load_lanes(const uint16_t* p) { return lanes::load_bf16(p); }
+
+template <class T>
+inline void attend_block_plain(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
+                               bool, Query& q) {
+    constexpr int BLOCKS = KEY_BLOCK / LANES;
+    const int64_t at = head_of_slot * cache.capacity + first_key;
+    const T* keys = static_cast<const T*>(cache.keys) + at * cache.width;
+    const T* values = static_cast<const T*>(cache.values) + at * cache.width;
+    F scores[BLOCKS];
+    for (int s = 0; s < BLOCKS; ++s) scores[s] = lanes::zero();
+    for (int64_t d = 0; d < cache.head_dim; ++d) {
+        const F value = lanes::set(q.values[d]);
+        BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s)
+            scores[s] = lanes::fma(value, load_lanes(keys + (s * cache.width + d) * LANES), scores[s]);
+    }
+    const float correction = softmax_step(q, scores, first_key, position, slope);
+    alignas(64) float weights[KEY_BLOCK];
+    for (int s = 0; s < BLOCKS; ++s) lanes::store(weights + s * LANES, scores[s]);
+    const int64_t last = position - first_key + 1, count = last < KEY_BLOCK ? last : KEY_BLOCK;
+    for (int64_t d = 0; d < cache.width; d += LANES) {
+        F total = lanes::mul(lanes::load(q.total + d), lanes::set(correction));
+        for (int64_t t = 0; t < count; ++t)
+            total = lanes::fma(lanes::set(weights[t]), load_lanes(values + t * cache.width + d), total);
+        lanes::store(q.total + d, total);
+    }
+}
+
+inline void start(const Cache& cache, const float* values, float scale, Query& q) {
+    q.most = -INFINITY;
+    q.sum = 0.0f;
+    std::memset(q.total, 0, sizeof q.total);
+    if (packed(cache.kind)) {
+        std::memset(q.bytes, 0, sizeof q.bytes);
+        q.scale = from_bf16(quantize_head(values, cache.head_dim, 127.0f, q.bytes)) * scale;
+        q.offset = 0;
+        for (int64_t d = 0; d < cache.head_dim; ++d) q.offset -= (cache.kind == CacheKind::int4 ? 8 : 128) * q.bytes[d];
+    } else {
+        for (int64_t d = 0; d < cache.head_dim; ++d) q.values[d] = values[d] * scale;
+    }
+}
+
+void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
+            int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
+    const int64_t head_of_slot = slot * cache.heads + head;
+    const auto step = cache.kind == CacheKind::int4   ? attend_block_packed<4>
+                      : cache.kind == CacheKind::int8 ? attend_block_packed<8>
+                      : cache.kind == CacheKind::bf16 ? attend_block_plain<uint16_t>
+                                                      : attend_block_plain<float>;
+    Query tile[QUERY_TILE];
+    for (int64_t done = 0; done < count; done += QUERY_TILE) {
+        const int64_t n = count - done < QUERY_TILE ? count - done : QUERY_TILE, position = first + done;
+        for (int64_t i = 0; i < n; ++i) start(cache, queries + (done + i) * query_stride, scale, tile[i]);
+        for (int64_t key = 0; key < position + n; key += KEY_BLOCK)
+            for (int64_t i = key > position ? key - position : 0; i < n; ++i)
+                step(cache, head_of_slot, key, position + i, slope, key + KEY_BLOCK < position + n, tile[i]);
+        for (int64_t i = 0; i < n; ++i) {
+            const F whole = lanes::set(tile[i].sum);
+            for (int64_t d = 0; d < cache.head_dim; d += LANES)
+                store_some(out + (done + i) * out_stride + d, lanes::div(lanes::load(tile[i].total + d), whole),
+                           cache.head_dim - d);
+        }
+    }
+}
+
+}  // namespace

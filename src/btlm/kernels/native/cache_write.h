@@ -1,0 +1,77 @@
+// Writing one token's key and value of one head into the cache, rounded to the dtype of the cache.
+#pragma once
+
+#include "elements.h"
+
+namespace {
+
+// Whole numbers of at most `limit` relative to a scale that bf16 holds exactly. Returns the scale.
+inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q) {
+    const float most = largest(x, n);
+    if (!(most > SMALLEST)) {
+        std::memset(q, 0, static_cast<size_t>(n));
+        return 0;
+    }
+    const uint16_t above = to_bf16_above(most / limit);
+    const uint16_t scale = above < 0x7F80 ? above : 0x7F7F;  // finite: a masked key of weight 0 must add 0
+    const F inverse = lanes::set(1.0f / from_bf16(scale));
+    for (int64_t i = 0; i < n; i += LANES) {
+        uint8_t bytes[LANES];
+        lanes::store_bytes(bytes, lanes::to_int(lanes::mul(load_some(x + i, n - i), inverse)));
+        std::memcpy(q + i, bytes, static_cast<size_t>(n - i < LANES ? n - i : LANES));
+    }
+    return scale;
+}
+
+// Puts a number of -8 to 7 into one half of a byte.
+inline void put_nibble(uint8_t& byte, bool high, int value) {
+    byte = static_cast<uint8_t>(high ? (byte & 15) | (value + 8) << 4 : (byte & 240) | (value + 8));
+}
+
+template <int BITS>
+inline void append_packed(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
+    constexpr float LIMIT = BITS == 4 ? 7.0f : 127.0f;
+    constexpr int64_t BLOCK = KEY_BLOCK, STEP = BITS == 4 ? 8 : 4;  // dimensions, or tokens, in four bytes
+    int8_t q[MAX_HEAD_DIM] = {};
+    const int64_t head = head_of_slot * cache.capacity, row = cache.width * BITS / 8;
+    auto* keys = static_cast<uint8_t*>(cache.keys) + (head + position / BLOCK * BLOCK) * row + position % BLOCK * 4;
+    cache.key_scales[head + position] = quantize_head(key, cache.head_dim, LIMIT, q);
+    for (int64_t d = 0; d < cache.width; ++d) {
+        uint8_t& byte = keys[d / STEP * BLOCK * 4 + d % 4];
+        if constexpr (BITS == 4)
+            put_nibble(byte, d % 8 >= 4, q[d]);
+        else
+            byte = static_cast<uint8_t>(q[d] + 128);
+    }
+    auto* values = static_cast<uint8_t*>(cache.values) + (head + position / STEP * STEP) * row + position % 4;
+    cache.value_scales[head + position] = quantize_head(value, cache.head_dim, LIMIT, q);
+    for (int64_t d = 0; d < cache.width; ++d) {
+        if constexpr (BITS == 4)
+            put_nibble(values[d * 4], position % 8 >= 4, q[d]);
+        else
+            values[d * 4] = static_cast<uint8_t>(q[d]);
+    }
+}
+
+inline void store_as(float x, float* to) { *to = x; }
+inline void store_as(float x, uint16_t* to) { *to = to_bf16(x); }
+
+template <class T>
+inline void append_plain(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
+    T* keys = static_cast<T*>(cache.keys) + (head_of_slot * cache.capacity + position / 16 * 16) * cache.width;
+    T* values = static_cast<T*>(cache.values) + (head_of_slot * cache.capacity + position) * cache.width;
+    for (int64_t d = 0; d < cache.head_dim; ++d) {
+        store_as(key[d], keys + d * 16 + position % 16);
+        store_as(value[d], values + d);
+    }
+}
+
+void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
+    const int64_t head_of_slot = slot * cache.heads + head;
+    if (cache.kind == CacheKind::int4) return append_packed<4>(cache, head_of_slot, position, key, value);
+    if (cache.kind == CacheKind::int8) return append_packed<8>(cache, head_of_slot, position, key, value);
+    if (cache.kind == CacheKind::bf16) return append_plain<uint16_t>(cache, head_of_slot, position, key, value);
+    append_plain<float>(cache, head_of_slot, position, key, value);
+}
+
+}  // namespace

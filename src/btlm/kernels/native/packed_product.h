@@ -1,0 +1,153 @@
+// Products with 4- and 8-bit weights: activations are rounded to 8 bits, sums within a group are exact.
+#pragma once
+
+#include "elements.h"
+
+namespace {
+
+void quantize(const float* x, int64_t stride, Activations& into, int64_t panel) {
+    const int64_t first = panel * lanes::MAX_TOKENS;
+    const int64_t left = into.tokens - first, width = left < lanes::MAX_TOKENS ? left : lanes::MAX_TOKENS;
+    const int64_t groups = into.columns / into.group;
+    int8_t* values = into.values + first * into.columns;
+    float* scales = into.scales + first * groups;
+    int32_t* sums = into.sums + first * groups;
+    for (int64_t t = 0; t < width; ++t) {
+        const float* row = x + (first + t) * stride;
+        for (int64_t g = 0; g < groups; ++g) {
+            const float* in = row + g * into.group;
+            const float most = largest(in, into.group);
+            const F inverse = lanes::set(most > SMALLEST ? 127.0f / most : 0.0f);
+            I sum = lanes::iset(0);
+            for (int i = 0; i < into.group; i += LANES) {
+                const I q = lanes::to_int(lanes::mul(lanes::load(in + i), inverse));
+                sum = lanes::add(sum, q);
+                uint8_t bytes[LANES];
+                lanes::store_bytes(bytes, q);
+                int8_t* quads = values + ((g * into.group + i) / 4 * width + t) * 4;
+                for (int quad = 0; quad < 4; ++quad) std::memcpy(quads + quad * width * 4, bytes + quad * 4, 4);
+            }
+            scales[g * width + t] = most > SMALLEST ? most / 127.0f : 0.0f;
+            sums[g * width + t] = lanes::reduce_add(sum);
+        }
+    }
+}
+
+// The products of NR blocks of 16 rows with a panel of NT tokens.
+template <int BITS, int NT, int NR>
+inline void tile(const uint8_t* const (&weight)[NR], const uint16_t* const (&scale)[NR], const int8_t* x,
+                 const float* x_scales, const int32_t* x_sums, int64_t columns, int group, F (&total)[NR][NT]) {
+    constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // columns in 64 bytes
+    constexpr int32_t ZERO = BITS == 4 ? 8 : 128;
+    for (int r = 0; r < NR; ++r)
+        for (int t = 0; t < NT; ++t) total[r][t] = lanes::zero();
+    const int64_t groups = columns / group, steps = group / STEP;
+    for (int64_t g = 0; g < groups; ++g) {
+        I sum[NR][NT];
+        BTLM_UNROLL for (int t = 0; t < NT; ++t) {
+            const I start = lanes::iset(-ZERO * x_sums[g * NT + t]);
+            for (int r = 0; r < NR; ++r) sum[r][t] = start;
+        }
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t at = g * steps + s;
+            const int8_t* quads = x + at * STEP * NT;
+            if constexpr (BITS == 4) {
+                B low[NR], high[NR];
+                BTLM_UNROLL for (int r = 0; r < NR; ++r) {
+                    const B both = lanes::load_bytes(weight[r] + at * 64);
+                    low[r] = lanes::low_nibbles(both);
+                    high[r] = lanes::high_nibbles(both);
+                }
+                BTLM_UNROLL for (int t = 0; t < NT; ++t) {
+                    const int32_t quad = load_quad(quads + t * 4);
+                    BTLM_UNROLL for (int r = 0; r < NR; ++r) sum[r][t] = lanes::dot_nibbles(sum[r][t], low[r], quad);
+                }
+                BTLM_UNROLL for (int t = 0; t < NT; ++t) {
+                    const int32_t quad = load_quad(quads + (NT + t) * 4);
+                    BTLM_UNROLL for (int r = 0; r < NR; ++r) sum[r][t] = lanes::dot_nibbles(sum[r][t], high[r], quad);
+                }
+            } else {
+                B bytes[NR];
+                BTLM_UNROLL for (int r = 0; r < NR; ++r) bytes[r] = lanes::load_bytes(weight[r] + at * 64);
+                BTLM_UNROLL for (int t = 0; t < NT; ++t) {
+                    const int32_t quad = load_quad(quads + t * 4);
+                    BTLM_UNROLL for (int r = 0; r < NR; ++r) sum[r][t] = lanes::dot_bytes(sum[r][t], bytes[r], quad);
+                }
+            }
+        }
+        F scales[NR];
+        BTLM_UNROLL for (int r = 0; r < NR; ++r) scales[r] = lanes::load_bf16(scale[r] + g * LANES);
+        BTLM_UNROLL for (int t = 0; t < NT; ++t) {
+            const F factor = lanes::set(x_scales[g * NT + t]);
+            BTLM_UNROLL for (int r = 0; r < NR; ++r)
+                total[r][t] = lanes::fma(lanes::to_float(sum[r][t]), lanes::mul(scales[r], factor), total[r][t]);
+        }
+    }
+}
+
+inline F with_bias(F x, const Matrix& m, int64_t row) {
+    return m.bias == nullptr ? x : lanes::add(x, lanes::load(m.bias + row));
+}
+
+inline void put(Output to, int64_t token, int64_t row, F x) {
+    float* out = to.out + token * to.stride + row;
+    lanes::store(out, to.add ? lanes::add(lanes::load(out), x) : x);
+}
+
+template <int BITS, int NT, int NR>
+inline void block(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t row, int64_t token) {
+    const int64_t groups = x.columns / x.group;
+    const int64_t weight_bytes = m.columns * LANES * BITS / 8, scale_count = groups * LANES;
+    const uint8_t* weight[NR];
+    const uint16_t* scale[NR];
+    for (int r = 0; r < NR; ++r) {
+        const Matrix& source = gate != nullptr && r == 1 ? *gate : m;
+        const int64_t at = gate != nullptr ? row : row + r;
+        weight[r] = static_cast<const uint8_t*>(source.weight) + at * weight_bytes;
+        scale[r] = source.scale + at * scale_count;
+    }
+    F total[NR][NT];
+    tile<BITS, NT, NR>(weight, scale, x.values + token * x.columns, x.scales + token * groups, x.sums + token * groups,
+                       x.columns, x.group, total);
+    for (int t = 0; t < NT; ++t) {
+        if (NR == 2 && gate != nullptr) {
+            const F product = with_bias(total[0][t], m, row * LANES);
+            const F gated = silu(with_bias(total[NR - 1][t], *gate, row * LANES));
+            put(to, token + t, row * LANES, lanes::mul(product, gated));
+        } else {
+            for (int r = 0; r < NR; ++r)
+                put(to, token + t, (row + r) * LANES, with_bias(total[r][t], m, (row + r) * LANES));
+        }
+    }
+}
+
+// The panels of NT tokens are of the largest size or the last one.
+template <int BITS, int NR, int NT>
+inline void panel(int width, const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t row,
+                  int64_t token) {
+    if (width == NT) return block<BITS, NT, NR>(m, gate, x, to, row, token);
+    if constexpr (NT > 1) panel<BITS, NR, NT - 1>(width, m, gate, x, to, row, token);
+}
+
+template <int BITS>
+void multiply_bits(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last;) {
+        const bool pair = gate != nullptr || (lanes::ROW_BLOCKS == 2 && row + 1 < last);
+        for (int64_t token = 0; token < x.tokens; token += lanes::MAX_TOKENS) {
+            const int64_t left = x.tokens - token;
+            const int width = static_cast<int>(left < lanes::MAX_TOKENS ? left : lanes::MAX_TOKENS);
+            if (pair)
+                panel<BITS, 2, lanes::MAX_TOKENS>(width, m, gate, x, to, row, token);
+            else
+                panel<BITS, 1, lanes::MAX_TOKENS>(width, m, gate, x, to, row, token);
+        }
+        row += pair && gate == nullptr ? 2 : 1;
+    }
+}
+
+void multiply_packed(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
+    if (m.kind == Kind::q4) return multiply_bits<4>(m, gate, x, to, first, last);
+    multiply_bits<8>(m, gate, x, to, first, last);
+}
+
+}  // namespace
