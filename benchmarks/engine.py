@@ -282,7 +282,7 @@ def rate(task: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         kernels.sum_bytes(values)
         seconds.append(time.perf_counter() - start)
-    return {"rate": READ_BYTES / statistics.median(seconds), "kernels": kernels.path()}
+    return {"rate": READ_BYTES / statistics.median(seconds), "kernels": kernels.name}
 
 
 def figures(

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from btlm.checkpoint.shape import Shape
-from btlm.engine.cache import KINDS, KVCache, cache_bytes, common_prefix
-from btlm.kernels import load_kernels
+from btlm.engine.cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
+from btlm.kernels import DTYPES, load_kernels
 from tests.checkpoint.tiny import tiny_model
 
 
@@ -11,16 +11,17 @@ def shape(n_head=4):
     return Shape.from_config(tiny_model(n_embd=80, n_head=n_head).config.to_dict())
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capacity", [1, 64, 65, 200])
 def test_bytes_are_those_of_the_arrays(dtype, capacity):
     cache = KVCache(load_kernels("torch", 1), shape(), dtype, 3, capacity)
-    assert sum(array.nbytes for arrays in cache._arrays for array in arrays) == cache_bytes(shape(), dtype, 3, capacity)
+    arrays = [array for layer in cache.layers for array in vars(layer).values() if isinstance(array, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == cache_bytes(shape(), dtype, 3, capacity)
     assert cache.capacity == capacity
     assert len(cache.layers) == shape().n_layer
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_copies_hold_what_was_written(dtype, tokens):
     """A text that goes on from a copy is the text that went on from the original, and other slots are left alone."""
@@ -41,6 +42,23 @@ def test_copies_hold_what_was_written(dtype, tokens):
     results = [attend(after, slot, tokens) for slot in (0, 2, 1)]
     assert np.array_equal(results[0], results[1])
     assert not np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "dtype"),
+    [
+        *(("auto", "4bit", "int8"), ("auto", "8bit", "int8"), ("auto", "bfloat16", "bfloat16")),
+        *(("auto", "float32", "float32"), ("auto", "float16", "float32"), ("int4", "8bit", "int4")),
+    ],
+)
+def test_the_dtype_that_a_name_means(name, weights, dtype):
+    assert cache_dtype_of(name, weights) == dtype
+
+
+@pytest.mark.parametrize(("name", "weights"), [("q8", "8bit"), ("auto", "q8"), ("auto", "BF16"), ("int8", "2bit")])
+def test_an_unknown_dtype_is_an_error(name, weights):
+    with pytest.raises(ValueError, match=r"dtype '(q8|BF16|2bit)' is unknown"):
+        cache_dtype_of(name, weights)
 
 
 @pytest.mark.parametrize(

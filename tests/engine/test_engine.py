@@ -24,14 +24,6 @@ ENOUGH = [*b"to be or not to be, that is to be or not"]  # repeats itself: guess
 LONGER = [*b"the same words again: to be or not to be, and the same words again"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two threads for the engines of this module, one afterwards."""
-    yield
-    if HAS_NATIVE:
-        load_kernels("native", 1)
-
-
 def engine(folder, *, max_tokens=256, kernels="auto", cache_dtype="float32", context=200, num_texts=1):
     network = Network(load_kernels(kernels, 2), read_shape(folder), map_tensors(folder), max_tokens=max_tokens)
     return Engine(network, cache_dtype=cache_dtype, context=context, num_texts=num_texts)

@@ -48,8 +48,8 @@ def read_rate(threads: int | None) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     return {
         "bytes_per_s": _READ_BYTES / statistics.median(seconds),
-        "kernels": kernels.path(),
-        "threads": kernels.threads(),
+        "kernels": kernels.name,
+        "threads": kernels.threads,
     }
 
 

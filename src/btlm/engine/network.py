@@ -118,9 +118,13 @@ def activation_bytes(shape: Shape, max_tokens: int = MAX_TOKENS) -> int:
 
 
 def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
-    """``"bfloat16"``, ``"float16"`` or ``"float32"``, that of the token table, or ``"4-bit"`` and ``"8-bit"``."""
+    """The dtype of the weights: ``"4bit"`` or ``"8bit"`` if they are quantized, else that of the token table.
+
+    Returns:
+        ``"4bit"``, ``"8bit"``, ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+    """
     if shape.bits is not None:
-        return f"{shape.bits}-bit"
+        return f"{shape.bits}bit"
     tensor = tensors.get("transformer.wte.weight") or tensors.get("wte.weight")
     kinds = {"BF16": "bfloat16", "F16": "float16"}
     return "float32" if tensor is None else kinds.get(tensor.dtype, "float32")
@@ -169,13 +173,13 @@ class _Weights:
         group, in_64_bytes = self.shape.group_size, 8 if bits == 4 else 4
         weight = self._tensor(f"{name}.weight", ("U8",), (rows // 16, columns // in_64_bytes, 64))
         scale = self._tensor(f"{name}.weight_scale", ("BF16",), (rows // 16, columns // group, 16))
-        return self.kernels.Matrix(f"q{bits}", weight, scale, bias, rows, columns, group)
+        return self.kernels.matrix(f"int{bits}", weight, scale, bias)
 
     def _plain(self, name: str, rows: int, columns: int, bias: Floats | None, *, input_major: bool) -> WeightMatrix:
         shape = (columns, rows) if input_major else (rows, columns)
         weight = self._tensor(f"{name}.weight", ("F32", "BF16", "F16"), shape)
-        kind = "bf16" if weight.dtype == np.uint16 else "f32"
-        return self.kernels.Matrix(kind, weight, None, bias, rows, columns, 0, input_major)
+        dtype = "bfloat16" if weight.dtype == np.uint16 else "float32"
+        return self.kernels.matrix(dtype, weight, bias=bias, input_major=input_major)
 
     def _vector(self, name: str, size: int) -> Floats:
         vector = self._tensor(name, ("F32", "BF16", "F16"), (size,))

@@ -151,7 +151,7 @@ class _Folder:
         self.shape = read_shape(path)
         tensors = map_tensors(self.path)
         self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
-        self.dtype = weight_dtype(self.shape, tensors).replace("-bit", "bit")
+        self.dtype = weight_dtype(self.shape, tensors)
 
     def check(self, context: int, cache_dtype: str) -> None:
         cache = cache_bytes(self.shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)

@@ -37,8 +37,8 @@ def run_engine(
     )
     used = engine.network.kernels
     note(
-        f"{name_of(model)}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.path()}, "
-        f"{used.threads()} {'thread' if used.threads() == 1 else 'threads'})"
+        f"{name_of(model)}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.name}, "
+        f"{used.threads} {'thread' if used.threads == 1 else 'threads'})"
     )
     if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):
         warn(warning)

@@ -84,18 +84,18 @@ void spoil(std::vector<float>& x, int64_t tokens, int64_t columns) {
 }
 
 struct Weights {
-    std::vector<uint8_t> packed;
+    std::vector<uint8_t> stored;
     std::vector<uint16_t> small, scale;
     std::vector<float> plain, bias;
     Matrix matrix;
 
-    Weights(Kind kind, int64_t rows, int64_t columns, int group, bool input_major, bool has_bias) {
+    Weights(Dtype dtype, int64_t rows, int64_t columns, int group, bool input_major, bool has_bias) {
         const void* weight;
-        if (kind == Kind::q4 || kind == Kind::q8) {
-            packed = bytes(rows * columns / (kind == Kind::q4 ? 2 : 1));
+        if (btlm::packed(dtype)) {
+            stored = bytes(rows * columns / (dtype == Dtype::int4 ? 2 : 1));
             scale = halves(floats(rows * (columns / group), 0.02f));
-            weight = packed.data();
-        } else if (kind == Kind::bf16) {
+            weight = stored.data();
+        } else if (dtype == Dtype::bfloat16) {
             small = halves(floats(rows * columns));
             weight = small.data();
         } else {
@@ -103,33 +103,31 @@ struct Weights {
             weight = plain.data();
         }
         if (has_bias) bias = floats(rows);
-        matrix = {kind,    weight, scale.empty() ? nullptr : scale.data(), has_bias ? bias.data() : nullptr, rows,
+        matrix = {dtype,   weight, scale.empty() ? nullptr : scale.data(), has_bias ? bias.data() : nullptr, rows,
                   columns, group,  input_major};
     }
 };
 
 void check_matrices(const Path* plain, const Path* path, int threads) {
     struct Case {
-        Kind kind;
+        Dtype dtype;
         int64_t rows, columns;
         int group;
         bool input_major;
     };
     std::vector<Case> cases;
-    for (const Kind kind : {Kind::q4, Kind::q8})
+    for (const Dtype dtype : {Dtype::int4, Dtype::int8})
         for (const int group : {16, 64, 128})
-            for (const int64_t rows : {16, 48, 400}) cases.push_back({kind, rows, 2 * group, group, false});
-    for (const Kind kind : {Kind::bf16, Kind::f32})
+            for (const int64_t rows : {16, 48, 400}) cases.push_back({dtype, rows, 2 * group, group, false});
+    for (const Dtype dtype : {Dtype::bfloat16, Dtype::float32})
         for (const bool input_major : {false, true})
             for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
                      {1, 1}, {16, 16}, {17, 15}, {37, 50}, {600, 33}, {31, 8}})
-                cases.push_back({kind, rows, columns, 0, input_major});
-    Operations ours(threads), theirs(1);
-    ours.path = path;
-    theirs.path = plain;
+                cases.push_back({dtype, rows, columns, 0, input_major});
+    Operations ours(path, threads), theirs(plain, 1);
     for (const Case& c : cases) {
-        const Weights one(c.kind, c.rows, c.columns, c.group, c.input_major, c.rows % 3 != 0);
-        const Weights two(c.kind, c.rows, c.columns, c.group, c.input_major, true);
+        const Weights one(c.dtype, c.rows, c.columns, c.group, c.input_major, c.rows % 3 != 0);
+        const Weights two(c.dtype, c.rows, c.columns, c.group, c.input_major, true);
         for (const int64_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 13, 65, 70}) {
             std::vector<float> x = floats(tokens * c.columns);
             spoil(x, tokens, c.columns);
@@ -175,22 +173,20 @@ struct Store {
     std::vector<uint16_t> key_scales, value_scales;
     Cache cache;
 
-    Store(CacheKind kind, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim) {
+    Store(Dtype dtype, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim) {
         const int64_t width = (head_dim + LANES - 1) / LANES * LANES;
         const auto tokens = static_cast<size_t>(slots * heads * capacity);
-        keys.resize(tokens * static_cast<size_t>(width * bits(kind) / 8));
+        keys.resize(tokens * static_cast<size_t>(width * bits(dtype) / 8));
         values.resize(keys.size());
         key_scales.resize(tokens);
         value_scales.resize(tokens);
-        cache = {kind, keys.data(), values.data(), key_scales.data(), value_scales.data(), slots, heads, capacity,
+        cache = {dtype, keys.data(), values.data(), key_scales.data(), value_scales.data(), slots, heads, capacity,
                  head_dim, width};
     }
 };
 
 void check_attention(const Path* plain, const Path* path, int threads) {
-    Operations ours(threads), theirs(1);
-    ours.path = path;
-    theirs.path = plain;
+    Operations ours(path, threads), theirs(plain, 1);
     const std::vector<std::vector<Segment>> calls = {
         {{0, 0, 0, 63}},
         {{0, 0, 63, 1}},
@@ -199,10 +195,10 @@ void check_attention(const Path* plain, const Path* path, int threads) {
         {{0, 0, 97, 31}, {31, 1, 33, 95}},  // to the end of the slots
         {{0, 0, 5, 3}},
     };
-    for (const CacheKind kind : {CacheKind::int4, CacheKind::int8, CacheKind::bf16, CacheKind::f32}) {
+    for (const Dtype dtype : {Dtype::int4, Dtype::int8, Dtype::bfloat16, Dtype::float32}) {
         for (const auto& [heads, head_dim] :
              std::vector<std::pair<int64_t, int64_t>>{{2, 64}, {3, 20}, {1, 80}, {1, 128}, {2, 256}, {2, 1}, {1, 144}}) {
-            Store a(kind, 2, heads, 128, head_dim), b(kind, 2, heads, 128, head_dim);
+            Store a(dtype, 2, heads, 128, head_dim), b(dtype, 2, heads, 128, head_dim);
             std::vector<float> slopes;
             for (int64_t head = 0; head < heads; ++head) slopes.push_back(std::ldexp(1.0f, -static_cast<int>(head) - 1));
             for (const std::vector<Segment>& segments : calls) {
@@ -213,7 +209,7 @@ void check_attention(const Path* plain, const Path* path, int threads) {
                 const auto count = static_cast<int64_t>(segments.size());
                 ours.attend(a.cache, qkv.data(), segments.data(), count, slopes.data(), 0.1f, x.data());
                 theirs.attend(b.cache, qkv.data(), segments.data(), count, slopes.data(), 0.1f, y.data());
-                compare(x, y, packed(kind) ? 1e-4f : 1e-5f, path->name, "attend", head_dim, tokens);
+                compare(x, y, packed(dtype) ? 1e-4f : 1e-5f, path->name, "attend", head_dim, tokens);
                 const bool stored = a.keys == b.keys && a.values == b.values && a.key_scales == b.key_scales &&
                                     a.value_scales == b.value_scales;
                 expect(stored, path->name, "the cache after attend", head_dim, tokens);

@@ -16,7 +16,7 @@ RUNNER=${RUNNER:-}
 LINK=${LINK:-}
 
 check() {  # name, flags, argument of the program
-    flags="-std=c++17 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread -I$native $2"
+    flags="-std=c++17 -g -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread -I$native $2"
     objects=
     compile() {  # source, flags of its own
         # shellcheck disable=SC2086

@@ -187,11 +187,11 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
     q.most = -INFINITY;
     q.sum = 0.0f;
     std::memset(q.total, 0, sizeof q.total);
-    if (packed(cache.kind)) {
+    if (packed(cache.dtype)) {
         std::memset(q.bytes, 0, sizeof q.bytes);
         q.scale = from_bf16(quantize_head(values, cache.head_dim, 127.0f, q.bytes)) * scale;
         q.offset = 0;
-        for (int64_t d = 0; d < cache.head_dim; ++d) q.offset -= (cache.kind == CacheKind::int4 ? 8 : 128) * q.bytes[d];
+        for (int64_t d = 0; d < cache.head_dim; ++d) q.offset -= (cache.dtype == Dtype::int4 ? 8 : 128) * q.bytes[d];
     } else {
         for (int64_t d = 0; d < cache.head_dim; ++d) q.values[d] = values[d] * scale;
     }
@@ -200,10 +200,10 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
 void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
             int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
     const int64_t head_of_slot = slot * cache.heads + head;
-    const auto step = cache.kind == CacheKind::int4   ? attend_block_packed<4>
-                      : cache.kind == CacheKind::int8 ? attend_block_packed<8>
-                      : cache.kind == CacheKind::bf16 ? attend_block_plain<uint16_t>
-                                                      : attend_block_plain<float>;
+    const auto step = cache.dtype == Dtype::int4       ? attend_block_packed<4>
+                      : cache.dtype == Dtype::int8     ? attend_block_packed<8>
+                      : cache.dtype == Dtype::bfloat16 ? attend_block_plain<uint16_t>
+                                                       : attend_block_plain<float>;
     Query tile[QUERY_TILE];
     for (int64_t done = 0; done < count; done += QUERY_TILE) {
         const int64_t n = count - done < QUERY_TILE ? count - done : QUERY_TILE, position = first + done;

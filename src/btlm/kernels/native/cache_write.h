@@ -68,9 +68,9 @@ inline void append_plain(const Cache& cache, int64_t head_of_slot, int64_t posit
 
 void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
     const int64_t head_of_slot = slot * cache.heads + head;
-    if (cache.kind == CacheKind::int4) return append_packed<4>(cache, head_of_slot, position, key, value);
-    if (cache.kind == CacheKind::int8) return append_packed<8>(cache, head_of_slot, position, key, value);
-    if (cache.kind == CacheKind::bf16) return append_plain<uint16_t>(cache, head_of_slot, position, key, value);
+    if (cache.dtype == Dtype::int4) return append_packed<4>(cache, head_of_slot, position, key, value);
+    if (cache.dtype == Dtype::int8) return append_packed<8>(cache, head_of_slot, position, key, value);
+    if (cache.dtype == Dtype::bfloat16) return append_plain<uint16_t>(cache, head_of_slot, position, key, value);
     append_plain<float>(cache, head_of_slot, position, key, value);
 }
 

@@ -13,11 +13,11 @@ void embed_plain(const T* table, const Matrix& m, int64_t row, float factor, flo
 }
 
 void embed(const Matrix& m, int64_t row, float factor, float* out) {
-    if (m.kind == Kind::f32) return embed_plain(static_cast<const float*>(m.weight), m, row, factor, out);
-    if (m.kind == Kind::bf16) return embed_plain(static_cast<const uint16_t*>(m.weight), m, row, factor, out);
+    if (m.dtype == Dtype::float32) return embed_plain(static_cast<const float*>(m.weight), m, row, factor, out);
+    if (m.dtype == Dtype::bfloat16) return embed_plain(static_cast<const uint16_t*>(m.weight), m, row, factor, out);
     const int64_t block = row / LANES, lane = row % LANES;
     const uint16_t* scale = m.scale + block * (m.columns / m.group) * LANES + lane;
-    const bool q4 = m.kind == Kind::q4;
+    const bool q4 = m.dtype == Dtype::int4;
     const auto* weight = static_cast<const uint8_t*>(m.weight) + block * m.columns * (q4 ? 8 : 16) + lane * 4;
     for (int64_t c = 0; c < m.columns; ++c) {
         const float s = from_bf16(scale[c / m.group * LANES]) * factor;

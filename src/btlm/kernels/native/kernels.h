@@ -14,11 +14,15 @@ constexpr int QUERY_TILE = 32;   // queries that share keys while these are in t
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int PLAIN_TILE = 4096;  // partial sums that a task of plain weights keeps: tokens x outputs
 
-enum class Kind { q4, q8, f32, bf16 };
+enum class Dtype { int4, int8, bfloat16, float32 };
+constexpr int bits(Dtype dtype) {
+    return dtype == Dtype::int4 ? 4 : dtype == Dtype::int8 ? 8 : dtype == Dtype::bfloat16 ? 16 : 32;
+}
+constexpr bool packed(Dtype dtype) { return bits(dtype) <= 8; }  // integers with scales
 
 // A weight matrix with `rows` outputs and `columns` inputs.
 struct Matrix {
-    Kind kind;
+    Dtype dtype;
     const void* weight;     // q4: [rows/16, columns/8, 64]; q8: [rows/16, columns/4, 64]; else a plain array
     const uint16_t* scale;  // of q4 and q8: bf16 [rows/16, columns/group, 16]
     const float* bias;      // [rows], or null
@@ -51,13 +55,8 @@ struct Output {
 //   int4: q + 8, two a byte: keys [slots, heads, capacity/64, width/8, 64, 4], the low nibbles the first four of eight
 //         dimensions; values [slots, heads, capacity/8, width, 4], the low nibbles the first four of eight tokens; scales too
 //   else: keys [slots, heads, capacity/16, width, 16], values [slots, heads, capacity, width]
-enum class CacheKind { int4, int8, bf16, f32 };
-constexpr int bits(CacheKind kind) {
-    return kind == CacheKind::int4 ? 4 : kind == CacheKind::int8 ? 8 : kind == CacheKind::bf16 ? 16 : 32;
-}
-constexpr bool packed(CacheKind kind) { return bits(kind) <= 8; }
 struct Cache {
-    CacheKind kind;
+    Dtype dtype;
     void *keys, *values;
     uint16_t *key_scales, *value_scales;
     int64_t slots, heads, capacity, head_dim, width;

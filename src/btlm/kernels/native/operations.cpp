@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
-
 namespace btlm {
 namespace {
 
@@ -19,8 +17,8 @@ void* Scratch::get(size_t bytes) {
     return memory.data() + (LINE - address % LINE) % LINE;
 }
 
-Operations::Operations(int threads)
-    : path(available_paths().front()), team(threads), partial(static_cast<size_t>(threads)) {}
+Operations::Operations(const Path* path, int threads)
+    : path(path), team(threads), partial(static_cast<size_t>(threads)) {}
 
 Activations Operations::quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group) {
     const auto count = static_cast<size_t>(tokens * columns), groups = static_cast<size_t>(tokens * (columns / group));
@@ -38,7 +36,7 @@ Activations Operations::quantized(const float* x, int64_t x_stride, int64_t toke
 
 void Operations::linear(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
                         Output to) {
-    if (m.kind == Kind::q4 || m.kind == Kind::q8) {
+    if (packed(m.dtype)) {
         const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group);
         const int64_t blocks = m.rows / LANES;
         const int64_t grain = std::max<int64_t>(2, blocks / (threads() * 12) / 2 * 2);

@@ -22,7 +22,7 @@ private:
 
 class Operations {
 public:
-    explicit Operations(int threads);
+    Operations(const Path* path, int threads);
 
     // out = x . matrix + bias, added to what is in out where `add`; with a gate out = (x . matrix + bias) * silu(gate).
     void linear(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
@@ -35,11 +35,11 @@ public:
     int64_t sum_bytes(const uint8_t* p, int64_t n);
 
     int threads() const { return team.size(); }
-    const Path* path;  // may be set to another one of available_paths()
 
 private:
     Activations quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group);
 
+    const Path* const path;
     Team team;
     Scratch values, scales, sums;
     std::vector<Scratch> partial;  // one a thread

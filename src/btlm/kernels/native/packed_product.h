@@ -146,7 +146,7 @@ void multiply_bits(const Matrix& m, const Matrix* gate, const Activations& x, Ou
 }
 
 void multiply_packed(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
-    if (m.kind == Kind::q4) return multiply_bits<4>(m, gate, x, to, first, last);
+    if (m.dtype == Dtype::int4) return multiply_bits<4>(m, gate, x, to, first, last);
     multiply_bits<8>(m, gate, x, to, first, last);
 }
 

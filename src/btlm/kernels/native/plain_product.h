@@ -68,7 +68,7 @@ void multiply_plain(const Matrix& m, const Matrix* gate, const float* x, int64_t
                     int64_t first, int64_t last, float* scratch) {
     constexpr int64_t TOKENS = 64;
     const auto compute = [&](const Matrix& source, int64_t token, int64_t count, int64_t row, int64_t width, float* sums) {
-        const auto function = source.kind == Kind::f32 ? partial_sums<float> : partial_sums<uint16_t>;
+        const auto function = source.dtype == Dtype::float32 ? partial_sums<float> : partial_sums<uint16_t>;
         function(source, x + token * x_stride, x_stride, count, row, width, sums);
     };
     for (int64_t token = 0; token < tokens; token += TOKENS) {
