@@ -22,7 +22,8 @@ DTYPES = {"int4": 4, "int8": 8, "bfloat16": 16, "float32": 32}
 
 MAX_HEAD_DIM = 256
 _PACKED = ("int4", "int8")  # stored as integers, with scales in bf16
-_ELEMENT = {"int4": np.uint8, "int8": np.uint8, "bfloat16": np.uint16, "float32": np.float32}
+_UINT8, _UINT16, _INT64, _FLOAT32 = (np.dtype(name) for name in ("uint8", "uint16", "int64", "float32"))
+_ELEMENT = {"int4": _UINT8, "int8": _UINT8, "bfloat16": _UINT16, "float32": _FLOAT32}
 _ROWS = 16  # outputs in a block of a packed matrix; groups and heads are multiples of it too
 _BLOCK_BYTES = 64
 _BLOCK_TOKENS = 64
@@ -109,7 +110,7 @@ def cache_bytes(dtype: str, *, slots: int, heads: int, length: int, head_dim: in
     """
     blocks, elements = _cache_blocks(dtype, slots, heads, length, head_dim)
     scales = 2 * _BLOCK_TOKENS if dtype in _PACKED else 0
-    return 2 * slots * heads * blocks * (elements * np.dtype(_ELEMENT[dtype]).itemsize + scales)
+    return 2 * slots * heads * blocks * (elements * _ELEMENT[dtype].itemsize + scales)
 
 
 class Implementation(Protocol):
@@ -223,7 +224,7 @@ class Kernels:
                 f"an {dtype} matrix needs scales [N/16, K/G, 16]",
             )
             assert scale is not None
-            _require_array("scale", scale, np.uint16, (weight.shape[0], scale.shape[1], _ROWS))
+            _require_array("scale", scale, _UINT16, (weight.shape[0], scale.shape[1], _ROWS))
             group = columns // scale.shape[1]
             _require(
                 group % _ROWS == 0 and group * scale.shape[1] == columns,
@@ -236,7 +237,7 @@ class Kernels:
             rows, columns = weight.shape[::-1] if input_major else weight.shape
         _require(min(rows, columns) > 0, f"the weight {list(weight.shape)} is empty")
         if bias is not None:
-            _require_array("bias", bias, np.float32, (rows,))
+            _require_array("bias", bias, _FLOAT32, (rows,))
         handle = self._implementation.matrix(dtype, weight, scale, bias, rows, columns, group, input_major)
         return WeightMatrix(self, dtype, rows, columns, group, input_major, handle)
 
@@ -274,7 +275,7 @@ class Kernels:
             ValueError: The arrays do not fit together.
         """
         tokens = len(x)
-        _require_array("x", x, np.float32, (tokens, matrix.columns))
+        _require_array("x", x, _FLOAT32, (tokens, matrix.columns))
         _require_out(out, (tokens, matrix.rows))
         if gate is not None:
             ours, theirs = ((one.dtype, one.rows, one.columns, one.group, one.input_major) for one in (matrix, gate))
@@ -295,11 +296,13 @@ class Kernels:
         Raises:
             ValueError: The arrays do not fit together.
         """
-        _require(x.ndim == 2, f"x is {list(x.shape)}, and must be [tokens, columns]")
-        _require_array("x", x, np.float32, x.shape)
-        _require_array("weight", weight, np.float32, x.shape[1:])
-        _require_array("bias", bias, np.float32, x.shape[1:])
-        _require_out(out, x.shape)
+        if x.ndim != 2:
+            raise ValueError(f"x is {list(x.shape)}, and must be [tokens, columns]")
+        tokens, columns = x.shape
+        _require_array("x", x, _FLOAT32, (tokens, columns))
+        _require_array("weight", weight, _FLOAT32, (columns,))
+        _require_array("bias", bias, _FLOAT32, (columns,))
+        _require_out(out, (tokens, columns))
         self._implementation.layer_norm(x, weight, bias, eps, out)
 
     def embed(self, ids: npt.NDArray[np.int64], matrix: WeightMatrix, factor: float, out: Floats) -> None:
@@ -315,7 +318,7 @@ class Kernels:
             ValueError: The arrays do not fit together, or an id is not in the table.
         """
         _require(not matrix.input_major, "a table of embeddings cannot be input-major: it has one row per token id")
-        _require_array("ids", ids, np.int64, (len(ids),))
+        _require_array("ids", ids, _INT64, (len(ids),))
         _require_out(out, (len(ids), matrix.columns))
         if len(ids) and not (ids.min() >= 0 and ids.max() < matrix.rows):
             wrong = ids[(ids < 0) | (ids >= matrix.rows)][0]
@@ -349,10 +352,10 @@ class Kernels:
             ValueError: The arrays do not fit together, or a segment does not fit the batch or the cache.
         """
         tokens, width = len(qkv), cache.heads * cache.head_dim
-        _require_array("qkv", qkv, np.float32, (tokens, 3 * width))
+        _require_array("qkv", qkv, _FLOAT32, (tokens, 3 * width))
         _require_out(out, (tokens, width))
-        _require_array("slopes", slopes, np.float32, (cache.heads,))
-        _require_array("segments", segments, np.int64, (len(segments), 4))
+        _require_array("slopes", slopes, _FLOAT32, (cache.heads,))
+        _require_array("segments", segments, _INT64, (len(segments), 4))
         for row, slot, start, count in segments.tolist():
             if count <= 0 or row < 0 or row + count > tokens:
                 raise ValueError(f"a segment of {count} tokens from row {row} does not fit a batch of {tokens} tokens")
@@ -365,7 +368,7 @@ class Kernels:
 
     def sum_bytes(self, values: npt.NDArray[np.uint8]) -> int:
         """Sum the bytes of ``[*]``, except up to 255 at the end: reads memory as fast as the machine can."""
-        _require_array("values", values, np.uint8, (len(values),))
+        _require_array("values", values, _UINT8, (len(values),))
         return self._implementation.sum_bytes(values)
 
     def _handle(self, one: WeightMatrix | Cache) -> Any:
@@ -399,14 +402,16 @@ def _require_dtype(name: str) -> None:
     _require(name in DTYPES, f"the dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}")
 
 
-def _require_array(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
-    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-        layout = "" if array.flags.c_contiguous else ", not contiguous"
+def _require_array(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    contiguous = array.flags.c_contiguous
+    if array.shape != shape or array.dtype != dtype or not contiguous:
         raise ValueError(
-            f"{name} is {array.dtype} {list(array.shape)}{layout}, and must be {np.dtype(dtype)} {list(shape)}"
+            f"{name} is {array.dtype} {list(array.shape)}{'' if contiguous else ', not contiguous'}, and must be {dtype} "
+            f"{list(shape)}"
         )
 
 
 def _require_out(out: Floats, shape: tuple[int, ...]) -> None:
-    _require_array("out", out, np.float32, shape)
-    _require(out.flags.writeable, "out is read-only")
+    _require_array("out", out, _FLOAT32, shape)
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
