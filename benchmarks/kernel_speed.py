@@ -1,6 +1,6 @@
 """Speed of the engine's kernels at the shapes of BTLM-3B: products by the number of tokens, attention by the context.
 
-Weights and caches of several layers are visited in turn, so that they come from memory, as they do in a step.
+Several layers are computed in turn, so that their weights and caches come from memory, as in a step of the engine.
 """
 
 import argparse
@@ -12,40 +12,46 @@ from typing import Any
 
 import numpy as np
 
-from btlm.kernels import Kernels, load_kernels
+from btlm.kernels import DTYPES, Kernels, load_kernels
 
 WIDTH, INNER, HEADS, GROUP = 2560, 6912, 32, 128
 LAYERS = 8
+READ_BYTES = 1 << 29
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", default="native")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 256])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 576, 2048])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", default="native", help="native, torch, or an instruction set (default: native)")
+    parser.add_argument("--threads", type=int, help="number of threads (default: one per processor)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 256], help="tokens per product")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 576, 2048], help="keys per query")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per figure (default: 5)")
+    parser.add_argument("--smoke", action="store_true", help="run everything once, at small sizes, in seconds")
     arguments = parser.parse_args()
+    layers, read_bytes = LAYERS, READ_BYTES
+    if arguments.smoke:
+        layers, read_bytes = 1, 1 << 20
+        arguments.tokens, arguments.contexts, arguments.repeats = [1], [65], 1
     kernels = load_kernels(arguments.kernels, arguments.threads)
-    memory = np.ones(1 << 29, np.uint8)
+    memory = np.ones(read_bytes, np.uint8)
     read_s = min(seconds(lambda: kernels.sum_bytes(memory)) for _ in range(arguments.repeats))
-    print(f"{kernels.path()}, {kernels.threads()} threads, memory read {memory.nbytes / read_s / 1e9:.1f} GB/s")
-    products(kernels, arguments.tokens, arguments.repeats)
-    attention(kernels, arguments.contexts, arguments.repeats)
+    print(f"{kernels.name}, {kernels.threads} threads, memory read at {memory.nbytes / read_s / 1e9:.1f} GB/s")
+    products(kernels, layers, arguments.tokens, arguments.repeats)
+    attention(kernels, layers, arguments.contexts, arguments.repeats)
 
 
-def products(kernels: Kernels, tokens: list[int], repeats: int) -> None:
-    """Print the speed of a layer's products."""
+def products(kernels: Kernels, num_layers: int, tokens: list[int], repeats: int) -> None:
+    """Print the speed of the products of one layer."""
     layers = [
         [
             matrix(kernels, *shape)
             for shape in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
         ]
-        for _ in range(LAYERS)
+        for _ in range(num_layers)
     ]
     weights = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
-    print("\n| tokens | ms a layer | GB/s of weights | GOP/s |\n|---|---|---|---|")
+    print("\n| tokens | ms per layer | GB/s of weights | GOP/s |\n|---|---|---|---|")
     for count in tokens:
         x, inner = normal(count, WIDTH), np.empty((count, INNER), np.float32)
         qkv, out = np.empty((count, 3 * WIDTH), np.float32), np.empty((count, WIDTH), np.float32)
@@ -58,23 +64,20 @@ def products(kernels: Kernels, tokens: list[int], repeats: int) -> None:
                 kernels.linear(inner, mlp_c_proj, out)  # noqa: B023
 
         step()
-        taken = statistics.median(seconds(step) for _ in range(repeats)) / LAYERS
+        taken = statistics.median(seconds(step) for _ in range(repeats)) / num_layers
         size = weights * (0.5 + 2 / GROUP)
         print(f"| {count} | {taken * 1e3:.2f} | {size / taken / 1e9:.1f} | {2 * weights * count / taken / 1e9:.0f} |")
 
 
-def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
-    """Print the speed of attention for one query."""
+def attention(kernels: Kernels, num_layers: int, contexts: list[int], repeats: int) -> None:
+    """Print the speed of attention for one query; short contexts are measured over more layers."""
     head_dim = WIDTH // HEADS
     slopes = np.full(HEADS, 0.1, np.float32)
-    print("\n| cache | keys | us a layer, one query | GB/s of keys and values |\n|---|---|---|---|")
-    for (kind, bits), context in product({"int8": 8, "int4": 4}.items(), contexts):
-        room = -(-context // 64) * 64
+    print("\n| cache | keys | us per layer, one query | GB/s of keys and values |\n|---|---|---|---|")
+    for dtype, context in product(("int8", "int4"), contexts):
         layers = []
-        for _ in range(max(4, 32768 // room)):
-            keys, values = (np.zeros((HEADS, room, head_dim * bits // 8), np.uint8) for _ in range(2))
-            scales = [np.zeros((HEADS, room), np.uint16) for _ in range(2)]
-            layers.append(kernels.Cache(kind, keys, values, scales[0], scales[1], 1, HEADS, room, head_dim))
+        for _ in range(max(4, num_layers * 4096 // context) if num_layers > 1 else 1):
+            layers.append(kernels.cache(dtype, slots=1, heads=HEADS, length=context, head_dim=head_dim))
             first = normal(context - 1, 3 * WIDTH)
             kernels.attend(
                 first, layers[-1], segment(0, context - 1), slopes, 0.0125, np.empty_like(first[:, :WIDTH], order="C")
@@ -87,19 +90,19 @@ def attention(kernels: Kernels, contexts: list[int], repeats: int) -> None:
 
         step()
         taken = statistics.median(seconds(step) for _ in range(4 * repeats)) / len(layers)
-        size = 2 * HEADS * context * (head_dim * bits / 8 + 2)
-        print(f"| {kind} | {context:,} | {taken * 1e6:.0f} | {size / taken / 1e9:.1f} |")
+        size = 2 * HEADS * context * (head_dim * DTYPES[dtype] / 8 + 2)
+        print(f"| {dtype} | {context:,} | {taken * 1e6:.0f} | {size / taken / 1e9:.1f} |")
 
 
 def matrix(kernels: Kernels, rows: int, columns: int) -> Any:
     """A random 4-bit matrix."""
     weight = np.random.default_rng(0).integers(0, 256, (rows // 16, columns // 8, 64), dtype=np.uint8)
     scale = np.full((rows // 16, columns // GROUP, 16), 0x3C00, np.uint16)
-    return kernels.Matrix("q4", weight, scale, np.zeros(rows, np.float32), rows, columns, GROUP)
+    return kernels.matrix("int4", weight, scale, np.zeros(rows, np.float32))
 
 
 def segment(start: int, count: int) -> Any:
-    """Consecutive tokens of one text."""
+    """Consecutive tokens of one sequence."""
     return np.array([[0, 0, start, count]])
 
 
@@ -109,7 +112,7 @@ def normal(rows: int, columns: int) -> Any:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """What a call takes."""
+    """Duration of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
