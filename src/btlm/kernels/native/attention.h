@@ -9,14 +9,14 @@ namespace {
 // A query and its running softmax.
 struct Query {
     float most, sum;
-    float scale;        // packed: of the query times that of the scores
-    int32_t offset;     // packed: what the keys' offset of 8 or 128 adds to a product
+    float scale;        // packed: scale of the query times scale of the scores
+    int32_t offset;     // packed: cancels what the keys' offset of 8 or 128 adds to a product
     alignas(64) float total[MAX_HEAD_DIM];
     alignas(64) float values[MAX_HEAD_DIM];
     alignas(64) int8_t bytes[MAX_HEAD_DIM];
 };
 
-// The first `visible` lanes, the others minus infinity.
+// Keeps the first `visible` lanes and sets the others to minus infinity.
 inline F hide(F x, int64_t visible) {
     if (visible >= LANES) return x;
     float part[LANES];
@@ -25,8 +25,8 @@ inline F hide(F x, int64_t visible) {
     return lanes::load(part);
 }
 
-// Adds ALiBi to the scores of a block of keys and turns them into probabilities relative to the running maximum. Keys after
-// the query's position are hidden. Returns what the sums so far have to be multiplied by.
+// Adds ALiBi to the scores of a block of keys, hides keys after the query's position, and turns the scores into probabilities
+// relative to the running maximum. Returns the factor by which the sums so far have to be multiplied.
 inline float softmax_step(Query& q, F (&scores)[KEY_BLOCK / LANES], int64_t first_key, int64_t position, float slope) {
     F most = lanes::set(-INFINITY);
     for (int s = 0; s < KEY_BLOCK / LANES; ++s) {
@@ -47,12 +47,12 @@ inline float softmax_step(Query& q, F (&scores)[KEY_BLOCK / LANES], int64_t firs
     return correction;
 }
 
-// Brings memory near before it is used: the pieces of a head are too short for the processor to see them coming.
+// Prefetches memory: the pieces of a head are too short for the processor to do so by itself.
 inline void fetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
-// total = total * kept + unit * (the sum over a block of keys of their values times 256 * high + low), N * 16 dimensions.
+// total = total * kept + unit * (sum over a block of keys of (256 * high + low) * value), for N * 16 dimensions.
 template <int BITS, int N>
 inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I low_start, const uint8_t* values,
                        int64_t stride, F unit, F kept, float* total) {
@@ -82,11 +82,11 @@ inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I 
     }
 }
 
-inline int32_t sum_block(const uint8_t* bytes) {  // of a block of keys
+inline int32_t sum_block(const uint8_t* bytes) {  // KEY_BLOCK bytes
     return lanes::reduce_add(lanes::dot_bytes(lanes::iset(0), lanes::load_bytes(bytes), 0x01010101));
 }
 
-// For what is left of a head, at most 128 dimensions.
+// sum_values for the remaining dimensions of a head, at most 128 at a time.
 template <int BITS>
 inline auto value_sums(int64_t dimensions) {
     constexpr decltype(&sum_values<BITS, 1>) SIZES[] = {
@@ -103,7 +103,7 @@ inline void attend_block_packed(const Cache& cache, int64_t head_of_slot, int64_
     const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * row;
     const auto* values = static_cast<const uint8_t*>(cache.values) + at * row;
 
-    // What comes next: this head's next block, or the first one of the next head.
+    // Next comes the next block of this head, or the first one of the next head.
     const int64_t ahead = next ? KEY_BLOCK * row : ((head_of_slot + 1) * cache.capacity - at) * row;
     fetch(keys + ahead, KEY_BLOCK * row);
     fetch(values + ahead, KEY_BLOCK * row);
@@ -130,7 +130,8 @@ inline void attend_block_packed(const Cache& cache, int64_t head_of_slot, int64_
     }
     const float correction = softmax_step(q, scores, first_key, position, slope);
 
-    // Probabilities times the scales of the values, in 16 bits of which each half meets the values' bits by itself.
+    // Probabilities times the scales of the values, rounded to 16 bits; each byte of them is multiplied with the values
+    // separately.
     F most = lanes::zero();
     for (int s = 0; s < BLOCKS; ++s) {
         scores[s] = lanes::mul(scores[s], lanes::load_bf16(cache.value_scales + at + s * LANES));

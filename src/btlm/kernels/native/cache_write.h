@@ -5,7 +5,7 @@
 
 namespace {
 
-// Whole numbers of at most `limit` relative to a scale that bf16 holds exactly. Returns the scale.
+// Rounds x to integers from -limit to limit. Returns the scale, a bf16 number.
 inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q) {
     const float most = largest(x, n);
     if (!(most > SMALLEST)) {
@@ -13,7 +13,7 @@ inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q)
         return 0;
     }
     const uint16_t above = to_bf16_above(most / limit);
-    const uint16_t scale = above < 0x7F80 ? above : 0x7F7F;  // finite: a masked key of weight 0 must add 0
+    const uint16_t scale = above < 0x7F80 ? above : 0x7F7F;  // finite, so that a hidden key with weight 0 adds 0
     const F inverse = lanes::set(1.0f / from_bf16(scale));
     for (int64_t i = 0; i < n; i += LANES) {
         uint8_t bytes[LANES];
@@ -23,7 +23,7 @@ inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q)
     return scale;
 }
 
-// Puts a number of -8 to 7 into one half of a byte.
+// Stores a number from -8 to 7 in one half of a byte.
 inline void put_nibble(uint8_t& byte, bool high, int value) {
     byte = static_cast<uint8_t>(high ? (byte & 15) | (value + 8) << 4 : (byte & 240) | (value + 8));
 }

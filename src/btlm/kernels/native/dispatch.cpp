@@ -28,7 +28,7 @@ std::vector<const Path*> available_paths() {
 #ifdef __linux__
     if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) paths.push_back(&path_neon);
 #else
-    paths.push_back(&path_neon);  // every 64-bit Apple processor since the A13 has the instructions
+    paths.push_back(&path_neon);  // all Apple processors since the A13 have the instructions
 #endif
 #endif
     paths.push_back(&path_plain);

@@ -1,4 +1,4 @@
-// The instruction paths of this build that the processor can run.
+// The instruction sets of this build that the processor can run.
 #pragma once
 
 #include <vector>
@@ -7,6 +7,6 @@
 
 namespace btlm {
 
-std::vector<const Path*> available_paths();  // the fastest first; the last one is plain C++
+std::vector<const Path*> available_paths();  // fastest first; the last one is plain C++
 
 }  // namespace btlm

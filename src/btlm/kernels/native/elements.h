@@ -18,7 +18,7 @@ using lanes::I;
 
 constexpr float SMALLEST = 1e-30f;  // smaller values are stored as 0: their reciprocal would overflow
 
-// Scalars
+// Numbers
 
 inline float from_bf16(uint16_t bits) {
     const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -35,7 +35,7 @@ inline uint32_t bits_of(float x) {
 
 inline uint16_t to_bf16(float x) {  // nearest, ties to even
     const uint32_t word = bits_of(x);
-    if ((word & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((word >> 16) | 64);  // NaN stays one
+    if ((word & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((word >> 16) | 64);  // NaN stays NaN
     return static_cast<uint16_t>((word + 0x7FFFu + ((word >> 16) & 1)) >> 16);
 }
 
@@ -47,7 +47,7 @@ inline int32_t load_quad(const void* p) {
     return x;
 }
 
-// Parts of a block at the end of a row
+// Up to 16 elements, fewer at the end of a row
 
 inline F load_some(const float* p, int64_t n) {
     if (n >= LANES) return lanes::load(p);
@@ -72,13 +72,13 @@ inline void store_some(float* p, F x, int64_t n) {
 
 // Functions
 
-// exp(x), below -87 exactly 0: 2**n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (Taylor's; the remainder is below
-// 2e-7, about the spacing of floats there).
+// exp(x), exactly 0 for x at most -87: 2**n times Taylor's polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2], where its remainder
+// is below 2e-7, about the spacing of floats.
 inline F exp(F x) {
     using namespace lanes;
     const F clamped = lanes::min(lanes::max(x, set(-87.0f)), set(88.0f));
     const F n = lanes::round(mul(clamped, set(1.44269504f)));
-    F r = lanes::fma(n, set(-0.693359375f), clamped);  // ln 2 in two parts, the first one exact times n
+    F r = lanes::fma(n, set(-0.693359375f), clamped);  // ln 2 in two parts; the product of n and the first is exact
     r = lanes::fma(n, set(2.12194440e-4f), r);
     F p = set(1.0f / 720);
     p = lanes::fma(p, r, set(1.0f / 120));
@@ -90,7 +90,7 @@ inline F exp(F x) {
     return keep_above(scale2(p, n), x, -87.0f);
 }
 
-inline F silu(F x) {  // below -87 exactly 0, as exp is
+inline F silu(F x) {  // exactly 0 for x at most -87, as exp is
     return lanes::keep_above(lanes::div(x, lanes::add(lanes::set(1.0f), exp(lanes::sub(lanes::zero(), x)))), x, -87.0f);
 }
 

@@ -1,18 +1,18 @@
-// What the instruction paths offer: kernels on a range of work, without threads and without allocation.
+// What every instruction set offers: kernels for a range of work, without threads and without allocation.
 //
-// Every sum runs in an order that depends on neither the number of tokens nor of threads, so that a token's result is the
-// same, bit for bit, alone or in a batch, in one chunk or many.
+// The order of a sum depends neither on the number of tokens nor on the number of threads, so that a token's result has the
+// same bits alone or in a batch, in one chunk or many.
 #pragma once
 
 #include <cstdint>
 
 namespace btlm {
 
-constexpr int LANES = 16;        // outputs of a block of weights, keys of a block of the cache
-constexpr int KEY_BLOCK = 64;    // keys between two updates of the running maximum
-constexpr int QUERY_TILE = 32;   // queries that share keys while these are in the cache of the processor
+constexpr int LANES = 16;        // outputs in a block of weights, keys in a block of the cache
+constexpr int KEY_BLOCK = 64;    // keys per update of the running maximum
+constexpr int QUERY_TILE = 32;   // queries that share keys while the keys are in the processor's cache
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int PLAIN_TILE = 4096;  // partial sums that a task of plain weights keeps: tokens x outputs
+constexpr int PLAIN_TILE = 4096;  // partial sums of a task with plain weights: tokens x outputs
 
 enum class Dtype { int4, int8, bfloat16, float32 };
 constexpr int bits(Dtype dtype) {
@@ -23,16 +23,16 @@ constexpr bool packed(Dtype dtype) { return bits(dtype) <= 8; }  // integers wit
 // A weight matrix with `rows` outputs and `columns` inputs.
 struct Matrix {
     Dtype dtype;
-    const void* weight;     // q4: [rows/16, columns/8, 64]; q8: [rows/16, columns/4, 64]; else a plain array
-    const uint16_t* scale;  // of q4 and q8: bf16 [rows/16, columns/group, 16]
+    const void* weight;     // int4: [rows/16, columns/8, 64]; int8: [rows/16, columns/4, 64]; else a plain array
+    const uint16_t* scale;  // for int4 and int8: bf16 [rows/16, columns/group, 16]
     const float* bias;      // [rows], or null
     int64_t rows, columns;
     int group;
-    bool input_major;  // of plain ones: [columns, rows] instead of [rows, columns]
+    bool input_major;  // a plain array is [columns, rows] instead of [rows, columns]
 };
 
-// Eight-bit activations in panels of the path's `max_tokens` tokens (the last one has what is left). A panel is
-// [columns/4][tokens][4] values, and [columns/group][tokens] scales and sums.
+// Eight-bit activations in panels of `Path::max_tokens` tokens; the last panel has the remaining tokens. A panel has values
+// [columns/4][tokens][4], and scales and sums [columns/group][tokens].
 struct Activations {
     int8_t* values;
     float* scales;
@@ -41,7 +41,7 @@ struct Activations {
     int group;
 };
 
-// Where a product goes: out[token * stride + row], stored, or added to what is there.
+// Where a product goes: out[token * stride + row]. It replaces the number there, or is added to it.
 struct Output {
     float* out;
     int64_t stride;
@@ -52,7 +52,7 @@ struct Output {
 // to `width`, a multiple of 16.
 //   int8: keys u8 = q + 128 [slots, heads, capacity/64, width/4, 64, 4], values s8 [slots, heads, capacity/4, width, 4],
 //         scales of both bf16 [slots, heads, capacity]
-//   int4: q + 8, two a byte: keys [slots, heads, capacity/64, width/8, 64, 4], the low nibbles the first four of eight
+//   int4: q + 8, two per byte: keys [slots, heads, capacity/64, width/8, 64, 4], the low nibbles the first four of eight
 //         dimensions; values [slots, heads, capacity/8, width, 4], the low nibbles the first four of eight tokens; scales too
 //   else: keys [slots, heads, capacity/16, width, 16], values [slots, heads, capacity, width]
 struct Cache {
@@ -62,31 +62,32 @@ struct Cache {
     int64_t slots, heads, capacity, head_dim, width;
 };
 
-// Consecutive tokens of one sequence: rows `row`, `row + 1` ... of the batch, positions `start`, `start + 1` ...
+// `count` consecutive tokens of one sequence: rows from `row` on in the batch, positions from `start` on in the slot.
 struct Segment {
     int64_t row, slot, start, count;
 };
 
+// The kernels compiled for one instruction set.
 struct Path {
     const char* name;
     int max_tokens;
 
-    // Panel `panel` of x, fp32 [tokens, columns] (`stride` between tokens).
+    // Rounds panel number `panel` of x, fp32 [tokens, columns] with `stride` between tokens, to eight bits.
     void (*quantize)(const float* x, int64_t stride, Activations& into, int64_t panel);
-    // Blocks `first` to `last` of 16 rows. With a gate: out = product * silu(product of the gate).
+    // Computes blocks `first` to `last` of 16 rows. With a gate, out = product * silu(product with the gate).
     void (*multiply_packed)(const Matrix&, const Matrix* gate, const Activations&, Output, int64_t first, int64_t last);
-    // Rows `first` to `last` of a plain matrix; scratch holds 2 * PLAIN_TILE floats.
+    // Computes rows `first` to `last` of a plain matrix; scratch holds 2 * PLAIN_TILE floats.
     void (*multiply_plain)(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output,
                            int64_t first, int64_t last, float* scratch);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t columns, float* out);
-    // Row `row` of a table, times a factor.
+    // Reads row `row` of a table, times a factor.
     void (*embed)(const Matrix&, int64_t row, float factor, float* out);
-    // One token's key and value of one head into the cache.
+    // Writes one token's key and value of one head to the cache.
     void (*append)(const Cache&, int64_t slot, int64_t head, int64_t position, const float* key, const float* value);
-    // `count` queries of one head at `start`, `start + 1` ... against the keys up to their own.
+    // Attends with `count` queries of one head, at positions from `start` on, each to the keys up to its own position.
     void (*attend)(const Cache&, int64_t slot, int64_t head, int64_t start, int64_t count, const float* queries,
                    int64_t query_stride, float slope, float scale, float* out, int64_t out_stride);
-    int64_t (*sum_bytes)(const uint8_t* p, int64_t n);  // reads memory
+    int64_t (*sum_bytes)(const uint8_t* p, int64_t n);
 };
 
 }  // namespace btlm

@@ -1,12 +1,12 @@
-// Sixteen lanes in two AVX2 registers. Without VNNI, a product of bytes is summed in 16 bits, where only nibbles are safe
-// from saturation: bytes take two steps.
+// Sixteen lanes in two AVX2 registers. AVX2 sums products of bytes in 16 bits, which could saturate; products with nibbles
+// cannot, so that bytes are multiplied as two nibbles.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-namespace {  // every path has its own
+namespace {  // each instruction set has its own
 namespace lanes {
 
 constexpr const char* NAME = "avx2";
@@ -53,7 +53,7 @@ inline F round(F x) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
 }
-inline __m256 power(__m256 n) {  // 2**n for whole n of -126 to 127
+inline __m256 power(__m256 n) {  // 2**n for integers n from -126 to 127
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline F scale2(F x, F n) { return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))}; }
@@ -91,7 +91,7 @@ inline __m256i high_nibbles(__m256i x) { return low_nibbles(_mm256_srli_epi16(x,
 inline B low_nibbles(B x) { return {low_nibbles(x.a), low_nibbles(x.b)}; }
 inline B high_nibbles(B x) { return {high_nibbles(x.a), high_nibbles(x.b)}; }
 
-inline __m256i quads(__m256i u, __m256i s) {  // u at most 15: 2 * 15 * 128 fits 16 bits
+inline __m256i quads(__m256i u, __m256i s) {  // u is at most 15: 2 * 15 * 128 fits into 16 bits
     return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
 }
 inline I dot_nibbles(I acc, B u, int32_t s) {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace {  // every path has its own
+namespace {  // each instruction set has its own
 namespace lanes {
 
 constexpr const char* NAME = "avx512vnni";
@@ -35,7 +35,7 @@ inline F abs(F a) { return _mm512_abs_ps(a); }
 inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2**n, n whole
+inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2**n for integers n
 inline F keep_above(F a, F x, float limit) {  // a where x > limit, else 0
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), a);
 }
@@ -46,7 +46,7 @@ inline I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }  // nearest, ties to even
 inline I shift_right_8(I a) { return _mm512_srli_epi32(a, 8); }
-inline void store_bytes(uint8_t* p, I a) {  // the low byte of every lane
+inline void store_bytes(uint8_t* p, I a) {  // the low byte of each lane
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
 inline int32_t reduce_add(I a) { return _mm512_reduce_add_epi32(a); }
@@ -58,7 +58,7 @@ inline B high_nibbles(B a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _m
 // Lane n of the result: acc[n] + sum over i < 4 of u[4n + i] * s[i].
 inline I dot_nibbles(I acc, B u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
 inline I dot_bytes(I acc, B u, int32_t s) { return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)); }
-// The same with unsigned bytes broadcast and signed ones in the lanes.
+// The same with the unsigned bytes broadcast and the signed bytes in the lanes.
 inline I dot_signed(I acc, int32_t u, B s) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(u), s); }
 
 }  // namespace lanes

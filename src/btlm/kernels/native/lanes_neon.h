@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {  // every path has its own
+namespace {  // each instruction set has its own
 namespace lanes {
 
 constexpr const char* NAME = "neon";
@@ -44,7 +44,7 @@ inline float reduce_max(F x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
 }
 inline F round(F x) { BTLM_EACH(F, vrndnq_f32(x.v[i])); }
-inline float32x4_t power(float32x4_t n) {  // 2**n for whole n of -126 to 127
+inline float32x4_t power(float32x4_t n) {  // 2**n for integers n from -126 to 127
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 inline F scale2(F x, F n) { BTLM_EACH(F, vmulq_f32(x.v[i], power(n.v[i]))); }
@@ -77,7 +77,7 @@ inline B load_bytes(const void* p) { BTLM_EACH(B, vld1q_u8(static_cast<const uin
 inline B low_nibbles(B x) { BTLM_EACH(B, vandq_u8(x.v[i], vdupq_n_u8(15))); }
 inline B high_nibbles(B x) { BTLM_EACH(B, vshrq_n_u8(x.v[i], 4)); }
 
-// The instruction takes signed bytes on both sides: nibbles fit, and bytes are split in two of them.
+// The instruction takes signed bytes on both sides. Nibbles fit; unsigned bytes are split into two nibbles.
 inline int8x16_t quad(int32_t s) { return vreinterpretq_s8_s32(vdupq_n_s32(s)); }
 inline I dot_nibbles(I acc, B u, int32_t s) {
     BTLM_EACH(I, vdotq_s32(acc.v[i], vreinterpretq_s8_u8(u.v[i]), quad(s)));

@@ -1,11 +1,11 @@
-// Sixteen lanes in plain C++: what every machine has, and what the other paths are compared with.
+// Sixteen lanes in plain C++: runs on every machine, and is what the other instruction sets are compared with.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-namespace {  // every path has its own
+namespace {  // each instruction set has its own
 namespace lanes {
 
 constexpr const char* NAME = "plain";
@@ -58,7 +58,7 @@ inline I iset(int32_t x) { BTLM_EACH(I, x); }
 inline I add(I x, I y) { BTLM_EACH(I, x.v[i] + y.v[i]); }
 inline I iota() { BTLM_EACH(I, i); }
 inline F to_float(I x) { BTLM_EACH(F, static_cast<float>(x.v[i])); }
-inline int32_t to_int(float x) {  // what is no int32 becomes the smallest one, as the vector instructions have it
+inline int32_t to_int(float x) {  // a number outside int32 becomes the smallest int32, as in the vector instructions
     const float whole = std::nearbyint(x);
     return whole >= -2147483648.0f && whole < 2147483648.0f ? static_cast<int32_t>(whole) : INT32_MIN;
 }

@@ -1,4 +1,4 @@
-// Reading memory as fast as the machine can: the measure that kernels are compared with.
+// Reads memory as fast as the machine can: the limit for kernels that read weights or caches from memory.
 #pragma once
 
 #include "elements.h"

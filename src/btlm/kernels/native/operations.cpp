@@ -45,7 +45,7 @@ void Operations::linear(const Matrix& m, const Matrix* gate, const float* x, int
         });
         return;
     }
-    const int64_t widest = tokens < 8 ? 512 : 64;  // wide pieces read long rows, narrow ones keep more tokens' sums
+    const int64_t widest = tokens < 8 ? 512 : 64;  // wide pieces read long rows, narrow ones hold sums of more tokens
     const int64_t even = divide_up(divide_up(m.rows, threads()), LANES) * LANES;
     const int64_t grain = std::min(widest, even);
     for (Scratch& scratch : partial) scratch.get(2 * PLAIN_TILE * sizeof(float));
@@ -86,12 +86,12 @@ void Operations::attend(const Cache& cache, const float* qkv, const Segment* seg
     };
     for (int64_t i = 0; i < count; ++i) {
         const Segment& s = segments[i];
-        const bool whole = s.count <= QUERY_TILE;  // its only piece can append what it reads
+        const bool whole = s.count <= QUERY_TILE;  // its only piece can append the keys that it reads
         if (!whole)
             team.run(cache.heads, 1, [&](int64_t first, int64_t last, int) {
                 for (int64_t head = first; head < last; ++head) append(s, head, 0, s.count);
             });
-        for (int64_t t = (s.count - 1) / QUERY_TILE * QUERY_TILE; t >= 0; t -= QUERY_TILE)  // the longest ones first
+        for (int64_t t = (s.count - 1) / QUERY_TILE * QUERY_TILE; t >= 0; t -= QUERY_TILE)  // those with most keys first
             pieces.push_back({&s, t, std::min<int64_t>(QUERY_TILE, s.count - t), whole});
     }
     const int64_t all = static_cast<int64_t>(pieces.size()) * cache.heads;

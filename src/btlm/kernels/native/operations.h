@@ -1,4 +1,4 @@
-// The operations of the engine: work cut into pieces for a team of threads, on the instruction path in use.
+// The operations of the engine: each cuts its work into pieces for a team of threads, on one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace btlm {
 
-// Memory that grows, aligned to cache lines.
+// Memory that grows on demand, aligned to cache lines.
 class Scratch {
 public:
     void* get(size_t bytes);
@@ -24,7 +24,7 @@ class Operations {
 public:
     Operations(const Path* path, int threads);
 
-    // out = x . matrix + bias, added to what is in out where `add`; with a gate out = (x . matrix + bias) * silu(gate).
+    // out = x . matrix + bias; with a gate out = (x . matrix + bias) * silu(x . gate + bias of the gate).
     void linear(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
     void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t tokens, int64_t columns,
                     float* out);
@@ -42,7 +42,7 @@ private:
     const Path* const path;
     Team team;
     Scratch values, scales, sums;
-    std::vector<Scratch> partial;  // one a thread
+    std::vector<Scratch> partial;  // one per thread
 };
 
 }  // namespace btlm

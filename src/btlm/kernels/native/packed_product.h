@@ -33,7 +33,7 @@ void quantize(const float* x, int64_t stride, Activations& into, int64_t panel) 
     }
 }
 
-// The products of NR blocks of 16 rows with a panel of NT tokens.
+// Multiplies NR blocks of 16 rows with a panel of NT tokens.
 template <int BITS, int NT, int NR>
 inline void tile(const uint8_t* const (&weight)[NR], const uint16_t* const (&scale)[NR], const int8_t* x,
                  const float* x_scales, const int32_t* x_sums, int64_t columns, int group, F (&total)[NR][NT]) {
@@ -121,7 +121,7 @@ inline void block(const Matrix& m, const Matrix* gate, const Activations& x, Out
     }
 }
 
-// The panels of NT tokens are of the largest size or the last one.
+// Chooses the tile for a panel of `width` tokens, at most NT; only the last panel is narrower than the largest.
 template <int BITS, int NR, int NT>
 inline void panel(int width, const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t row,
                   int64_t token) {

@@ -5,11 +5,11 @@
 
 namespace {
 
-// sums[t][c] += x[t][k] * weight[k][c], k ascending: `width` columns of an input-major matrix.
+// sums[t][c] += x[t][k] * weight[k][c] with k ascending, for `width` columns of an input-major matrix.
 template <class T>
 void by_inputs(const T* weight, int64_t stride, const float* x, int64_t x_stride, int64_t tokens, int64_t inputs,
                int64_t width, int64_t sum_stride, float* sums) {
-    constexpr int DEPTH = 8;  // inputs between two visits of a sum
+    constexpr int DEPTH = 8;  // inputs added per visit of a sum
     for (int64_t k = 0; k < inputs; k += DEPTH) {
         const int depth = static_cast<int>(inputs - k < DEPTH ? inputs - k : DEPTH);
         for (int64_t c = 0; c < width; c += LANES) {
@@ -31,7 +31,7 @@ void by_inputs(const T* weight, int64_t stride, const float* x, int64_t x_stride
     }
 }
 
-// sums[t][r] = x[t] . weight[r] for `width` rows of a row-major matrix.
+// sums[t][r] = x[t] . weight[r], for `width` rows of a row-major matrix.
 template <class T>
 void by_rows(const T* weight, const float* x, int64_t x_stride, int64_t tokens, int64_t inputs, int64_t width,
              int64_t sum_stride, float* sums) {

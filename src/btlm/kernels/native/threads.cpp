@@ -9,7 +9,7 @@
 namespace btlm {
 namespace {
 
-// About 50 microseconds: longer than what lies between two kernels of a step, and too short to be seen on an idle machine.
+// About 50 microseconds: longer than the time between two kernels of a step, and too short to show on an idle machine.
 constexpr int LOOKS = 1500;
 
 inline void relax() {
@@ -25,7 +25,7 @@ inline void relax() {
 Team::Team(int size) {
     try {
         for (int member = 1; member < size; ++member) workers.emplace_back([this, member] { work(member); });
-    } catch (...) {  // the system gives no more threads: those that are there must not outlive the team
+    } catch (...) {  // the system gives no more threads: end those that were started
         end();
         throw;
     }
@@ -52,7 +52,7 @@ void Team::share(int64_t count, int64_t most, Call function, const void* argumen
     pieces = count;
     grain = most;
     next.store(0, std::memory_order_relaxed);
-    for (uint32_t none = CLOSED; !gate.compare_exchange_weak(none, 0); none = CLOSED) relax();  // a late one is leaving
+    for (uint32_t none = CLOSED; !gate.compare_exchange_weak(none, 0); none = CLOSED) relax();  // a late worker is leaving
     jobs.fetch_add(1);
     if (asleep.load() > 0) {
         std::lock_guard<std::mutex> awake(sleep);

@@ -1,4 +1,4 @@
-// A team of threads that shares the pieces of one job at a time.
+// A team of threads that works on one job at a time, piece by piece.
 #pragma once
 
 #include <atomic>
@@ -12,15 +12,15 @@ namespace btlm {
 
 class Team {
 public:
-    explicit Team(int size);  // throws std::system_error where there are not so many threads to be had
+    explicit Team(int size);  // throws std::system_error if the system does not give so many threads
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     int size() const { return static_cast<int>(workers.size()) + 1; }
 
-    // Calls body(first, last, member) for ranges of at most `grain` pieces that cover 0 to `pieces`; returns when all are
-    // done. The caller works too. One caller at a time; `body` must not throw.
+    // Calls body(first, last, member) for ranges of at most `grain` pieces that together cover 0 to `pieces`, and returns when
+    // all are done. The calling thread is member 0. Only one call at a time; `body` must not throw.
     template <class Body>
     void run(int64_t pieces, int64_t grain, const Body& body) {
         share(pieces, grain, [](const void* b, int64_t first, int64_t last, int member) {
@@ -44,12 +44,12 @@ private:
     int64_t pieces = 0, grain = 1;
     std::atomic<int64_t> next{0};
 
-    // The number of workers inside the job; CLOSED when none may enter any more.
+    // Number of workers in the job, plus CLOSED when no more may enter.
     static constexpr uint32_t CLOSED = 1u << 31;
     std::atomic<uint32_t> gate{CLOSED};
-    std::atomic<uint64_t> jobs{0};  // so far
+    std::atomic<uint64_t> jobs{0};  // number of jobs so far
 
-    // Workers without a job look for one a little while, then sleep.
+    // Workers without a job look for one for a short time, then sleep.
     std::mutex sleep;
     std::condition_variable wake;
     std::atomic<int> asleep{0};
