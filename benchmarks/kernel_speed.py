@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from btlm.kernels import DTYPES, Kernels, load_kernels
+from btlm.kernels import Kernels, load_kernels
+from btlm.kernels.arrays import DTYPES
 
 WIDTH, INNER, HEADS, GROUP = 2560, 6912, 32, 128
 LAYERS = 8

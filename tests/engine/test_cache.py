@@ -3,7 +3,8 @@ import pytest
 
 from btlm.checkpoint.shape import Shape
 from btlm.engine.cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
-from btlm.kernels import DTYPES, load_kernels
+from btlm.kernels import load_kernels
+from btlm.kernels.arrays import DTYPES
 from tests.checkpoint.tiny import tiny_model
 
 

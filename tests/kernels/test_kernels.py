@@ -703,7 +703,7 @@ def test_threads_come_and_go(rng):
         assert kernels.threads == threads
         assert np.array_equal(linear(kernels, x, source), expected)
         if before:
-            assert len(list(tasks.iterdir())) == before + threads - 1  # those of the kernels before are gone
+            assert len(list(tasks.iterdir())) < before + threads  # the threads of earlier kernels have ended
 
 
 @native

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 from btlm.checkpoint.shape import Shape
-from btlm.kernels import DTYPES, Kernels
+from btlm.kernels import Kernels
 from btlm.kernels import cache_bytes as layer_bytes
+from btlm.kernels.arrays import DTYPES
 
 CACHE_DTYPES = ("auto", *DTYPES)
 _CACHE_OF_WEIGHTS = {

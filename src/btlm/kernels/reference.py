@@ -18,7 +18,7 @@ from torch import Tensor
 
 from btlm.model.quantization_btlm import dequantize
 
-from .interface import DTYPES, Floats, Halves
+from .arrays import DTYPES, Floats, Halves
 
 _LARGEST = {"int4": 7, "int8": 127}  # the largest number that is stored in a packed cache, per dtype
 _SMALLEST = 1e-30  # smaller values are stored as 0: their reciprocal would overflow
@@ -38,11 +38,11 @@ class TorchKernels:
         self.threads = threads
 
     def matrix(self, *args: Any) -> "_Matrix":
-        """A matrix; arguments as :class:`~btlm.kernels.interface.Implementation` gives them."""
+        """A matrix; arguments as :class:`~btlm.kernels.implementation.Implementation` gives them."""
         return _Matrix(*args)
 
     def cache(self, *args: Any) -> "_Cache":
-        """A cache; arguments as :class:`~btlm.kernels.interface.Implementation` gives them."""
+        """A cache; arguments as :class:`~btlm.kernels.implementation.Implementation` gives them."""
         return _Cache(*args)
 
     def linear(self, x: Floats, matrix: "_Matrix", out: Floats, gate: "_Matrix | None", add: bool) -> None:

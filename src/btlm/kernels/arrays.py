@@ -1,0 +1,47 @@
+"""Dtypes of the kernels' arrays, and checks of what callers pass."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.uint16]
+
+UINT8, UINT16, INT64, FLOAT32 = (np.dtype(name) for name in ("uint8", "uint16", "int64", "float32"))
+
+DTYPES = {"int4": 4, "int8": 8, "bfloat16": 16, "float32": 32}
+"""Bits per number of the dtypes in which matrices and caches are stored."""
+
+PACKED = ("int4", "int8")
+"""Those stored as integers, with scales in bf16."""
+
+ELEMENT = {"int4": UINT8, "int8": UINT8, "bfloat16": UINT16, "float32": FLOAT32}
+"""The numpy dtype that holds each of them."""
+
+
+def require(holds: bool, problem: str) -> None:
+    """Raise a ValueError that names the problem, unless the condition holds."""
+    if not holds:
+        raise ValueError(problem)
+
+
+def require_dtype(name: str) -> None:
+    """Raise a ValueError unless the name is one of :data:`DTYPES`."""
+    require(name in DTYPES, f"the dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}")
+
+
+def require_array(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the array has the dtype and shape and is C-contiguous."""
+    contiguous = array.flags.c_contiguous
+    if array.shape != shape or array.dtype != dtype or not contiguous:
+        layout = "" if contiguous else ", not contiguous"
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}{layout}, and must be {dtype} {list(shape)}")
+
+
+def require_out(out: Floats, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a result of the shape can be written to the array in place."""
+    require_array("out", out, FLOAT32, shape)
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
