@@ -257,7 +257,7 @@ def test_bad_sizes_are_refused(values, match):
     ("recipe", "options", "match"),
     [
         ({}, {"check": CoordCheck(rows=4000)}, "fewer than a batch of 128000"),
-        ({}, {"device": "abacus"}, "device is 'abacus'"),
+        ({}, {"device": "abacus"}, "The device 'abacus' is unknown"),
         ({"optimizer": Optimizer(lr=0.0)}, {}, "lr is 0"),
         ({"model": {"n_embd": 32, "n_head": 4, "vocab_size": 200}}, {"check": CoordCheck(ablate="logits")}, "standard"),
     ],

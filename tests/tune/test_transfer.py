@@ -346,7 +346,7 @@ def refused(files, match, *, exists=False, **options):
         ({"trials": 0}, "trials .0."),
         ({"workers": 0}, "workers .0."),
         ({"seed": -1}, "seed .-1."),
-        ({"device": "abacus"}, "device is 'abacus'"),
+        ({"device": "abacus"}, "The device 'abacus' is unknown"),
         ({"token_bytes": np.ones(201, dtype=np.int64)}, "vocab_size is 200"),
     ],
 )
