@@ -48,6 +48,10 @@ def test_three_digits(value, text):
     assert three_digits(value) == text
 
 
+def test_three_digits_of_a_narrow_column():
+    assert [three_digits(value, decimals=2) for value in (0.012, 0.3, 1.0, 40.0)] == ["0.01", "0.30", "1.00", "40.0"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(12, "12 "), (1234, "1.23 k"), (999.7e6, "1,000 M"), (2.6e9, "2.60 G"), (4.2e15, "4.20 P")]
 )

@@ -126,8 +126,10 @@ def progress_bars(
 # Numbers
 
 
-def three_digits(value: float) -> str:
-    """A number to three digits; all digits of a larger one."""
+def three_digits(value: float, decimals: int | None = None) -> str:
+    """A number to three digits; all digits of a larger one, and at most ``decimals`` decimals of a smaller one."""
+    if decimals is not None and value < 1:
+        return f"{value:.{decimals}f}"
     return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 

@@ -128,10 +128,10 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
             escape(row["model"]),
             row["dtype"],
             f"{row['context']:,}",
-            *(three_digits(row[key] / 1e9) for key in ("weight_bytes", "cache_bytes", "peak_bytes")),
+            *(three_digits(row[key] / 1e9, decimals=2) for key in ("weight_bytes", "cache_bytes", "peak_bytes")),
             f"{row['open_s']:.2f}",
-            *(three_digits(row[key]) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
-            three_digits(row["read_bytes_per_s"] / 1e9),
+            *(three_digits(row[key], decimals=2) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            three_digits(row["read_bytes_per_s"] / 1e9, decimals=2),
             f"{100 * row['share_of_read_rate']:.0f}%",
         )
     return table
