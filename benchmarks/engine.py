@@ -131,7 +131,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         task["model"],
         cache_dtype=task.get("cache", "auto"),
         context=prompt + new,
-        num_texts=texts,
+        num_requests=texts,
         kernels=task.get("kernels", "auto"),
         threads=task["threads"],
     )

@@ -3,3 +3,7 @@
 
 class NotSupported(ValueError):
     """The engine cannot run this model or this request; Transformers can."""
+
+
+class EngineFull(ValueError):
+    """As many requests as the engine has slots for are under way; one can be added when another ends."""

@@ -24,9 +24,9 @@ ENOUGH = [*b"to be or not to be, that is to be or not"]  # repeats itself: guess
 LONGER = [*b"the same words again: to be or not to be, and the same words again"]
 
 
-def engine(folder, *, max_tokens=256, kernels="auto", cache_dtype="float32", context=200, num_texts=1):
+def engine(folder, *, max_tokens=256, kernels="auto", cache_dtype="float32", context=200, num_requests=1):
     network = Network(load_kernels(kernels, 2), read_shape(folder), map_tensors(folder), max_tokens=max_tokens)
-    return Engine(network, cache_dtype=cache_dtype, context=context, num_texts=num_texts)
+    return Engine(network, cache_dtype=cache_dtype, context=context, num_requests=num_requests)
 
 
 def greedy(length=12, **options):
@@ -173,14 +173,14 @@ def test_texts_that_come_and_go_do_not_change_each_other(checkpoint, cache_dtype
         write(engine(checkpoint, cache_dtype=cache_dtype), ids, choice)
         for ids, choice in zip(prompts, options, strict=True)
     ]
-    for num_texts, max_tokens in ((2, 256), (3, 8), (5, 20)):
-        one = engine(checkpoint, cache_dtype=cache_dtype, num_texts=num_texts, max_tokens=max_tokens)
+    for num_requests, max_tokens in ((2, 256), (3, 8), (5, 20)):
+        one = engine(checkpoint, cache_dtype=cache_dtype, num_requests=num_requests, max_tokens=max_tokens)
         together: list[list[Any]] = [[] for _ in prompts]
         for index, token in one.generate_batch(prompts, options, stop_ids=frozenset()):
             together[index].append(token)
         assert together == alone
         assert one.has_room
-    one = engine(checkpoint, cache_dtype=cache_dtype, num_texts=3)
+    one = engine(checkpoint, cache_dtype=cache_dtype, num_requests=3)
     first = one.add(prompts[2], options[2], stop_ids=frozenset())
     written: dict[Any, list[Any]] = {first: []}
     for step in range(40):
@@ -204,7 +204,7 @@ def test_texts_that_come_and_go_do_not_change_each_other(checkpoint, cache_dtype
 @native
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8", "int4"])
 def test_reused_prefixes_change_nothing(checkpoint, cache_dtype):
-    one = engine(checkpoint, cache_dtype=cache_dtype, num_texts=2)
+    one = engine(checkpoint, cache_dtype=cache_dtype, num_requests=2)
     said = [token.id for token in write(one, LONGER)]
     for ids in ([*LONGER, *said, 9, 9], LONGER, LONGER[:30], [*LONGER[:65], 1, 2], [*LONGER, *said[:5], 200], [200]):
         text = one.add(ids, greedy(), stop_ids=frozenset())
@@ -221,7 +221,7 @@ def test_reused_prefixes_change_nothing(checkpoint, cache_dtype):
 
 @native
 def test_the_beginning_of_a_running_text_is_reused(checkpoint):
-    one = engine(checkpoint, num_texts=2)
+    one = engine(checkpoint, num_requests=2)
     first = one.add(LONGER, greedy(30), stop_ids=frozenset())
     written: dict[Any, list[Any]] = {first: []}
     for _ in range(4):
@@ -368,7 +368,7 @@ def test_prompts_that_are_refused(checkpoint, ids, options, what):
 @native
 def test_streams_of_one_engine_are_whole(checkpoint):
     """A step for one stream writes for the other one too."""
-    one = engine(checkpoint, num_texts=3)
+    one = engine(checkpoint, num_requests=3)
     streams = [one.generate(ids, greedy(), stop_ids=frozenset()) for ids in (ENOUGH, LONGER)]
     other = one.add([7], greedy(20), stop_ids=frozenset())
     together = list(zip(*streams, strict=True))
@@ -402,10 +402,10 @@ def test_fp16_counts_with_its_copy(tmp_path, monkeypatch):
 
 
 def test_a_full_engine(checkpoint):
-    one = engine(checkpoint, num_texts=2)
+    one = engine(checkpoint, num_requests=2)
     texts = [one.add([1], greedy()), one.add([1], greedy())]
     assert not one.has_room
-    with pytest.raises(ValueError, match="full: 2 texts are under way"):
+    with pytest.raises(ValueError, match="full: 2 requests are under way"):
         one.add([1])
     with pytest.raises(ValueError, match="full"):
         write(one, [1])
@@ -427,10 +427,10 @@ def test_unknown_cache_dtypes(checkpoint):
     ]
 
 
-@pytest.mark.parametrize(("context", "num_texts"), [(0, 1), (64, 0), (-5, 1)])
-def test_impossible_sizes(checkpoint, context, num_texts):
+@pytest.mark.parametrize(("context", "num_requests"), [(0, 1), (64, 0), (-5, 1)])
+def test_impossible_sizes(checkpoint, context, num_requests):
     with pytest.raises(ValueError, match="both are at least 1"):
-        Engine.open(checkpoint, context=context, num_texts=num_texts)
+        Engine.open(checkpoint, context=context, num_requests=num_requests)
 
 
 def test_more_context_than_memory(checkpoint, monkeypatch):
@@ -439,7 +439,7 @@ def test_more_context_than_memory(checkpoint, monkeypatch):
     with pytest.raises(
         ValueError, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
     ) as error:
-        Engine.open(checkpoint, context=1_000_000, num_texts=2)
+        Engine.open(checkpoint, context=1_000_000, num_requests=2)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="use a shorter context"):
         Engine.open(checkpoint, context=10_000_000, cache_dtype="int4")

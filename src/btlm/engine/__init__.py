@@ -1,6 +1,7 @@
 """Token ids to a stream of tokens, on the kernels and without torch."""
 
-from .engine import Engine, Text, Token
+from .engine import Engine
 from .options import GenerationOptions
+from .scheduler import Request, Token
 
-__all__ = ["Engine", "GenerationOptions", "Text", "Token"]
+__all__ = ["Engine", "GenerationOptions", "Request", "Token"]

@@ -33,6 +33,7 @@ class KVCache:
 
     def __init__(self, kernels: Kernels, shape: Shape, dtype: str, num_slots: int, capacity: int) -> None:
         self.dtype = dtype
+        self.num_slots = num_slots
         self.capacity = capacity
         self.layers = [
             kernels.cache(dtype, slots=num_slots, heads=shape.n_head, length=capacity, head_dim=shape.head_dim)

@@ -76,9 +76,20 @@ class Sampler:
 
 
 def log_probability(logits: Floats, token: int) -> float:
-    """Of a token, in nats."""
+    """Log-probability of a token in nats, by logits ``[V]``."""
     most = logits.max()
     return float(logits[token] - most - np.log(np.exp(logits - most).sum(dtype=np.float64)))
+
+
+def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
+    """Log-probabilities in nats, ``[R]``, of one token per row of logits ``[R, V]``.
+
+    A row's result has the same bits whatever the other rows are.
+    """
+    most = logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits - most).sum(axis=1, dtype=np.float64)) + most[:, 0]
+    scores: Floats = (logits[np.arange(len(logits)), tokens] - total).astype(np.float32)
+    return scores
 
 
 def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
