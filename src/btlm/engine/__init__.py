@@ -1,4 +1,4 @@
-"""Token ids to a stream of tokens, on the kernels and without torch."""
+"""Token ids to a stream of tokens and log-probabilities, on the kernels and without torch."""
 
 from .engine import Engine
 from .options import GenerationOptions

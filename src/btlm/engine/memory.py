@@ -10,23 +10,23 @@ import numpy as np
 
 from btlm.kernels import load_kernels
 
-_READ_BYTES = 512 * 2**20  # far more than any cache of a processor
+_READ_BYTES = 512 * 2**20  # far more than a processor's caches hold
 _READS = 5
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take: what the machine has free, or what the process's limits leave.
+    """Bytes that this process can still allocate: the smallest of the machine's free memory and the process's limits.
 
-    Limits are those of its control group (Linux) and of its address space (``ulimit -v``). ``None`` where it cannot be
-    told.
+    The limits are those of its control group (Linux) and of its address space (``ulimit -v``). ``None`` if neither
+    they nor the free memory are known.
     """
     known = [value for value in (_free(), _control_group(), _address_space()) if value is not None]
     return min(known, default=None)
 
 
 def peak_memory() -> int:
-    """Bytes of main memory that this program has held at most (resident set, mapped files included)."""
-    try:  # Linux counts in ru_maxrss what the parent of a process had too
+    """Largest resident set of this process so far, in bytes, mapped files included."""
+    try:  # on Linux ru_maxrss also counts what the parent process had
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration, ValueError):
@@ -38,7 +38,14 @@ def peak_memory() -> int:
 
 
 def read_rate(threads: int | None) -> dict[str, Any]:
-    """How fast this machine reads memory, bytes/s: the median of some passes over an array."""
+    """Measure how fast this machine reads memory: the median over several passes over an array.
+
+    Args:
+        threads: Number of threads; see :func:`btlm.kernels.load_kernels`.
+
+    Returns:
+        ``bytes_per_s``, and the ``kernels`` and ``threads`` that read.
+    """
     kernels = load_kernels("auto", threads)
     values = np.ones(_READ_BYTES, np.uint8)
     seconds = []
@@ -62,7 +69,7 @@ def _free() -> int | None:
 
 
 def _control_group() -> int | None:
-    """Of version 2, or of version 1."""
+    """Bytes that the control group, of version 2 or 1, leaves."""
     for folder, limit, used, idle in (
         ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -1,6 +1,7 @@
-"""The forward pass on the kernels: token ids of several texts at once to logits.
+"""The forward pass on the kernels: token ids of several requests at once to logits.
 
-Letters: T tokens of all texts, C width, V vocabulary, R rows whose logits are wanted.
+Letters: T tokens of all requests, P parts (consecutive tokens of one request), V vocabulary, R rows whose logits are
+wanted.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,9 @@ from .cache import KVCache
 
 Floats = npt.NDArray[np.float32]
 
-MAX_TOKENS = 256  # of a forward pass
-LOGIT_ROWS = 64  # of the logits that are held at a time
+MAX_TOKENS = 256  # per forward pass
+LOGIT_ROWS = 64  # rows of logits for which memory is counted
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and those used here
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,16 @@ class _Block:
 
 
 class Network:
-    """BTLM on the kernels, its weights read from a mapped file.
+    """BTLM on the kernels, with its weights in mapped files.
 
     Args:
-        kernels: To compute with.
-        shape: Of the network.
-        tensors: By the names of the checkpoint.
-        max_tokens: Tokens of one forward pass; the memory for activations is set aside for them.
+        kernels: Kernels to compute with.
+        shape: Shape of the network.
+        tensors: Tensors by their names in the checkpoint.
+        max_tokens: Tokens per forward pass at most; memory for their activations is allocated here.
 
     Raises:
+        NotSupported: The engine cannot read the dtype of a tensor.
         ValueError: A tensor is missing or does not fit the shape.
     """
 
@@ -59,16 +62,16 @@ class Network:
         self.kernels = kernels
         self.shape = shape
         self.max_tokens = max_tokens
-        weights = _Weights(kernels, shape, tensors)
-        self._blocks = [weights.block(i) for i in range(shape.n_layer)]
-        self._ln_f = weights.norm("transformer.ln_f")
-        self._table = weights.table("transformer.wte")
-        self._head = self._table if shape.tied else weights.table("lm_head")
+        load = _Loader(kernels, shape, tensors)
+        self._blocks = [load.block(i) for i in range(shape.n_layer)]
+        self._ln_f = load.norm("transformer.ln_f")
+        self._table = load.table("transformer.wte")
+        self._head = self._table if shape.tied else load.table("lm_head")
         self.weight_dtype = weight_dtype(shape, tensors)
         self._slopes = shape.slopes
         sizes = {"x": shape.n_embd, "normal": shape.n_embd, "attended": shape.n_embd, "qkv": 3 * shape.n_embd}
         sizes["inner"] = self._blocks[0].c_fc.rows
-        self._memory = {name: np.zeros((max_tokens, size), np.float32) for name, size in sizes.items()}
+        self._activations = {name: np.zeros((max_tokens, size), np.float32) for name, size in sizes.items()}
 
     def forward(
         self,
@@ -81,17 +84,16 @@ class Network:
 
         Args:
             ids: ``[T]``, at most ``max_tokens``.
-            segments: ``[*, 4]``: for each text the row of its first token, its slot, the position of that token, and
-                the
-                number of tokens.
-            cache: Holds the tokens before them.
-            rows: ``[R]``, the rows of ``ids`` whose logits are wanted.
+            segments: ``[P, 4]``: per part the row of its first token in ``ids``, the slot in the cache, the position
+                of that token, and the number of tokens.
+            cache: The cache; its slots hold the tokens before them.
+            rows: ``[R]``, rows of ``ids`` whose logits are wanted.
 
         Returns:
             Logits, muP's multiplier included, ``[R, V]``.
         """
         kernels, shape = self.kernels, self.shape
-        x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._memory.values())
+        x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._activations.values())
         kernels.embed(ids, self._table, shape.embeddings_scale, x)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             scale = shape.attention_scale / (i + 1 if shape.inverse_layer_idx else 1)
@@ -112,26 +114,32 @@ class Network:
 
 
 def activation_bytes(shape: Shape, max_tokens: int = MAX_TOKENS) -> int:
-    """Bytes of the activations of a forward pass, in fp32 and as the kernels round them, and of logits."""
+    """Bytes of a forward pass: activations, in fp32 and as the kernels round them, and logits."""
     widths = 6 * shape.n_embd + 5 * shape.n_inner // 4
     return 4 * (max_tokens * widths + LOGIT_ROWS * shape.vocab_size)
 
 
 def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
-    """The dtype of the weights: ``"4bit"`` or ``"8bit"`` if they are quantized, else that of the token table.
+    """Dtype of the weights: ``"4bit"`` or ``"8bit"`` if they are quantized, else that of the token table.
 
     Returns:
         ``"4bit"``, ``"8bit"``, ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+
+    Raises:
+        NotSupported: The engine cannot read the dtype of the table.
+        ValueError: The table is missing.
     """
     if shape.bits is not None:
         return f"{shape.bits}bit"
-    tensor = tensors.get("transformer.wte.weight") or tensors.get("wte.weight")
-    kinds = {"BF16": "bfloat16", "F16": "float16"}
-    return "float32" if tensor is None else kinds.get(tensor.dtype, "float32")
+    name = "transformer.wte.weight"
+    tensor = _find(tensors, name)
+    if tensor.dtype not in _FLOATS:
+        raise _unreadable(name, tensor)
+    return _FLOATS[tensor.dtype]
 
 
-class _Weights:
-    """Matrices of the kernels over the tensors of a checkpoint."""
+class _Loader:
+    """Makes the network's parameters from the tensors of a checkpoint."""
 
     def __init__(self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor]) -> None:
         self.kernels = kernels
@@ -177,27 +185,36 @@ class _Weights:
 
     def _plain(self, name: str, rows: int, columns: int, bias: Floats | None, *, input_major: bool) -> WeightMatrix:
         shape = (columns, rows) if input_major else (rows, columns)
-        weight = self._tensor(f"{name}.weight", ("F32", "BF16", "F16"), shape)
+        weight = self._tensor(f"{name}.weight", tuple(_FLOATS), shape)
         dtype = "bfloat16" if weight.dtype == np.uint16 else "float32"
         return self.kernels.matrix(dtype, weight, bias=bias, input_major=input_major)
 
     def _vector(self, name: str, size: int) -> Floats:
-        vector = self._tensor(name, ("F32", "BF16", "F16"), (size,))
+        vector = self._tensor(name, tuple(_FLOATS), (size,))
         if vector.dtype == np.uint16:
             return (vector.astype(np.uint32) << 16).view(np.float32)
         return vector
 
     def _tensor(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        tensor = self.tensors.get(name) or self.tensors.get(name.removeprefix("transformer."))
-        if tensor is None:
-            raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
-        if tensor.dtype not in ("U8", "F32", "BF16", "F16"):
-            raise NotSupported(
-                f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
-            )
+        tensor = _find(self.tensors, name)
+        if tensor.dtype not in ("U8", *_FLOATS):
+            raise _unreadable(name, tensor)
         if tensor.values.shape != shape or tensor.dtype not in dtypes:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.values.shape)} where config.json makes it {dtypes[0]} "
                 f"{list(shape)}."
             )
         return tensor.values.astype(np.float32) if tensor.dtype == "F16" else tensor.values
+
+
+def _find(tensors: Mapping[str, MappedTensor], name: str) -> MappedTensor:
+    tensor = tensors.get(name) or tensors.get(name.removeprefix("transformer."))
+    if tensor is None:
+        raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
+    return tensor
+
+
+def _unreadable(name: str, tensor: MappedTensor) -> NotSupported:
+    return NotSupported(
+        f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
+    )

@@ -16,13 +16,13 @@ Floats = npt.NDArray[np.float32]
 
 
 class Sampler:
-    """The choices of one text; its draws depend on the seed alone, not on what else runs.
+    """Chooses the tokens of one request; its draws depend only on the seed, not on other requests.
 
     Args:
         options: How to choose.
 
     Attributes:
-        seed: That the draws can be repeated with; ``None`` where nothing is drawn.
+        seed: Seed of the draws, to repeat them; ``None`` if nothing is drawn.
     """
 
     def __init__(self, options: GenerationOptions) -> None:
@@ -33,11 +33,11 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
     def choose(self, logits: Floats, ids: Sequence[int]) -> int:
-        """The next token.
+        """Choose the next token.
 
         Args:
-            logits: ``[V]``.
-            ids: The text so far.
+            logits: Logits ``[V]``; they are not changed.
+            ids: Tokens before it, prompt included.
         """
         options = self.options
         scores = logits
@@ -57,7 +57,7 @@ class Sampler:
 
     def _draw(self, scores: npt.NDArray[np.floating[Any]]) -> int:
         options = self.options
-        if options.temperature is not None:  # the largest becomes 0, which no small temperature makes infinite
+        if options.temperature is not None:  # the largest score becomes 0, which stays finite at any temperature
             scores = (scores - scores.max()).astype(np.float64) / options.temperature
         tokens = np.arange(len(scores))
         if options.top_k is not None and options.top_k < len(scores):
@@ -93,19 +93,19 @@ def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
 
 
 def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Probabilities."""
+    """Probabilities ``[V]`` of scores ``[V]``."""
     weights = np.exp((scores - scores.max()).astype(np.float64))
     probabilities: npt.NDArray[np.float64] = weights / weights.sum()
     return probabilities
 
 
 def repeated(ids: Sequence[int], size: int) -> npt.NDArray[np.int64]:
-    """The tokens that would end an n-gram of that size which the text already has."""
-    text = np.asarray(ids, np.int64)
-    if len(text) < size:
+    """Tokens that would complete an n-gram of the given size that ``ids`` already has."""
+    tokens = np.asarray(ids, np.int64)
+    if len(tokens) < size:
         return np.empty(0, np.int64)
     if size == 1:
-        return np.unique(text)
-    windows = np.lib.stride_tricks.sliding_window_view(text, size)
-    same = (windows[:, :-1] == text[len(text) - size + 1 :]).all(axis=1)
+        return np.unique(tokens)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    same = (windows[:, :-1] == tokens[len(tokens) - size + 1 :]).all(axis=1)
     return np.unique(windows[same, -1])

@@ -38,7 +38,7 @@ def run_transformers(
             if find_spec("torchao") is None:
                 note("the four-bit weights are decoded to bfloat16; with torchao installed they keep four bits")
             else:
-                from btlm.engine.cuda import to_int4
+                from .cuda import to_int4
 
                 loaded = to_int4(loaded, group_size)
         config = loaded.config

@@ -1,7 +1,7 @@
 """BTLM on CUDA: torch's kernels, the steps of decoding captured in CUDA graphs, 4-bit weights by torchao.
 
-`generate` of Transformers captures its steps by itself when the cache is static and the device is CUDA; what is left
-to do is to give torchao matrices that it knows.
+Transformers' `generate` captures its steps by itself if the cache is static and the device is CUDA; what remains is to
+give torchao matrices of a kind that it knows.
 """
 
 import torch
@@ -17,7 +17,7 @@ def to_linear(model: BTLMLMHeadModel) -> BTLMLMHeadModel:
     """Replace the projections, which are ``[in, out]``, by linear layers with the same weights, which torchao knows.
 
     Args:
-        model: Changed in place. It computes the same, and no longer saves as a checkpoint of BTLM.
+        model: The model, changed in place. It computes the same, but can no longer be saved as a BTLM checkpoint.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -31,14 +31,14 @@ def to_linear(model: BTLMLMHeadModel) -> BTLMLMHeadModel:
 
 
 def to_int4(model: BTLMLMHeadModel, group_size: int = 128) -> BTLMLMHeadModel:
-    """Hold the matrices of the blocks in four bits, in torchao's format for the tensor cores; the table stays as it is.
+    """Quantize the matrices of the blocks to four bits, in torchao's format for the tensor cores; not the token table.
 
     Args:
-        model: In bf16 on CUDA; changed in place.
-        group_size: Inputs that share a scale.
+        model: The model, in bf16 on CUDA; changed in place.
+        group_size: Number of inputs that share a scale.
 
     Raises:
-        ValueError: The model is not in bf16 on CUDA, or the group is none that torchao has.
+        ValueError: The model is not in bf16 on CUDA, or torchao has no such group size.
         ModuleNotFoundError: torchao is not installed.
     """
     if model.device.type != "cuda" or model.dtype != torch.bfloat16:
@@ -47,7 +47,7 @@ def to_int4(model: BTLMLMHeadModel, group_size: int = 128) -> BTLMLMHeadModel:
             f"{model.device}."
         )
     if group_size not in _GROUP_SIZES:
-        raise ValueError(f"The group size is {group_size}; torchao has {', '.join(map(str, _GROUP_SIZES))}.")
+        raise ValueError(f"The group size must be one of {', '.join(map(str, _GROUP_SIZES))}, not {group_size}.")
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     config = Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")

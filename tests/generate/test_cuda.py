@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from btlm.engine import GenerationOptions
-from btlm.engine.cuda import to_int4, to_linear
+from btlm.generate.cuda import to_int4, to_linear
 from btlm.generate.with_transformers import _generation_config
 from tests.checkpoint.tiny import tiny_model
 
