@@ -8,6 +8,46 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
+def register_with_transformers() -> None:
+    """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else when it will be."""
+    sys.meta_path.insert(0, _AfterImport())
+    if "transformers" in sys.modules:
+        _import_model_once_complete()
+
+
+def _import_model_once_complete() -> None:
+    """Import ``btlm.model`` when no module of Transformers is half imported; until then, wait for those that are.
+
+    btlm can be imported by one of Transformers' own imports: from a user's file that has the name of a library, or by a
+    plug-in. What ``btlm.model`` needs may not be there yet.
+    """
+    half_imported = [
+        spec
+        for name, module in sys.modules.copy().items()
+        if name.partition(".")[0] == "transformers"
+        and isinstance(spec := getattr(module, "__spec__", None), ModuleSpec)
+        and getattr(spec, "_initializing", False)
+    ]
+    for spec in half_imported:
+        spec.__class__ = _Awaited
+    if not half_imported:
+        importlib.import_module("btlm.model")
+
+
+class _Awaited(ModuleSpec):
+    """Spec of a half imported module: Python sets ``_initializing`` to False when it has run, or failed."""
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value and self.name in sys.modules:
+            _import_model_once_complete()
+
+
 def _register() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
@@ -44,10 +84,3 @@ class _AfterImport(MetaPathFinder):
 
             spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
-
-
-def register_with_transformers() -> None:
-    """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else when it will be."""
-    sys.meta_path.insert(0, _AfterImport())
-    if "transformers" in sys.modules:
-        importlib.import_module("btlm.model")
