@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -24,30 +25,29 @@ class TextPieces:
     """Receives token ids, and writes text as soon as it ends in a whole character.
 
     Transformers' ``TextStreamer`` holds text back until the next space; here a piece waits only for the bytes that its
-    last character lacks. At such a boundary byte-level BPE decodes each side for itself.
+    last character lacks.
 
     Args:
-        decode: Ids to text, without special tokens.
+        tokenizer: Decodes the ids; special tokens are skipped.
         write: Receives the pieces.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
-        self.decode = decode
-        self.write = write
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.stream = DecodeStream(skip_special_tokens=True)
         self.waiting: list[int] = []
 
     def put(self, ids: list[int]) -> None:
         """Take the next ids."""
         self.waiting += ids
-        text = self.decode(self.waiting)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if (piece := self.stream.step(self.tokenizer, ids)) is not None:
             self.waiting.clear()
-            self.write(text)
+            self.write(piece)
 
     def end(self) -> None:
         """Write what is left, which may be part of a character."""
         if self.waiting:
-            self.write(self.decode(self.waiting))
+            self.write(self.tokenizer.decode(self.waiting, skip_special_tokens=True))
             self.waiting.clear()
 
 

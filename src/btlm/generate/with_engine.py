@@ -43,7 +43,7 @@ def run_engine(
     if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):
         warn(warning)
     write_text(prompt)
-    pieces = TextPieces(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), write_text)
+    pieces = TextPieces(tokenizer, write_text)
     start = time.perf_counter()
     first = last = start
     text = engine.add(ids, options)

@@ -148,7 +148,7 @@ class _Streamer(BaseStreamer):
     """Receives token ids, the prompt's first, and passes on the others."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        self.pieces = TextPieces(lambda ids: _decode(tokenizer, ids), write)
+        self.pieces = TextPieces(cast(Any, tokenizer).backend_tokenizer, write)
         self.seen_prompt = False
         self.first_token_at = self.last_token_at = 0.0
 
@@ -164,12 +164,6 @@ class _Streamer(BaseStreamer):
     def end(self) -> None:
         """Write what is left."""
         self.pieces.end()
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
 
 
 def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> GenerationConfig:
