@@ -20,6 +20,7 @@ from btlm.checkpoint import BUNDLED_MODEL
 from btlm.cli import main
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from btlm.engine import GenerationOptions
+from btlm.errors import NotFinite, OptionError
 from tests.checkpoint.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +305,7 @@ def test_no_prompt_is_one_line(error_of, checkpoint):
     ("raised", "expected"),
     [
         (ValueError("two\nlines"), "two lines"),
+        (OptionError("{max_new_tokens} is {}; see {seed}", "{top_k}"), "--max-new-tokens is {top_k}; see --seed"),
         (PermissionError(13, "Permission denied", "/some/folder"), "/some/folder: Permission denied"),
         (OSError("no space"), "no space"),
         (MemoryError(), "MemoryError"),
@@ -320,7 +322,7 @@ def test_what_a_stage_raises_is_one_line(error_of, monkeypatch, raised, expected
 
 def test_a_loss_that_is_not_finite_is_one_line(error_of, monkeypatch):
     def diverge(*_, **__):
-        raise FloatingPointError("Step 7: loss nan, gradient norm nan; nothing was updated.")
+        raise NotFinite("Step 7: loss nan, gradient norm nan; nothing was updated.", [])
 
     monkeypatch.setattr(btlm.train.command, "run_training", diverge)
     told = error_of("train", "r.yaml", "--data", "d", "--output", "o")

@@ -273,6 +273,36 @@ def test_other_text_is_no_machine_name(text):
     assert leaks(text.encode()) == []
 
 
+# Messages
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+# Arguments of other programs.
+OTHER_FLAGS = {"--noheader", "--job"}
+
+
+def flags(path: Path) -> list[str]:
+    """Command line flags in the strings and docstrings of a file."""
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(), str(path)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return [flag for string in strings for flag in FLAG.findall(string) if flag not in OTHER_FLAGS]
+
+
+def test_only_the_command_line_names_its_flags():
+    files = [path for path in (ROOT / "src/btlm").rglob("*.py") if path.parent.name != "cli"]
+    assert {path.name: found for path in files if (found := flags(path))} == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["raise ValueError('use --threads 2')", 'f"{x} --max-new-tokens"', '"""See --plan."""']
+)
+def test_a_flag_is_found(tmp_path, line):
+    (tmp_path / "a.py").write_text(line)
+    assert len(flags(tmp_path / "a.py")) == 1
+
+
 def test_changelog_covers_this_version():
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings

@@ -1,4 +1,28 @@
-"""Errors that a caller must tell apart. All of them are ``ValueError``, with a message for the user."""
+"""Errors that a command line or a server must tell apart; each is a ``ValueError`` with a message for the user."""
+
+from collections.abc import Callable
+from string import Formatter
+
+
+class OptionError(ValueError):
+    """Options that cannot be used. The message names them, and a command line shows its flags in their place.
+
+    Args:
+        template: A format string: ``{name}`` stands for the option ``name``, which is an argument of a function or a
+            field of a dataclass, and ``{}`` for the next of the values.
+        values: Values for the message.
+    """
+
+    def __init__(self, template: str, *values: object) -> None:
+        super().__init__(template, *values)  # `args`, so that the error can be pickled
+
+    def text(self, name_of: Callable[[str], str]) -> str:
+        """The message with the options called by ``name_of``."""
+        template, *values = self.args
+        return Formatter().vformat(template, values, _Names(name_of))
+
+    def __str__(self) -> str:
+        return self.text(str)
 
 
 class NotSupported(ValueError):
@@ -7,3 +31,39 @@ class NotSupported(ValueError):
 
 class EngineFull(ValueError):
     """As many requests as the engine has slots for are under way; one can be added when another ends."""
+
+
+class TooLong(ValueError):
+    """Prompt and continuation do not fit the context; a shorter request does."""
+
+
+class DoesNotFit(ValueError):
+    """The memory or the disk is too small for what was asked."""
+
+
+class NotFinite(ValueError, FloatingPointError):
+    """A training step whose loss or gradient is not finite; nothing was updated.
+
+    Args:
+        problem: Message for the user.
+        losses: Loss of every micro-batch of the step, by rank.
+    """
+
+    def __init__(self, problem: str, losses: list[list[float]]) -> None:
+        super().__init__(problem, losses)
+        self.problem = problem
+        self.losses = losses
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class _Names(dict[str, str]):
+    """Calls every option by a function."""
+
+    def __init__(self, name_of: Callable[[str], str]) -> None:
+        super().__init__()
+        self.name_of = name_of
+
+    def __missing__(self, name: str) -> str:
+        return self.name_of(name)

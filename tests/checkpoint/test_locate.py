@@ -89,7 +89,7 @@ def test_a_repository_without_configuration(hub):
 
 def test_a_missing_bundled_model(monkeypatch, tmp_path):
     monkeypatch.setattr(locate, "BUNDLED_MODEL", tmp_path / "absent")
-    assert "--model" in message(tmp_path / "absent")
+    assert "with model." in message(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./absent", "a/b/c", "two words", "-x"])

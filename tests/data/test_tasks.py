@@ -124,7 +124,7 @@ def test_a_stage_of_other_settings_is_refused_or_started_over(tmp_path):
         assert not begin(folder, "clean", {"clean": {"size": 1, "kind": "a"}}, run)
         finish(folder, {"parts": []})
         assert begin(folder, "clean", {"clean": {"size": 1, "kind": "a"}}, run)
-        with pytest.raises(ValueError, match=r"other settings or input \(clean.size was 1, is 2\).*--force"):
+        with pytest.raises(ValueError, match=r"other settings or input \(clean.size was 1, is 2\).*force"):
             begin(folder, "clean", {"clean": {"size": 2, "kind": "a"}}, run)
         assert (folder / "documents/x").exists()
     with open_run(tmp_path / "out", Execution(force=True)) as run:
@@ -193,7 +193,7 @@ def test_the_history_tells_of_all_stages_and_of_no_place_or_time(tmp_path):
     [
         ({"workers": 0}, "workers is 0"),
         ({"memory_gb": 0.1}, "memory_gb is 0.1"),
-        ({"executor": "slurm"}, "name the partition of its jobs with --slurm-partition"),
+        ({"executor": "slurm"}, "name the partition of its jobs in slurm_partition"),
         ({"executor": "spark"}, "executor is 'spark'; give local, slurm or ray"),
     ],
 )

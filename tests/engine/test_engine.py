@@ -14,6 +14,7 @@ from btlm.checkpoint.tensor_file import map_tensors
 from btlm.engine import Engine, GenerationOptions
 from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.network import Network
+from btlm.errors import DoesNotFit, EngineFull, NotSupported, TooLong
 from btlm.kernels import load_kernels
 from btlm.model import BTLMLMHeadModel
 from tests.checkpoint.tiny import END, TINY, change_tensors, save_tiny, tiny_model
@@ -330,7 +331,7 @@ def test_a_text_fills_its_context(checkpoint):
         length = context - len(ENOUGH) + 1
         tokens = write(one, ENOUGH, greedy(length, lookup_tokens=16))
         assert len(tokens) == length
-        with pytest.raises(ValueError, match=f"exceed the context of {context} tokens"):
+        with pytest.raises(TooLong, match=f"exceed the context of {context} tokens"):
             write(one, ENOUGH, greedy(length + 1))
 
 
@@ -347,19 +348,19 @@ def test_a_reader_who_leaves_ends_the_text(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("ids", "options", "what"),
+    ("ids", "options", "kind", "what"),
     [
-        ([], {}, "no tokens; give at least one"),
-        ([1, 257], {}, "Token 257 is not in the vocabulary of 257"),
-        ([-1], {}, "Token -1 is not"),
-        ([1] * 195, {}, "195 prompt tokens and 12 new ones exceed the context of 200 tokens"),
-        ([1], {"num_beams": 2}, "no beams; use --engine transformers"),
+        ([], {}, ValueError, "no tokens; give at least one"),
+        ([1, 257], {}, ValueError, "Token 257 is not in the vocabulary of 257"),
+        ([-1], {}, ValueError, "Token -1 is not"),
+        ([1] * 195, {}, TooLong, "195 prompt tokens and 12 new ones exceed the context of 200 tokens"),
+        ([1], {"num_beams": 2}, NotSupported, "no beams"),
     ],
 )
-def test_prompts_that_are_refused(checkpoint, ids, options, what):
+def test_prompts_that_are_refused(checkpoint, ids, options, kind, what):
     one = engine(checkpoint)
     for call in (one.add, one.generate, lambda *given: one.generate_batch([[1], ids], given[1])):
-        with pytest.raises(ValueError, match=what) as error:
+        with pytest.raises(kind, match=what) as error:
             list(call(ids, greedy(**options)) or [])
         assert "\n" not in str(error.value)
         assert one.has_room
@@ -405,9 +406,9 @@ def test_a_full_engine(checkpoint):
     one = engine(checkpoint, num_requests=2)
     texts = [one.add([1], greedy()), one.add([1], greedy())]
     assert not one.has_room
-    with pytest.raises(ValueError, match="full: 2 requests are under way"):
+    with pytest.raises(EngineFull, match="full: 2 requests are under way"):
         one.add([1])
-    with pytest.raises(ValueError, match="full"):
+    with pytest.raises(EngineFull, match="full"):
         write(one, [1])
     one.remove(texts[0])
     one.remove(texts[0])  # twice is once
@@ -437,7 +438,7 @@ def test_more_context_than_memory(checkpoint, monkeypatch):
     monkeypatch.setattr("btlm.engine.engine.available_memory", lambda: 1_000_000_000)
     # 2 layers x 4 heads x keys and values x 16 (of 8) dimensions x 4 bytes: 1,024 bytes a token.
     with pytest.raises(
-        ValueError, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
+        DoesNotFit, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
     ) as error:
         Engine.open(checkpoint, context=1_000_000, num_requests=2)
     assert "\n" not in str(error.value)

@@ -253,9 +253,9 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
     [
         ({"dtypes": "4bit,int3"}, "'int3'; choose some of 4bit"),
         ({"contexts": "512,many"}, "'512,many'; give whole numbers"),
-        ({"contexts": "8"}, "must exceed the 8 of --new-tokens"),
-        ({"new_tokens": 2}, "--new-tokens is 2 and must be at least 3"),
-        ({"threads": 0}, "--threads is 0"),
+        ({"contexts": "8"}, "must exceed the 8 of new_tokens"),
+        ({"new_tokens": 2}, "new_tokens is 2 and must be at least 3"),
+        ({"threads": 0}, "threads is 0"),
         ({"cache_dtype": "int3"}, "The cache dtype 'int3' is unknown; choose one of auto, int4"),
         ({"models": ["nowhere"]}, "'nowhere' is no folder, and the shapes are btlm-3b, llama-7b"),
         ({"models": []}, "There is no model"),

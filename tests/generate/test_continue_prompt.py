@@ -39,7 +39,7 @@ def test_standard_output_has_the_text_and_nothing_else(checkpoint, capsys):
     first, second = err.splitlines()
     assert first.startswith(f"btlm: {checkpoint.name}, 24,112 parameters, float32 on cpu (")
     assert second.startswith("btlm: 16 prompt tokens, 6 new (first after ")
-    assert second.endswith("; stopped at --max-new-tokens")
+    assert second.endswith("; stopped at max_new_tokens")
 
 
 @pytest.mark.parametrize("words", [(), ("-",)])
@@ -134,8 +134,8 @@ def warnings(capsys):
 def test_one_warning_past_the_training_length(checkpoint, capsys):
     run_generate([PROMPT], model=checkpoint, options=LONG)
     (warning,) = warnings(capsys)
-    assert warning.startswith("btlm: warning: the prompt and --max-new-tokens make 80 tokens, more than the 64")
-    assert "--context-scaling" in warning
+    assert warning.startswith("btlm: warning: the prompt and max_new_tokens make 80 tokens, more than the 64")
+    assert "context_scaling" in warning
 
 
 def test_no_warning_up_to_the_training_length(checkpoint, capsys):
@@ -153,7 +153,7 @@ def test_context_scaling_changes_the_text(checkpoint, capsys, given, scaling):
     out, err = capsys.readouterr()
     assert out == continuation(PROMPT, tiny_model(alibi_scaling=scaling), length=40)
     assert out != plain
-    assert "--context-scaling" not in err
+    assert "context_scaling" not in err
 
 
 def test_learned_positions_end_in_an_error(tmp_path, checkpoint):

@@ -229,7 +229,7 @@ def test_tables_of_variants() -> None:
     for part in (
         "more in adapters, the only ones that are trained",
         "(4 x frozen + 6 x trained parameters) x tokens",
-        "the recipe computes in float32: give its peak with --peak-tflops",
+        "the recipe computes in float32: give its peak, peak_tflops",
         "2 replicas: devices are that many times the shards",
         " seconds",
     ):

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from btlm.data.loader import TokenLoader
 from btlm.data.shards import TokenShards
+from btlm.errors import NotFinite
 from btlm.model import BTLMLMHeadModel
 from btlm.train import Recipe, train
 from btlm.train import state as checkpoint
@@ -516,7 +517,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(
     monkeypatch.setattr(LossModel, "forward", poisoned)
     step = (at + 1) // 2
     with pytest.raises(
-        FloatingPointError,
+        NotFinite,
         match=rf"^Step {step}: loss .*, gradient norm .*; nothing was updated; .*not_finite.json tells",
     ):
         run(recipe, shards, tmp_path)

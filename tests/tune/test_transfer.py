@@ -15,6 +15,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from btlm.errors import NotFinite
 from btlm.train import loop
 from btlm.train.recipe import Checkpoints, Optimizer, Recipe, Stage
 from btlm.train.recipe_file import dump_recipe, load_recipe
@@ -190,7 +191,7 @@ def test_a_diverged_trial_is_pruned_with_its_reason(files, monkeypatch):
 
     def diverges(recipe, *rest):
         if recipe.optimizer.lr == SPACE.draw(1, 0)["lr"]:
-            raise FloatingPointError("Step 2: loss nan.")
+            raise NotFinite("Step 2: loss nan.", [])
         yield from original(recipe, *rest)
 
     monkeypatch.setattr(loop, "train", diverges)
@@ -203,7 +204,7 @@ def test_a_diverged_trial_is_pruned_with_its_reason(files, monkeypatch):
 
 def test_a_search_whose_trials_all_diverge_is_an_error(files, monkeypatch):
     def diverges(*arguments):
-        raise FloatingPointError("Step 1: loss nan.")
+        raise NotFinite("Step 1: loss nan.", [])
 
     monkeypatch.setattr(loop, "train", diverges)
     with pytest.raises(ValueError, match="All 2 trials diverged"):

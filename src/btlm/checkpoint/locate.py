@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from btlm.console import one_line
+from btlm.errors import OptionError
 
 BUNDLED_MODEL = Path(__file__).parent / "btlm-tiny"
 
@@ -29,7 +30,7 @@ def checkpoint_folder(name_or_path: Path | str, *, weights: bool = True) -> Path
     if not str(name_or_path).strip():
         raise ValueError("The name of the model is empty; give a folder, or an id on the Hugging Face Hub.")
     if path == BUNDLED_MODEL and not path.is_dir():
-        raise ValueError("This installation of btlm has no bundled model; name another one with --model.")
+        raise OptionError("This installation of btlm has no bundled model; name another one with {model}.")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights.")
     folder = path if path.is_dir() else _download(str(name_or_path), weights=weights)

@@ -163,22 +163,17 @@ def _problem(config: Mapping[str, Any]) -> ValueError | None:
         return ValueError(f"n_head is {config['n_head']}, which does not divide n_embd ({config['n_embd']}).")
     for key, runs in (("activation_function", "swiglu"), ("position_embedding_type", "alibi")):
         if config[key] != runs:
-            return NotSupported(
-                f"The engine runs {key} {runs!r}, and this model has {config[key]!r}; use --engine transformers."
-            )
+            return NotSupported(f"The engine runs {key} {runs!r}, and this model has {config[key]!r}.")
     scaling = config.get("alibi_scaling")
     if scaling is not None and not (isinstance(scaling, dict) and isinstance(scaling.get("factor"), (int, float))):
-        return NotSupported(
-            "The engine runs a fixed interpolation, and this one is dynamic; use --engine transformers."
-        )
+        return NotSupported("The engine runs a fixed interpolation, and this one is dynamic.")
     if scaling is not None and not 1 <= scaling["factor"] < math.inf:
         return ValueError(f"The factor of alibi_scaling is {scaling['factor']!r}; it must be at least 1.")
     if problem := _quantization_problem(config.get("quantization_config")):
         return problem
     if config["n_embd"] // config["n_head"] > 256:
         return NotSupported(
-            f"The engine runs heads of at most 256, and these have {config['n_embd'] // config['n_head']}; use "
-            "--engine transformers."
+            f"The engine runs heads of at most 256, and these have {config['n_embd'] // config['n_head']}."
         )
     return None
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from jsonargparse import Namespace
 
+from btlm import errors
+
 from .arguments import parse as _parse
 from .arguments import setting as _setting
 from .data_arguments import settings_of as _settings_of
@@ -47,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.name} is not installed; get it with pip install 'btlm[all]'")
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
-    except (ValueError, FloatingPointError, MemoryError) as error:
+    except errors.OptionError as error:
+        return _fail(error.text(_flag))
+    except errors.NotSupported as error:
+        remedy = " Use --engine transformers." if command == "generate" else ""
+        return _fail(f"{error}{remedy}")
+    except (ValueError, MemoryError) as error:
         return _fail(error)
     return 0
+
+
+def _flag(option: str) -> str:
+    """The flag of an option of the library."""
+    return f"--{option.replace('_', '-')}"
 
 
 def _fail(problem: object) -> int:

@@ -25,6 +25,7 @@ from btlm.checkpoint.tensors import Weights, empty_model
 from btlm.checkpoint.to_transformers import check_weights, end_ids, load_model
 from btlm.checkpoint.tokenizer import load_tokenizer_of
 from btlm.console import note, progress_bars
+from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_file
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
@@ -349,7 +350,7 @@ def _describe(writer: "GGUFWriter", config: BTLMConfig, name: str, type: str) ->
 def _check_disk(output: Path, needed: int) -> None:
     folder, free = free_space(output)
     if free < needed:
-        raise ValueError(
+        raise DoesNotFit(
             f"{output} takes {needed / 1e9:,.3f} GB, and {folder} has {free / 1e9:,.3f} GB free; make room, or choose "
             "another disk or a smaller type."
         )

@@ -20,6 +20,7 @@ from btlm.checkpoint.tensors import Weights, empty_model
 from btlm.checkpoint.to_transformers import check_weights
 from btlm.checkpoint.tokenizer import load_tokenizer_of
 from btlm.console import progress_bars
+from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_folder
 from btlm.model import BTLMConfig
 from btlm.model.quantization_btlm import (
@@ -197,7 +198,7 @@ def _layout(
 def _check_disk(output: Path, size: int) -> None:
     needed, (_, free) = size + _OTHER_FILES, free_space(output)
     if free < needed:
-        raise ValueError(
+        raise DoesNotFit(
             f"{output} will take {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left; make room "
             "there, or give another place."
         )

@@ -30,7 +30,7 @@ def open_database(folder: Path, memory_gb: float) -> Iterator[Any]:
         except duckdb.IOException as error:
             raise OSError(str(error)) from error
         except duckdb.OutOfMemoryException as error:
-            raise ValueError(f"A query needs more than {memory_gb} GB of memory; raise --memory-gb.") from error
+            raise ValueError(f"A query needs more than {memory_gb} GB of memory; raise memory_gb.") from error
 
 
 def write_query(database: Any, query: str, path: Path) -> None:

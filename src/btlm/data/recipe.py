@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from btlm.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Read:
@@ -170,7 +172,7 @@ class Execution:
         if not 0.5 <= self.memory_gb < math.inf:
             raise ValueError(f"memory_gb is {self.memory_gb}; a worker needs at least 0.5.")
         if self.executor == "slurm" and not self.slurm_partition:
-            raise ValueError("executor is slurm; name the partition of its jobs with --slurm-partition.")
+            raise OptionError("{executor} is slurm; name the partition of its jobs in {slurm_partition}.")
 
 
 @dataclass(frozen=True)

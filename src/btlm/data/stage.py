@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from btlm.errors import OptionError
 from btlm.files import file_sha256, locked, remove_partial_files, write_json
 
 from .recipe import Execution
@@ -88,9 +89,10 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
         before = json.loads((folder / BEGUN).read_text())
         if before != key:
             if not run.execution.force:
-                raise ValueError(
-                    f"{folder} holds a stage of other settings or input ({_list(_differences(before, key))}); give "
-                    "another folder, or --force to start this stage over."
+                raise OptionError(
+                    "{} holds a stage of other settings or input ({}); give another folder, or {force} to start this "
+                    "stage over.",
+                    *(folder, _list(_differences(before, key))),
                 )
             _start_over(folder)
     folder.mkdir(parents=True, exist_ok=True)

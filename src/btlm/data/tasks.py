@@ -249,8 +249,8 @@ def _lost_workers_end_the_run(home: Path, run: Run) -> Iterator[None]:
             signal.signal(signal.SIGUSR1, before)
     except _WorkerLostError:
         raise ValueError(
-            "A worker was killed (out of memory?); the same command goes on where it stopped, and --workers 1 needs "
-            "the least memory."
+            "A worker was killed (out of memory?); the same command goes on where it stopped, and a single worker "
+            "needs the least memory."
         ) from None
 
 

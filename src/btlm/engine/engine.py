@@ -15,7 +15,7 @@ from btlm.checkpoint.locate import checkpoint_folder
 from btlm.checkpoint.shape import Shape, read_shape
 from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
 from btlm.console import gigabytes
-from btlm.errors import NotSupported
+from btlm.errors import DoesNotFit, NotSupported, TooLong
 from btlm.kernels import load_kernels
 
 from .cache import KVCache, cache_bytes, cache_dtype_of
@@ -72,8 +72,9 @@ class Engine:
             factor: Factor of position interpolation, instead of the stored one.
 
         Raises:
+            DoesNotFit: Weights and cache do not fit the memory.
             NotSupported: The engine cannot run the model.
-            ValueError: The checkpoint cannot be used, a value is impossible, or the cache does not fit the memory.
+            ValueError: The checkpoint cannot be used, or a value is impossible.
         """
         shape = read_shape(name_or_path, factor=factor)
         available = available_memory()  # before files are mapped, which count as address space
@@ -104,7 +105,8 @@ class Engine:
         Raises:
             EngineFull: Other requests have all slots.
             NotSupported: The options ask for beams.
-            ValueError: The prompt is empty, does not fit the context, or has an id beyond the vocabulary.
+            TooLong: Prompt and continuation do not fit the context.
+            ValueError: The prompt is empty, or has an id beyond the vocabulary.
         """
         for _, token in self.generate_batch([ids], options, stop_ids=stop_ids):
             yield token
@@ -239,10 +241,10 @@ class Engine:
             if not 0 <= token < self.shape.vocab_size:
                 raise ValueError(f"Token {token} is not in the vocabulary of {self.shape.vocab_size:,}.")
         if options is not None and options.num_beams > 1:
-            raise NotSupported("The engine has no beams; use --engine transformers.")
+            raise NotSupported("The engine has no beams.")
         length = len(ids) + max_new_tokens - 1  # the last token is not read again
         if length > self.context:
-            raise ValueError(
+            raise TooLong(
                 f"{len(ids):,} prompt tokens and {max_new_tokens:,} new ones exceed the context of "
                 f"{self.context:,} tokens; shorten the prompt, write less, or open the engine with a larger context."
             )
@@ -260,12 +262,12 @@ def _check_memory(
     needed = rest + cache
     if available is not None and needed > available:
         smallest = cache_bytes(shape, "int4", num_requests, context)
-        remedy = "a shorter context (for btlm generate, fewer --max-new-tokens)"
+        remedy = "a shorter context (prompt and new tokens)"
         if rest + cache_bytes(shape, "int4", 1, 1) > available:
             remedy = "weights in fewer bits (btlm quantize)"
         elif smallest < cache and rest + smallest <= available:
             remedy += f", or an int4 cache ({gigabytes(smallest)})"
-        raise ValueError(
+        raise DoesNotFit(
             f"{num_requests} x {context:,} tokens of context take {gigabytes(cache)} in {cache_dtype} beside weights "
             f"of {gigabytes(weights)}: {gigabytes(needed)} in all, and {gigabytes(available)} of memory are free; use "
             f"{remedy}."

@@ -215,6 +215,4 @@ def _find(tensors: Mapping[str, MappedTensor], name: str) -> MappedTensor:
 
 
 def _unreadable(name: str, tensor: MappedTensor) -> NotSupported:
-    return NotSupported(
-        f"{name} is stored as {tensor.dtype}, which the engine does not read; use --engine transformers."
-    )
+    return NotSupported(f"{name} is stored as {tensor.dtype}, which the engine does not read.")

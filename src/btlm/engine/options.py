@@ -1,7 +1,11 @@
 """How to continue a text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from btlm.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class GenerationOptions:
             checked together: the same text in less time where it repeats itself. 0 turns it off.
 
     Raises:
-        ValueError: Names every impossible value and contradiction, by the options of the command.
+        OptionError: Names every impossible value and contradiction.
     """
 
     max_new_tokens: int = 128
@@ -37,27 +41,29 @@ class GenerationOptions:
     lookup_tokens: int = 3
 
     def __post_init__(self) -> None:
-        problems = [
-            f"--{name.replace('_', '-')} is {getattr(self, name)} and must be {bounds}"
-            for name, holds, bounds in (
-                ("max_new_tokens", lambda value: value >= 1, "at least 1"),
-                ("num_beams", lambda value: value >= 1, "at least 1"),
-                ("temperature", lambda value: 0 < value < math.inf, "above 0 (without it, nothing is sampled)"),
-                ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-                ("top_k", lambda value: value >= 1, "at least 1"),
-                ("repetition_penalty", lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
-                ("no_repeat_ngram_size", lambda value: value >= 1, "at least 1"),
-                ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
-                ("lookup_tokens", lambda value: 0 <= value <= 16, "between 0 and 16"),
-            )
-            if getattr(self, name) is not None and not holds(getattr(self, name))
-        ]
+        bounds: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("max_new_tokens", lambda value: value >= 1, "at least 1"),
+            ("num_beams", lambda value: value >= 1, "at least 1"),
+            ("temperature", lambda value: 0 < value < math.inf, "above 0 (without it, nothing is sampled)"),
+            ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("top_k", lambda value: value >= 1, "at least 1"),
+            ("repetition_penalty", lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
+            ("no_repeat_ngram_size", lambda value: value >= 1, "at least 1"),
+            ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
+            ("lookup_tokens", lambda value: 0 <= value <= 16, "between 0 and 16"),
+        )
+        problems, values = [], []
+        for name, holds, what in bounds:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                problems.append(f"{{{name}}} is {{}} and must be {what}")
+                values.append(value)
         if self.samples and self.num_beams > 1:
-            problems.append("--num-beams searches and --temperature, --top-p and --top-k sample; use one or the other")
+            problems.append("{num_beams} searches and {temperature}, {top_p} and {top_k} sample; use one or the other")
         if self.seed is not None and not self.samples:
-            problems.append("--seed needs sampling; add --temperature, --top-p or --top-k")
+            problems.append("{seed} needs sampling; add {temperature}, {top_p} or {top_k}")
         if problems:
-            raise ValueError(f"{'; '.join(problems)}.")
+            raise OptionError(f"{'; '.join(problems)}.", *values)
 
     @property
     def samples(self) -> bool:

@@ -26,6 +26,7 @@ from btlm.console import gigabytes, progress_bars, three_digits
 from btlm.engine.cache import cache_bytes, cache_dtype_of
 from btlm.engine.memory import available_memory
 from btlm.engine.network import weight_dtype
+from btlm.errors import DoesNotFit, OptionError
 from btlm.files import write_json
 
 from .random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
@@ -65,9 +66,9 @@ def run_bench(
     """
     formats, lengths = _dtypes(dtypes), _contexts(contexts, new_tokens)
     if threads is not None and not 1 <= threads <= 1024:
-        raise ValueError(f"--threads is {threads} and must be between 1 and 1,024.")
+        raise OptionError("{threads} is {} and must be between 1 and 1,024.", threads)
     if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--output draws with matplotlib: pip install 'btlm[data]', or leave it out.")
+        raise OptionError("{output} draws with matplotlib: pip install 'btlm[data]', or leave it out.")
     subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats)]
     if not subjects:
         raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")
@@ -181,9 +182,9 @@ class _RandomModel:
         place = tempfile.gettempdir()
         free = shutil.disk_usage(place).free
         if self.weight_bytes + _SPARE > free:
-            raise ValueError(
+            raise DoesNotFit(
                 f"{self.name} in {self.dtype} takes {gigabytes(self.weight_bytes)} on disk and {place} has "
-                f"{gigabytes(free)} free; set TMPDIR to a larger place, or choose another of --dtypes."
+                f"{gigabytes(free)} free; set TMPDIR to a larger place, or choose another dtype."
             )
 
     @contextmanager
@@ -214,10 +215,10 @@ def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
 def _check_memory(name: str, dtype: str, weights: int, cache: int, context: int) -> None:
     needed, available = weights + cache + _PROGRAM, available_memory()
     if available is not None and needed > available:
-        raise ValueError(
+        raise DoesNotFit(
             f"{name} in {dtype} takes {gigabytes(needed)} at {context:,} tokens (weights {gigabytes(weights)}, cache "
             f"{gigabytes(cache)}) and {gigabytes(available)} of memory are available; choose another dtype or shorter "
-            "--contexts."
+            "contexts."
         )
 
 
@@ -256,20 +257,20 @@ def _dtypes(given: str | Sequence[str]) -> list[str]:
     dtypes = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise ValueError(f"--dtypes names {dtype!r}; choose some of {', '.join(DTYPES)}.")
+            raise OptionError("{dtypes} names {!r}; choose some of {}.", dtype, ", ".join(DTYPES))
     return list(dict.fromkeys(dtypes))
 
 
 def _contexts(given: str | Sequence[int], new_tokens: int) -> list[int]:
     if new_tokens < 3:
-        raise ValueError(f"--new-tokens is {new_tokens} and must be at least 3: the median step is measured.")
+        raise OptionError("{new_tokens} is {} and must be at least 3: the median step is measured.", new_tokens)
     parts: list[Any] = given.split(",") if isinstance(given, str) else list(given)
     try:
         contexts = sorted({int(part) for part in parts})
     except ValueError:
-        raise ValueError(f"--contexts is {given!r}; give whole numbers with commas between them.") from None
+        raise OptionError("{contexts} is {!r}; give whole numbers with commas between them.", given) from None
     if not contexts or contexts[0] <= new_tokens:
-        raise ValueError(f"--contexts is {given!r}; each must exceed the {new_tokens} of --new-tokens.")
+        raise OptionError("{contexts} is {!r}; each must exceed the {} of {new_tokens}.", given, new_tokens)
     return contexts
 
 
@@ -277,7 +278,7 @@ def _make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{output} cannot be made a folder ({error.strerror}); give another --output.") from error
+        raise ValueError(f"{output} cannot be made a folder ({error.strerror}); give another one.") from error
 
 
 def _machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from btlm.console import note, plain_warnings
 from btlm.devices import has_cuda
 from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.options import GenerationOptions
-from btlm.errors import NotSupported
+from btlm.errors import NotSupported, OptionError
 
 from .with_engine import run_engine
 
@@ -55,23 +55,24 @@ def run_generate(
         if value not in known:
             raise ValueError(f"The {name} {value!r} is unknown; choose one of {', '.join(known)}.")
     if threads is not None and not 1 <= threads <= 1024:
-        raise ValueError(f"--threads is {threads} and must be between 1 and 1,024.")
+        raise OptionError("{threads} is {} and must be between 1 and 1,024.", threads)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character must not end the text
         sys.stdout.reconfigure(errors="replace")
     text = _read_prompt(list(prompt), prompt_file)
     with plain_warnings():
         reason = _not_for_the_engine(model, options, dtype, device, context_scaling)
         if reason is not None and engine == "btlm":
-            raise NotSupported(f"The engine has {reason}; use --engine transformers.")
+            raise NotSupported(f"The engine has {reason}; Transformers does.")
         if reason is None and engine != "transformers":
             factor = None if context_scaling == "none" else _factor(context_scaling)
             run_engine(text, model, options, factor, cache_dtype, kernels, threads)
             return
-    ignored = {"--cache-dtype": cache_dtype != "auto", "--kernels": kernels != "auto", "--threads": threads is not None}
-    if given := [name for name, is_given in ignored.items() if is_given]:
-        raise ValueError(
-            f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers"
-            f"{'' if reason is None else f' (the engine has {reason})'}; leave them out."
+    ignored = {"cache_dtype": cache_dtype != "auto", "kernels": kernels != "auto", "threads": threads is not None}
+    if given := [f"{{{name}}}" for name, is_given in ignored.items() if is_given]:
+        raise OptionError(
+            f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers{{}}; leave "
+            "them out.",
+            "" if reason is None else f" (the engine has {reason})",
         )
     from .with_transformers import run_transformers  # imports torch
 
@@ -112,8 +113,8 @@ def _factor(context_scaling: float | str) -> float:
 def _read_prompt(words: list[str], prompt_file: Path | str | None) -> str:
     if prompt_file is not None:
         if words:
-            raise ValueError(
-                f"The prompt is given twice, as {' '.join(words)!r} and as --prompt-file; give one of them."
+            raise OptionError(
+                "The prompt is given twice, as {!r} and as {prompt_file}; give one of them.", " ".join(words)
             )
         try:
             text = Path(prompt_file).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ class GenerationReport:
     seed: int | None
 
     def __str__(self) -> str:
-        ended = "end of text" if self.end_of_text else "--max-new-tokens"
+        ended = "end of text" if self.end_of_text else "max_new_tokens"
         if self.first_token_s is None:
             speed = f"in {self.total_s:.2f} s, prompt included"
         else:

@@ -63,8 +63,8 @@ def longer_than_trained(n_positions: int, trained: float, length: int) -> str | 
         return None
     factor = math.ceil(10 * length / n_positions) / 10
     return (
-        f"the prompt and --max-new-tokens make {length:,} tokens, more than the {trained:,.0f} that this model is made "
-        f"for; the text gets better with --context-scaling dynamic, or --context-scaling {factor:g} which is faster"
+        f"the prompt and max_new_tokens make {length:,} tokens, more than the {trained:,.0f} that this model is made "
+        f"for; the text gets better with context_scaling dynamic, or {factor:g}, which is faster"
     )
 
 

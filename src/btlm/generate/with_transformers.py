@@ -19,6 +19,7 @@ from btlm.checkpoint.to_transformers import end_ids, load_model
 from btlm.console import note, one_line, plain_messages, warn
 from btlm.devices import has_cuda
 from btlm.engine.options import GenerationOptions
+from btlm.errors import DoesNotFit, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .report import GenerationReport
@@ -73,7 +74,8 @@ def generate_text(
         write: Receives the continuation without the prompt, in pieces of whole characters as soon as they are known.
 
     Raises:
-        ValueError: The prompt has no tokens, or does not fit learned positions or the memory.
+        DoesNotFit: The memory of the device ends.
+        ValueError: The prompt has no tokens.
     """
     inputs = encode(tokenizer, prompt).to(model.device)
     seed = options.seed
@@ -94,7 +96,7 @@ def generate_text(
             streamer=pieces if options.num_beams == 1 else None,
         )
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        raise DoesNotFit(
             f"The memory of {model.device} ends ({one_line(error)}); use a shorter prompt, or the cpu."
         ) from error
     finally:
@@ -132,12 +134,12 @@ def length_warning(config: BTLMConfig, length: int) -> str | None:
     """What to know of a text of ``length`` tokens, prompt and continuation, if it is longer than the training length.
 
     Raises:
-        ValueError: It does not fit learned positions.
+        TooLong: It does not fit learned positions.
     """
     scaling = config.alibi_scaling
     if config.position_embedding_type == "learned" and length > config.n_positions:
-        raise ValueError(
-            f"The prompt and --max-new-tokens make {length:,} tokens, and this model's learned positions end at "
+        raise TooLong(
+            f"The prompt and max_new_tokens make {length:,} tokens, and this model's learned positions end at "
             f"{config.n_positions:,}; shorten one of them."
         )
     trained = config.n_positions * (1.0 if scaling is None else scaling.get("factor", math.inf))

@@ -1,4 +1,4 @@
-"""`btlm train --plan`: what a recipe needs, from its numbers alone: steps, FLOPs, memory a device and days."""
+"""What a recipe needs, from its numbers alone: steps, FLOPs, memory a device and days."""
 
 import math
 from collections.abc import Sequence
@@ -286,7 +286,7 @@ def _days(numbers: dict[str, Any]) -> Padding:
         *(["(dense bf16 products on an H100 SXM, NVIDIA's data sheet)"] if default else []),
     ]
     if default and numbers["dtype"] != "bfloat16":
-        notes.append(f"the recipe computes in {numbers['dtype']}: give its peak with --peak-tflops")
+        notes.append(f"the recipe computes in {numbers['dtype']}: give its peak, peak_tflops")
     notes.append("micro-batches (number x tokens) in a step, and memory, are those of one device")
     if numbers["replicas"] > 1:
         notes.append(f"{numbers['replicas']} replicas: devices are that many times the shards")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from btlm.data.loader import Batch, TokenLoader
 from btlm.data.shards import TokenShards
+from btlm.errors import NotFinite
 from btlm.files import remove_partial_files, write_json
 
 from .distributed import Ranks, join_ranks, shard
@@ -58,7 +59,7 @@ def train(
     Raises:
         ValueError: The stages cannot be cut from the shards, the model lacks some of their tokens, or the checkpoint in
             ``output`` is of other shards or another recipe.
-        FloatingPointError: The loss or the gradient is not finite; the weights are those before that step, and
+        NotFinite: The loss or the gradient is not finite; the weights are those before that step, and
             ``not_finite.json`` tells the batch.
     """
     ranks = ranks or join_ranks(device)
@@ -91,16 +92,15 @@ def train(
                 result = take_step(
                     run.model, run.optimizer, batch, recipe.micro_batch_tokens, recipe.optimizer.clip_norm, ranks
                 )
-            except FloatingPointError as error:
+            except NotFinite as error:
                 place = {
                     "step": step,
                     "tokens_before": batch.tokens - stage.batch_tokens,
                     "sequence_length": batch.sequence_length,
                 }
                 _tell_not_finite(output, place, error, ranks)
-                raise FloatingPointError(
-                    f"Step {step}: {error.args[0]}; {output / NOT_FINITE} tells the batch."
-                ) from error
+                problem = f"Step {step}: {error.problem}; {output / NOT_FINITE} tells the batch."
+                raise NotFinite(problem, error.losses) from error
             seconds = time.perf_counter() - started
             speed = stage.batch_tokens / seconds
             flops = config.flops_per_token(batch.sequence_length) * passes
@@ -227,10 +227,10 @@ def _stage_of(recipe: Recipe, batch: Batch) -> Any:
     raise AssertionError(batch.tokens)
 
 
-def _tell_not_finite(output: Path, place: dict[str, Any], error: FloatingPointError, ranks: Ranks) -> None:
+def _tell_not_finite(output: Path, place: dict[str, Any], error: NotFinite, ranks: Ranks) -> None:
     """Save where the batch is, so that it can be looked at: a loader that seeks ``tokens_before`` reads it next."""
     if ranks.first:
-        content = place | {"problem": error.args[0], "loss_of_micro_batches_by_rank": error.args[1]}
+        content = place | {"problem": error.problem, "loss_of_micro_batches_by_rank": error.losses}
         write_json(output / NOT_FINITE, content)
 
 

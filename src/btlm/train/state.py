@@ -163,6 +163,7 @@ def load_checkpoint(
         with _alone(ranks):
             load_state(state, checkpoint_id=folder / "state", no_dist=ranks.world_size == 1)
     except (CheckpointException, RuntimeError) as error:
+        # torch raises the same classes for a damaged file and for another model; only the message tells them apart.
         if not any(word in str(error) for word in ("mismatch", "Missing key")):
             raise
         reason = str(error).strip().splitlines()[-1]

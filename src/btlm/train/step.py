@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from btlm.data.loader import Batch
+from btlm.errors import NotFinite
 from btlm.model import BTLMLMHeadModel
 from btlm.model.mup import scale_logits
 
@@ -77,8 +78,8 @@ def take_step(
         ranks: That share the batch.
 
     Raises:
-        FloatingPointError: The loss or the gradient is not finite; nothing was updated, and its attribute ``args[1]``
-            has the mean loss of each micro-batch of each rank.
+        NotFinite: The loss or the gradient is not finite; nothing was updated. It has the mean loss of each micro-batch
+            of each rank.
     """
     rows = max(1, micro_batch_tokens // batch.sequence_length)
     input_ids = torch.from_numpy(batch.input_ids).to(ranks.device).split(rows)
@@ -103,7 +104,7 @@ def take_step(
     if not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad()
         means = [float(loss) * valid / max(1, count) for loss, count in zip(losses, counts, strict=True)]
-        raise FloatingPointError(f"loss {total}, gradient norm {norm}; nothing was updated", ranks.gather(means))
+        raise NotFinite(f"loss {total}, gradient norm {norm}; nothing was updated", ranks.gather(means))
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(total, norm)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
 from btlm.devices import best_device
+from btlm.errors import NotFinite
 from btlm.train.recipe import Recipe
 
 
@@ -78,7 +79,7 @@ def run_job(job: Job, setting: Setting) -> Iterator[Event]:
         shards = TokenShards(setting.data, verify=False)
         for record in train(job.recipe, shards, job.folder, setting.token_bytes, setting.device):
             yield Event(job.number, "step", record["step"])
-    except FloatingPointError as error:
+    except NotFinite as error:
         yield Event(job.number, "diverged", str(error))
         return
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -132,7 +133,7 @@ def _next_free(busy: dict[Connection, int]) -> Generator[Event, None, Connection
             except EOFError:
                 raise ChildProcessError(
                     f"The process of trial {busy[connection]} was killed, perhaps for want of memory; the same command "
-                    "goes on, with fewer --workers if need be."
+                    "goes on, with fewer workers if need be."
                 ) from None
             if event.kind != "step":
                 del busy[connection]
