@@ -58,7 +58,7 @@ def test_bad_documents_are_counted_and_listed(tmp_path):
     assert stage["sources"]["a"]["documents"] == 1
     listed = (tmp_path / "out/clean/problems/000000.jsonl").read_text().splitlines()
     assert [(json.loads(line)["file"], json.loads(line)["line"]) for line in listed] == [("a.jsonl", 2), ("a.jsonl", 3)]
-    assert "a.jsonl, line 2: no JSON in UTF-8" in (tmp_path / "out/log.txt").read_text()
+    assert "a.jsonl, line 2: not JSON in UTF-8" in (tmp_path / "out/log.txt").read_text()
 
 
 def test_too_many_bad_documents_end_the_stage_with_one_line(tmp_path):

@@ -174,9 +174,9 @@ def test_the_order_of_the_inputs_has_no_influence(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "cut', "no JSON in UTF-8"),
-        (b'{"text": "\xff"}', "no JSON in UTF-8"),
-        (b'{"text": "\\ud800"}', "no JSON in UTF-8"),
+        (b'{"text": "cut', "not JSON in UTF-8"),
+        (b'{"text": "\xff"}', "not JSON in UTF-8"),
+        (b'{"text": "\\ud800"}', "not JSON in UTF-8"),
         (b'["text"]', "no JSON object"),
         (b"{}", "no text in the field 'text'"),
         (b'{"text": null}', "no text in the field 'text'"),
@@ -239,7 +239,7 @@ def test_a_file_of_another_format(tmp_path, name):
 
 def test_text_that_is_no_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
-    assert read(tmp_path / "a.txt") == [Problem("a.txt", 2, "no UTF-8")]
+    assert read(tmp_path / "a.txt") == [Problem("a.txt", 2, "not UTF-8")]
 
 
 def test_text_that_is_too_long(tmp_path):

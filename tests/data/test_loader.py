@@ -262,7 +262,7 @@ def test_any_place_is_reached_at_once(uneven: TokenShards) -> None:
 def test_a_place_within_a_batch_is_an_error(uneven: TokenShards, tokens: int) -> None:
     loader = TokenLoader(uneven, PLACES, seed=3)
     next(loader)
-    with pytest.raises(ValueError, match=rf"^No batch ends after {tokens} tokens; give \d+ and a multiple of \d\d\.$"):
+    with pytest.raises(ValueError, match=rf"^No batch ends after {tokens} tokens; give \d+ plus a multiple of \d\d\.$"):
         loader.seek(tokens)
     assert loader.tokens == 32
 
@@ -271,7 +271,7 @@ def test_a_place_after_the_end_is_an_error(uneven: TokenShards) -> None:
     loader = TokenLoader(uneven, PLACES[:2], seed=3)
     loader.seek(1600)
     assert list(loader) == []
-    with pytest.raises(ValueError, match="No batch ends after 1664 tokens; give 320 and a multiple of 64"):
+    with pytest.raises(ValueError, match="No batch ends after 1664 tokens; give 320 plus a multiple of 64"):
         loader.seek(1664)
 
 
@@ -322,7 +322,7 @@ def test_a_state_of_another_run_is_refused(uneven: TokenShards, changes: dict[st
     values: dict[str, Any] = {"stages": PLACES, "seed": 3, "split": "train"} | changes
     other = TokenLoader(uneven, values.pop("stages"), **values)
     with pytest.raises(
-        ValueError, match=rf"^The state is of other data or another order \({message}\); give those it had\.$"
+        ValueError, match=rf"^The state is of other data or another order \({message}\); use those it had\.$"
     ):
         other.load_state_dict(saved.state_dict())
     assert other.tokens == 0
@@ -333,7 +333,7 @@ def test_a_state_of_other_shards_is_refused(uneven: TokenShards, tmp_path: Path)
     next(saved)
     same_tokens_in_other_documents = positions(tmp_path / "shards", 1007, seed=1)
     other = TokenLoader(same_tokens_in_other_documents, PLACES, seed=3)
-    with pytest.raises(ValueError, match=r"another order \(data is \w{64}, was \w{64}\); give"):
+    with pytest.raises(ValueError, match=r"another order \(data is \w{64}, was \w{64}\); use"):
         other.load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match=r"another order \(tokens is 0, was None; data is"):
         other.load_state_dict({})
@@ -347,8 +347,8 @@ def test_a_state_of_other_shards_is_refused(uneven: TokenShards, tmp_path: Path)
     [
         ([], "stages is empty; give at least one"),
         ([Stage(24, 48, 96), Stage(32, 64)], r"stages\[0\].sequence_length is 24; give a divisor of the longest, 32"),
-        ([Stage(32, 48)], r"stages\[0\].batch_tokens is 48; give a multiple of 32, a row for each of 1 ranks"),
-        ([Stage(8, 8, 48), Stage(32, 64)], r"stages\[1\] begins after 48 tokens; .* a multiple of its rows of 32"),
+        ([Stage(32, 48)], r"stages\[0\].batch_tokens is 48; give a multiple of 32, one row for each of 1 ranks"),
+        ([Stage(8, 8, 48), Stage(32, 64)], r"stages\[1\] begins after 48 tokens; .* a multiple of 32"),
         ([Stage(8, 32), Stage(8, 32)], r"stages\[0\].tokens is None, and a stage follows"),
         ([Stage(8, 32, 80)], r"stages\[0\].tokens is 80; give a multiple of its batch_tokens, 32"),
         ([Stage(1024, 1024)], r"The train split has 1,007 tokens, fewer than one row of 1,024; give more documents"),
@@ -365,7 +365,7 @@ def test_a_split_that_is_not_there_is_an_error(uneven: TokenShards) -> None:
 
 
 def test_ranks_read_as_many_rows_as_each_other(uneven: TokenShards) -> None:
-    with pytest.raises(ValueError, match="batch_tokens is 64; give a multiple of 24, a row for each of 3 ranks"):
+    with pytest.raises(ValueError, match="batch_tokens is 64; give a multiple of 24, one row for each of 3 ranks"):
         TokenLoader(uneven, [Stage(8, 64)], seed=3, world_size=3)
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=rf"rank is {rank}; give a number from 0 to world_size - 1 \(1\)"):

@@ -167,7 +167,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_an_evaluation_set_that_is_no_json(tmp_path):
     (tmp_path / "eval.jsonl").write_text("{}\nnot json\n")
-    with pytest.raises(ValueError, match=r"eval.jsonl, line 2: no JSON"):
+    with pytest.raises(ValueError, match=r"eval.jsonl, line 2: not JSON"):
         mixed(tmp_path, documents(10), Mix(decontaminate=[str(tmp_path / "eval.jsonl")]))
 
 

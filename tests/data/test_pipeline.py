@@ -123,7 +123,7 @@ def test_an_output_within_the_input_is_refused(corpus):
 
 
 def test_settings_that_a_stage_would_not_use_are_refused(prepared, tmp_path):
-    with pytest.raises(ValueError, match="is the output of a stage, which has no settings of `read`"):
+    with pytest.raises(ValueError, match="is the output of a stage, to which the settings of `read` do not apply"):
         run_dedup([prepared / "clean"], tmp_path / "out", Read(text_field="x"), Dedup(), Execution(workers=1))
 
 
@@ -152,7 +152,7 @@ def test_names_of_sources_that_mean_something_elsewhere(tmp_path):
 
 
 def test_a_path_that_duckdb_takes_for_a_pattern_is_refused(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"holds \[ \], which DuckDB takes for a pattern"):
+    with pytest.raises(ValueError, match=r"contains \[ \], which DuckDB takes for a pattern"):
         run_prepare([corpus], tmp_path / "out[1]", RECIPE, Execution(workers=1))
 
 

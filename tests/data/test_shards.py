@@ -298,15 +298,15 @@ def test_a_folder_without_manifest_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b'{"format": 1, "tok', b"[1]", b"\xff\xfe", b'{"format": 1, "tokenizer": 3}'])
 def test_a_manifest_that_is_none_is_named(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^{folder}/manifest\.json is no manifest of token shards \(.+\); tokenize"):
+    with pytest.raises(ValueError, match=rf"^{folder}/manifest\.json is not a manifest of token shards \(.+\)"):
         TokenShards(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, r"has format 2, this version reads 1; tokenize the documents again"),
-        ({"format": None}, r"has format None, this version reads 1; tokenize"),
+        ({"format": 2}, r"has format 2, but this version reads 1; tokenize the documents again"),
+        ({"format": None}, r"has format None, but this version reads 1; tokenize"),
         ({"tokenizer": {"sha256": "0" * 64}}, r"was written with another tokenizer \(SHA-256 0{64}, BTLM's is \w+\)"),
         ({"tokenizer": {}}, r"was written with another tokenizer \(SHA-256 None"),
     ],

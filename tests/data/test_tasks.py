@@ -108,7 +108,7 @@ def test_output_that_another_command_works_in(tmp_path):
 
 def test_output_with_files_of_someone_else(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds files that are not of a data stage"), open_run(tmp_path, Execution()):
+    with pytest.raises(ValueError, match="holds files that no data stage wrote"), open_run(tmp_path, Execution()):
         pass
     with pytest.raises(ValueError, match="is a file"), open_run(tmp_path / "thesis.tex", Execution()):
         pass

@@ -169,7 +169,7 @@ def test_cpus_do_not_gather_bf16() -> None:
 def test_batches_that_do_not_divide_over_the_ranks_are_an_error(data: Path) -> None:
     ranks = Ranks(torch.device("cpu"), 0, 3)
     with pytest.raises(
-        ValueError, match=r"stages\[0\]\.batch_tokens is 64; give a multiple of 48, a row for each of 3"
+        ValueError, match=r"stages\[0\]\.batch_tokens is 64; give a multiple of 48, one row for each of 3"
     ):
         next(train(recipe_for_ranks(), TokenShards(data), data.with_name("run"), TOKEN_BYTES, ranks=ranks))
     assert not data.with_name("run").exists()

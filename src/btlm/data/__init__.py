@@ -1,4 +1,4 @@
-"""Documents to token shards to batches."""
+"""Turns documents into token shards, and token shards into batches."""
 
 from .loader import Batch, TokenLoader
 from .recipe import DataRecipe, Execution

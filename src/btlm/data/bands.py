@@ -4,12 +4,12 @@ import numpy as np
 
 
 def pair_probability(jaccard: float, bands: int, rows: int) -> float:
-    """Probability that two documents of a Jaccard similarity share a band."""
+    """Probability that two documents with the given Jaccard similarity share a band."""
     return float(1 - (1 - jaccard**rows) ** bands)
 
 
 def bands_for_threshold(threshold: float, num_permutations: int) -> tuple[int, int]:
-    """Bands and rows whose collision curve steps at a Jaccard similarity.
+    """Number of bands, and rows per band, whose collision curve rises steeply at a given Jaccard similarity.
 
     The pair minimizes the mean of the areas of false positives (below the threshold) and false negatives (above it), as
     datasketch and, through it, SlimPajama choose it: 0.8 with 128 permutations gives 9 bands of 13 rows.

@@ -1,4 +1,4 @@
-"""The stages `read` and `clean`: any input to parts of documents, normalized and without the short ones."""
+"""The stages `read` and `clean`: read any input, normalize the documents, and drop the short ones."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from .tasks import run_tasks
 
 UNITS, PROBLEMS, REMOVED = "units.jsonl", "problems", "removed"
 
-# Bad input that an error or the log names.
+# Number of bad inputs that an error or the log quotes.
 _EXAMPLES = 3
 
 
@@ -30,18 +30,18 @@ def clean_documents(
 ) -> dict[str, Any]:
     """Read, normalize and filter documents.
 
-    ``folder`` receives the documents, the short ones that were left out (``removed/``) and the bad input
-    (``problems/``, JSON lines of file, line and reason).
+    ``folder`` receives the documents, the short ones that were dropped (``removed/``), and a list of the bad input
+    (``problems/``, JSON lines with file, line and reason).
 
     Returns:
-        The stage: ``parts``, and ``sources`` with the counts of each.
+        The stage's result: ``parts``, and ``sources`` with the counts per source.
 
     Raises:
-        ValueError: An input cannot be used, or there is more bad input than ``read.max_bad_documents``.
+        ValueError: An input cannot be used, or more than ``read.max_bad_documents`` documents are bad.
     """
     units, others = list_units(inputs, read)
     if others:
-        run.say(f"  {len(others):,} files of other kinds are left out, such as {others[0]}")
+        run.say(f"  {len(others):,} files of unknown kinds were skipped, such as {others[0]}")
     settings = as_settings(read)
     limit = settings.pop("max_bad_documents")
     files: dict[str, list[Any]] = {}
@@ -59,7 +59,7 @@ def clean_documents(
     problems = [problem for result in results for problem in result["problems"]]
     number = sum(result["num_problems"] for result in results)
     if number:
-        run.say(f"  {number:,} bad documents or files left out (limit {limit:,}), all in {folder / PROBLEMS}")
+        run.say(f"  {number:,} bad documents or files left out (limit {limit:,}), listed in {folder / PROBLEMS}")
         for problem in problems[:_EXAMPLES]:
             run.say(f"    {_place(problem)}: {problem[2]}")
     if number > read.max_bad_documents:
@@ -67,11 +67,11 @@ def clean_documents(
     if len(sources) > MAX_SOURCES:
         raise ValueError(
             f"The documents have {len(sources):,} sources, more than the {MAX_SOURCES:,} that shards can tell apart; "
-            "name the field of the source with read.source_fields, or give all one name with read.source."
+            "name the field of the source with read.source_fields, or set one source for all with read.source."
         )
     parts = [part for result in results for part in result["parts"]]
     if not parts:
-        raise ValueError("No document is left of the input; look at the settings of `read` and `clean`.")
+        raise ValueError("No document is left; check the settings of `read` and `clean`.")
     return finish(folder, {"parts": parts, "sources": dict(sorted(sources.items()))})
 
 
@@ -86,7 +86,7 @@ def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Call
         if isinstance(document, Problem):
             problems.append(document)
             if len(problems) > read.max_bad_documents:
-                break  # the whole stage has the same limit: reading on would be in vain
+                break  # the limit is that of the whole stage, which has failed already
             continue
         size = len(document.text.encode())
         counts = {"documents": 1, "bytes": size}
@@ -121,7 +121,7 @@ def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Call
 def _too_many(number: int, read: Read, problems: Sequence[Sequence[Any]]) -> str:
     return (
         f"{number:,} bad documents, more than read.max_bad_documents ({read.max_bad_documents:,}); the first: "
-        f"{_place(problems[0])}: {problems[0][2]}. Mend the input, or raise the limit."
+        f"{_place(problems[0])}: {problems[0][2]}. Fix the input, or raise the limit."
     )
 
 

@@ -1,10 +1,10 @@
-"""The stage `dedup`: near-duplicates by MinHash bands, connected components, and one document kept of each.
+"""The stage `dedup`: finds near-duplicates by MinHash, and keeps one document of each connected component.
 
-Signatures are a task for each part of the documents, candidate pairs one for each band; components, and everything else
-that concerns all documents at once, are queries that sort and join on disk.
+Signatures are computed in one task per part of the documents, candidate pairs in one task per band. The components,
+like everything that concerns all documents at once, are found by queries that sort and join on disk.
 
-Of a component the longest document is kept (bytes of UTF-8). Ties go to the first in alphabetical order of source, then
-SHA-256 of the text, then id: a rule that knows nothing of files, their order, or tasks.
+The longest document of a component is kept (in bytes of UTF-8). Ties go to the first by source, then SHA-256 of the
+text, then id, so that the choice does not depend on files, their order or tasks.
 """
 
 import shutil
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from .database import open_database, parquet, write_query
 from .minhash import band_keys, signatures
 from .parts import add_counts, first_document, part_number, read_groups, read_table, write_part, write_table
-from .queries import open_database, parquet, write_query
 from .recipe import Dedup, as_settings
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
@@ -29,14 +29,14 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
     """Keep one document of each component of near-duplicates.
 
     Args:
-        source: Folder of the stage before.
-        folder: Receives the documents that are kept, and ``clusters.parquet``: every document of a component
-            (``document``: its number in ``source``), and the one that is kept (``kept``).
-        dedup: Settings.
+        source: Folder of the previous stage.
+        folder: Folder that receives the kept documents and ``clusters.parquet``, which has one row per document of a
+            component, with its number in ``source`` (``document``) and the number of the kept one (``kept``).
+        dedup: Settings of the stage.
         run: How to execute the tasks.
 
     Returns:
-        The stage: ``parts``, and ``sources`` with the counts of each.
+        The stage's result: ``parts``, and ``sources`` with the counts per source.
     """
     before = load_stage(source)
     if begin(folder, "dedup", {"dedup": as_settings(dedup), "input": stage_digest(source)}, run):
@@ -71,7 +71,7 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
 def _signatures(
     source: Path, folder: Path, parts: list[str], dedup: Dedup, task: int, advance: Callable[[int], None]
 ) -> None:
-    """Band keys of a part: ``document`` and a column for each band."""
+    """Write the band keys of a part: the column ``document``, and one column per band."""
     import pyarrow as pa
 
     name = parts[task]
@@ -82,7 +82,7 @@ def _signatures(
         keys.append(band_keys(signature, dedup.bands, dedup.rows))
         has_shingles.append(num_shingles > 0)
         advance(sum(map(len, texts)))
-    # Without a letter, a text is like no other.
+    # A text without shingles, of only punctuation and spaces, is a duplicate of nothing.
     rows = np.flatnonzero(np.concatenate(has_shingles))
     table = {"document": pa.array(rows + first_document(*part_number(name)), pa.int64())}
     table |= {f"band{i}": pa.array(column) for i, column in enumerate(np.concatenate(keys)[rows].T)}
@@ -90,7 +90,7 @@ def _signatures(
 
 
 def _pairs(folder: Path, parts: list[str], memory_gb: float, task: int, advance: Callable[[int], None]) -> None:
-    """Pairs of one band: each document with the first one that has the same key."""
+    """Write the pairs of one band: each document with the first one that has the same key."""
     with open_database(folder / SCRATCH, memory_gb) as database:
         keys = parquet([folder / BANDS / name for name in parts], f"document, band{task} AS key")
         query = f"""
@@ -114,10 +114,10 @@ def _components(
     task: int,
     advance: Callable[[int], None],
 ) -> dict[str, int]:
-    """Connected components of the pairs, by alternating large-star and small-star operations.
+    """Write the connected components of the pairs, found by alternating large-star and small-star operations.
 
-    Both keep components whole and point documents to ever earlier ones, until all of a component point to its first
-    (Kiveris et al. 2014, Connected Components in MapReduce and Beyond).
+    Both operations keep components connected and link documents to ever earlier ones, until all documents of a
+    component are linked to its first (Kiveris et al. 2014, Connected Components in MapReduce and Beyond).
     """
     with open_database(folder / SCRATCH, memory_gb) as database:
         pairs = parquet([folder / PAIRS / _pairs_name(band) for band in range(bands)], "document AS a, first AS b")
@@ -138,7 +138,8 @@ def _components(
             """)
         files = [source / DOCUMENTS / name for name in parts]
         documents = parquet(files, "document, bytes, source, sha256, id")
-        # The kept document of each component by the rule above; a component is known by its first document until then.
+        # Choose the kept document of each component by the rule above. Up to here, its first document stands for a
+        # component.
         query = f"""
             WITH members AS (SELECT a AS document, b AS component FROM edges UNION SELECT b, b FROM edges)
             SELECT document, first_value(document) OVER (
@@ -158,7 +159,7 @@ def _is_stars(database: Any) -> bool:
 
 
 def _keep(source: Path, folder: Path, parts: list[str], task: int, advance: Callable[[int], None]) -> dict[str, Any]:
-    """The documents of a part that are kept."""
+    """Write the documents of a part that are kept."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

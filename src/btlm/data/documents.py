@@ -1,6 +1,6 @@
 """Reading documents: JSON lines (plain, gzip, Zstandard), Parquet, text files and Hugging Face data sets.
 
-What cannot be read comes out as a :class:`Problem` in its place, so that the reader decides how much of it is too much.
+In place of a document that cannot be read comes a :class:`Problem`, so that the caller decides how many are too many.
 """
 
 import gzip
@@ -15,9 +15,9 @@ from .recipe import Read
 HUB = "hf://"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".txt")
 
-# Text files of one task; other files have a task each.
+# Number of text files per task; every other file has a task of its own.
 _TEXT_FILES = 1000
-# Rows of Parquet that are in memory at once: each may be as long as a document can be.
+# Number of Parquet rows in memory at once: few, since each may hold the longest possible document.
 _PARQUET_ROWS = 16
 _CHUNK = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -45,9 +45,9 @@ class Problem(NamedTuple):
 class Unit(NamedTuple):
     """The input of one task.
 
-    ``names`` are the files' names in ids and messages: from the folder that was given on, so that they are the same
-    wherever it lies. ``bytes`` is the size on disk. ``version`` tells the content from that of another time. ``shard``
-    and ``num_shards`` are those of a Hugging Face data set.
+    ``names`` are the files' names in ids and messages. They begin with the name of the given folder, so that they do
+    not depend on where it lies. ``bytes`` is the size on disk. ``version`` changes when the content changes. ``shard``
+    and ``num_shards`` belong to a Hugging Face data set.
     """
 
     names: tuple[str, ...]
@@ -59,18 +59,18 @@ class Unit(NamedTuple):
 
 
 def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], list[str]]:
-    """The input cut into tasks, in the order of the names: the order in which inputs are given has no influence.
+    """Divide the input into tasks, sorted by name, so that the order in which inputs are given does not matter.
 
     Args:
-        inputs: Files, folders (searched with everything below), or ``hf://`` and the name of a Hugging Face data set,
-            on the hub or in a folder.
-        read: Settings.
+        inputs: Files, folders (searched recursively), or ``hf://`` and the name of a Hugging Face data set, on the hub
+            or in a folder.
+        read: How to read documents.
 
     Returns:
-        The tasks, and the files in folders that are of another kind. A file that is given twice is read once.
+        The tasks, and the files in folders that are of no known kind. A file that is given twice is read once.
 
     Raises:
-        ValueError: An input does not exist, is of no known kind, holds nothing, or is the output of a stage.
+        ValueError: An input does not exist, is of no known kind, holds no documents, or is the output of a stage.
     """
     units: list[Unit] = []
     others: list[str] = []
@@ -88,7 +88,7 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
         files = [path] if path.is_file() else _files_below(path)
         if stage := next((file.parent for file in files if file.name == "begun.json"), None):
             raise ValueError(
-                f"{stage} is the output of a data stage; give documents, or that folder alone to the next."
+                f"{stage} is the output of a data stage; give documents, or only that folder to the next stage."
             )
         known = [file for file in files if _is_known(file)]
         if not known:
@@ -126,8 +126,8 @@ def read_unit(unit: Unit, read: Read, advance: Callable[[int], object] = int) ->
     """Documents and problems of one task, in order.
 
     Args:
-        unit: One of :func:`list_units`.
-        read: Settings.
+        unit: A task from :func:`list_units`.
+        read: How to read documents.
         advance: Called with the number of bytes on disk that were read since the last call.
     """
     for name, path in zip(unit.names, unit.paths, strict=True):
@@ -147,7 +147,7 @@ def read_unit(unit: Unit, read: Read, advance: Callable[[int], object] = int) ->
 
 
 class _Record(NamedTuple):
-    """What a document is before its text is looked at."""
+    """The fields of a document before its text is checked."""
 
     line: int
     text: Any
@@ -164,7 +164,7 @@ def _document(name: str, record: _Record, read: Read) -> Document | Problem:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        return Problem(name, line, "half a surrogate pair in the text")
+        return Problem(name, line, "half of a surrogate pair in the text")
     if size > read.max_document_bytes:
         return Problem(name, line, f"{size:,} bytes of text, more than read.max_document_bytes")
     body = text.strip() or text
@@ -193,7 +193,7 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
     import orjson
 
     number = 0
-    # In JSON a byte of text takes at most six.
+    # In JSON, a byte of text takes at most six bytes.
     longest = 6 * read.max_document_bytes + _CHUNK
     try:
         for number, line in enumerate(_lines(_chunks(path, advance), longest), start=1):
@@ -206,7 +206,7 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
             try:
                 fields = orjson.loads(content)
             except orjson.JSONDecodeError as error:
-                yield Problem(name, number, f"no JSON in UTF-8 ({error})")
+                yield Problem(name, number, f"not JSON in UTF-8 ({error})")
                 continue
             yield _record(number, fields, read) if isinstance(fields, dict) else Problem(name, number, "no JSON object")
     except (OSError, EOFError, zlib.error) as error:
@@ -217,7 +217,7 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
 
 
 def _lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
-    """Lines without their ends; ``None`` for one that is too long to be held."""
+    """Lines without their line ends; ``None`` for a line longer than ``longest`` bytes."""
     parts: list[bytes] = []
     size, too_long = 0, False
     for chunk in chunks:
@@ -233,7 +233,7 @@ def _lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
 
 
 def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
-    """The content in pieces that are small however well it is compressed."""
+    """The decompressed content in pieces of at most ``_CHUNK`` bytes, whatever the compression."""
     import pyarrow as pa
 
     with path.open("rb") as file:
@@ -241,7 +241,7 @@ def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
         if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=file)
         elif path.suffix.lower() == ".zst":
-            # zstandard's own reader takes a file that was cut off for a complete one.
+            # zstandard's own reader does not notice that a file was cut off.
             stream = pa.CompressedInputStream(file, "zstd")
         position = 0
         while chunk := stream.read(_CHUNK):
@@ -262,7 +262,7 @@ def _text_records(name: str, path: Path, read: Read) -> Iterator[_Record | Probl
     try:
         yield _Record(1, content.decode(), name, path.parent.name) if content else Problem(name, 0, "an empty file")
     except UnicodeDecodeError as error:
-        yield Problem(name, content.count(b"\n", 0, error.start) + 1, "no UTF-8")
+        yield Problem(name, content.count(b"\n", 0, error.start) + 1, "not UTF-8")
 
 
 def _parquet_records(name: str, path: Path, read: Read) -> Iterator[_Record | Problem]:
@@ -291,7 +291,7 @@ def _hub_units(given: str, read: Read) -> list[Unit]:
 
     data_set = _hub_data_set(given, read)
     builder = datasets.load_dataset_builder(given.removeprefix(HUB), name=read.config, revision=read.revision)
-    # Of files on the hub these are their revision, of local ones the time of their last change.
+    # For files on the hub this is their revision, for local files the time of their last change.
     version = str([files.origin_metadata for files in (builder.config.data_files or {}).values()])
     name = given.removeprefix(HUB)
     return [Unit((name,), (given,), 0, version, shard, data_set.num_shards) for shard in range(data_set.num_shards)]
@@ -304,7 +304,7 @@ def _hub_records(name: str, given: str, unit: Unit, read: Read) -> Iterator[_Rec
             row += 1
             record = _record(row, fields, read)
             yield record._replace(id=f"{name}:{row}") if record.id is None else record
-    # Every format has errors of its own, and the data set cannot be read on after one.
+    # Every format raises errors of its own, and reading cannot continue after one.
     except Exception as error:
         reason = " ".join(str(error).split())
         yield Problem(name, row + 1, f"the rest of the shard cannot be read ({reason})")

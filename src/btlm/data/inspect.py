@@ -1,4 +1,4 @@
-"""Examples of what each stage did, to be read by eye: bad input, short documents, clusters of duplicates, tokens."""
+"""Prints examples of what each stage did: bad input, short documents, clusters of duplicates, tokens."""
 
 import json
 from collections import Counter
@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.text import Text
 
 from .clean import PROBLEMS, REMOVED
+from .database import parquet
 from .dedup import CLUSTERS
 from .minhash import document_hashes
 from .mix import CONTAMINATED, HELD_OUT
 from .parts import document_place
-from .queries import parquet
 from .recipe import Dedup
 from .stage import COMPLETE, DOCUMENTS, load_stage
 
@@ -24,13 +24,13 @@ _WIDTH = 100
 
 
 def run_inspect(folder: Path | str, stage: str | None = None, examples: int = 3, seed: int = 1) -> None:
-    """Print examples of what the stages in ``folder`` left out and found.
+    """Print examples of what the stages in ``folder`` removed and found.
 
     Args:
-        folder: Output of one stage or of all.
-        stage: Only this one.
-        examples: Of each kind.
-        seed: Of the choice.
+        folder: Output of one stage, or of all stages.
+        stage: Name of the only stage to show; all by default.
+        examples: Number of examples of each kind.
+        seed: Seed for the choice of examples.
 
     Raises:
         ValueError: The folder holds no such stage, or a number is out of range.
@@ -94,8 +94,10 @@ def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Ite
         for document, kept in database.execute(f"SELECT document, kept FROM {parquet([folder / CLUSTERS])}").fetchall():
             clusters.setdefault(kept, []).append(document)
     sizes = Counter(len(members) for members in clusters.values())
-    yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold], of which the longest document is kept"
-    yield "  documents: clusters   " + ", ".join(f"{size}: {number:,}" for size, number in sorted(sizes.items()))
+    yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold]; the longest document of each is kept"
+    yield "  documents per cluster: number of clusters   " + ", ".join(
+        f"{size}: {number:,}" for size, number in sorted(sizes.items())
+    )
     largest = sorted(clusters, key=lambda kept: (-len(clusters[kept]), kept))[:1]
     for kept in [*largest, *_some(sorted(set(clusters) - set(largest)), examples - 1, rng)]:
         others = sorted(set(clusters[kept]) - {kept})
@@ -125,7 +127,7 @@ def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Itera
     with duckdb.connect() as database:
         plan = database.execute(f"SELECT split, document FROM {parquet([folder / HELD_OUT])} ORDER BY ALL").fetchall()
     titles = {
-        "contaminated": "documents with an n-gram of an evaluation set",
+        "contaminated": "documents that share an n-gram with an evaluation set",
         "copy of held out": "training documents equal to a held-out one",
         "validation": "validation documents",
         "test": "test documents",
@@ -177,7 +179,7 @@ def _some(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
 
 
 def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str]:
-    # What would move the cursor or change colours is shown as what it is: nothing that can be read.
+    # Control characters could move the cursor or change colours, so they are shown as U+FFFD.
     line = "".join(
         character if character.isprintable() else "\ufffd" for character in " ".join(text.split())[: _WIDTH + 1]
     )

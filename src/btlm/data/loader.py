@@ -1,13 +1,13 @@
-"""Batches from token shards: packed rows of the lengths of a schedule, shuffled, without a token lost or repeated.
+"""Batches from token shards: packed and shuffled rows, of lengths that follow a schedule. No token is lost or repeated.
 
-The stream of a split, ``T`` tokens, is read round and round in units of ``U`` tokens, the longest row of the schedule.
-Unit ``k`` begins at token ``k * U``, and an epoch is the next ``T // U`` units. No token is twice in an epoch, and the
-fewer than ``U`` tokens that it leaves open the next one. The units of an epoch come in random order, and shorter rows
-are cut from them. Within the part of an epoch that one stage of the schedule reads, the rows are shuffled once more, so
-that a batch does not hold neighbours.
+The stream of a split has ``T`` tokens and is read cyclically in units of ``U`` tokens, the longest row of the schedule.
+Unit ``k`` begins at token ``k * U``, and an epoch is the next ``T // U`` units. An epoch reads no token twice; the
+remainder, of fewer than ``U`` tokens, starts the next epoch. The units of an epoch come in random order, and shorter
+rows are cut from them. The rows that one stage of the schedule reads within an epoch are then shuffled, so that a batch
+does not hold neighbouring rows.
 
-Both orders are permutations that are computed for one index at a time. The place in the data is therefore one number,
-the tokens read so far, and any place is reached at once, by any rank.
+Both orders are permutations that can be computed for a single index. A position in the data is therefore one number,
+the number of tokens read so far, and any rank can jump to any position.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from .shards import TokenShards
 _ENDLESS = 2**62
 
 
-class Stage(Protocol):
-    """A stretch of the schedule; :class:`btlm.train.recipe.Stage` is one."""
+class ScheduleStage(Protocol):
+    """One stage of a training schedule, such as :class:`btlm.train.recipe.Stage`."""
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch, of all ranks."""
+        """Tokens per batch, over all ranks."""
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the stage; ``None`` for one without an end."""
+        """Tokens of the whole stage; ``None`` if it has no end."""
 
 
 class Batch(NamedTuple):
@@ -45,8 +45,9 @@ class Batch(NamedTuple):
 
     Args:
         input_ids: int64 ``[rows, sequence_length]``.
-        document_ids: int32 of the same shape: number of the document within its row, from 0; ``None`` if not asked for.
-        tokens: Read after this batch, by all ranks.
+        document_ids: int32 ``[rows, sequence_length]``: number of the document within the row, from 0; ``None`` if not
+            requested.
+        tokens: Number of tokens that all ranks have read after this batch.
     """
 
     input_ids: NDArray[np.int64]
@@ -55,7 +56,7 @@ class Batch(NamedTuple):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a row."""
+        """Tokens per row."""
         return int(self.input_ids.shape[1])
 
 
@@ -66,13 +67,13 @@ class TokenLoader(Iterator[Batch]):
     the ``r``-th equal part of each batch.
 
     Args:
-        shards: To read.
-        stages: In order; only the last may be endless.
-        seed: Of the order.
-        split: Of the shards.
-        rank: Of this process.
+        shards: Shards to read.
+        stages: Stages in their order; only the last may be endless.
+        seed: Seed of the order of rows.
+        split: Split of the shards to read.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        document_ids: Whether batches have them, to keep attention within documents.
+        document_ids: Whether batches have document ids, with which attention stays within documents.
 
     Raises:
         ValueError: The stages do not divide into batches and rows, a batch does not divide over the ranks, or the split
@@ -82,7 +83,7 @@ class TokenLoader(Iterator[Batch]):
     def __init__(
         self,
         shards: TokenShards,
-        stages: Sequence[Stage],
+        stages: Sequence[ScheduleStage],
         *,
         seed: int,
         split: str = "train",
@@ -106,12 +107,12 @@ class TokenLoader(Iterator[Batch]):
 
     @property
     def tokens(self) -> int:
-        """Tokens read so far, by all ranks."""
+        """Number of tokens that all ranks have read so far."""
         return self._tokens
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of one epoch: those of the split in whole units."""
+        """Tokens per epoch: the tokens of the split, rounded down to whole units."""
         return self._num_units * self._unit
 
     def __next__(self) -> Batch:
@@ -127,30 +128,30 @@ class TokenLoader(Iterator[Batch]):
         return Batch(input_ids, self._ids_of_documents(offsets, length) if self._document_ids else None, self._tokens)
 
     def seek(self, tokens: int) -> None:
-        """Go to where ``tokens`` tokens have been read, at once.
+        """Jump to the position where all ranks have read ``tokens`` tokens.
 
         Raises:
-            ValueError: No batch ends there.
+            ValueError: No batch ends at this position.
         """
         stage = min(self._stage_at(tokens), len(self._stages) - 1)
         start, step = self._start_of(stage), self._stages[stage][1]
         if not 0 <= tokens <= self._ends[-1] or (tokens - start) % step:
-            raise ValueError(f"No batch ends after {tokens} tokens; give {start} and a multiple of {step}.")
+            raise ValueError(f"No batch ends after {tokens} tokens; give {start} plus a multiple of {step}.")
         self._tokens = tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """The place, and all that the order of the rows up to it depends on: a few numbers and names."""
+        """The position, and everything that the order of the rows before it depends on, as a few numbers and names."""
         return self._state_at(self._tokens)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, on any number of ranks. Stages that it has not reached may differ.
+        """Continue from a state, on any number of ranks. Stages that the state has not reached may differ.
 
         Raises:
-            ValueError: The state is of other data, or of another order.
+            ValueError: The state belongs to other data or to another order of rows.
         """
         own = self._state_at(state.get("tokens", 0))
         if other := [f"{key} is {own[key]}, was {state.get(key)}" for key in own if own[key] != state.get(key)]:
-            raise ValueError(f"The state is of other data or another order ({'; '.join(other)}); give those it had.")
+            raise ValueError(f"The state is of other data or another order ({'; '.join(other)}); use those it had.")
         self.seek(own["tokens"])
 
     def _state_at(self, tokens: int) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class TokenLoader(Iterator[Batch]):
         return self._ends[stage - 1] if stage else 0
 
     def _offsets(self, places: NDArray[np.int64], stage: int) -> NDArray[np.int64]:
-        """Offset in the stream of the rows at places of the run, int64 ``[rows]`` both."""
+        """Offsets in the stream of the rows at given positions of the run, both int64 ``[rows]``."""
         length = self._stages[stage][0]
         offsets = np.empty_like(places)
         epochs = places // self.epoch_tokens
@@ -187,23 +188,23 @@ class TokenLoader(Iterator[Batch]):
         starts = np.zeros((len(offsets), length), dtype=np.int32)
         for row, offset in zip(starts, offsets.tolist(), strict=True):
             row[self._shards.document_starts(self._split, offset, length)] = 1
-        starts[:, 0] = 0  # The first document of a row is number 0, wherever it began.
+        starts[:, 0] = 0  # The first document of a row has number 0, even if it began before the row.
         return starts.cumsum(axis=1, dtype=np.int32)
 
 
 def permute(indices: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of ``range(size)`` takes some indices.
+    """Map indices by a pseudo-random permutation of ``range(size)``.
 
-    A generalized Feistel cipher on pairs ``(left, right)``, of which there are a few more than ``size``; what falls
-    outside is enciphered again (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A generalized Feistel cipher on pairs ``(left, right)``, slightly more than ``size`` of them; results outside the
+    range are enciphered again (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
 
     Args:
         indices: int64 ``[n]``, each below ``size``.
-        size: From 1 to 2**62.
-        key: Chooses the permutation.
+        size: Size of the range, from 1 to 2**62.
+        key: Numbers that choose the permutation.
 
     Returns:
-        int64 ``[n]``.
+        The permuted indices, int64 ``[n]``.
     """
     keys = np.frombuffer(hashlib.sha512(" ".join(map(str, key)).encode()).digest(), dtype="<u8")
     lefts = np.uint64(isqrt(size - 1) + 1)
@@ -221,14 +222,14 @@ def permute(indices: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDAr
 
 
 def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """63 bits: MurmurHash3's finalizer (Appleby), and one bit less so that a sum does not overflow."""
+    """Hashes of 63 bits: MurmurHash3's finalizer (Appleby), less one bit so that a sum does not overflow."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     hashed: NDArray[np.uint64] = (values ^ (values >> np.uint64(33))) >> np.uint64(1)
     return hashed
 
 
-def _check(stages: Sequence[Stage], rank: int, world_size: int) -> None:
+def _check(stages: Sequence[ScheduleStage], rank: int, world_size: int) -> None:
     if not stages:
         raise ValueError("stages is empty; give at least one.")
     if not 0 <= rank < world_size:
@@ -242,10 +243,10 @@ def _check(stages: Sequence[Stage], rank: int, world_size: int) -> None:
             raise ValueError(f"{name}.sequence_length is {length}; give a divisor of the longest, {longest}.")
         if batch % row:
             raise ValueError(
-                f"{name}.batch_tokens is {batch}; give a multiple of {row}, a row for each of {world_size} ranks."
+                f"{name}.batch_tokens is {batch}; give a multiple of {row}, one row for each of {world_size} ranks."
             )
         if start % length:
-            raise ValueError(f"{name} begins after {start} tokens; that has to be a multiple of its rows of {length}.")
+            raise ValueError(f"{name} begins after {start} tokens; it has to begin after a multiple of {length}.")
         if stage.tokens is None and i + 1 < len(stages):
             raise ValueError(f"{name}.tokens is None, and a stage follows; give its tokens.")
         if stage.tokens is not None and stage.tokens % batch:

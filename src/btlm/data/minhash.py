@@ -1,13 +1,13 @@
-"""MinHash signatures of documents, and the bands that make near-duplicates meet (Broder 1997; Leskovec et al., ch. 3).
+"""MinHash signatures of documents, and the bands that find near-duplicates (Broder 1997; Leskovec et al., ch. 3).
 
-A document is the set of its shingles: 13-character windows, or word n-grams, of its normalized text. One shingle, the
-code points ``c``, has the 32-bit hash
+A document is the set of its shingles: 13-character windows, or word n-grams, of its normalized text. A shingle with the
+code points ``c`` has the 32-bit hash
 
     ``mix(sum(c[k] * B**k) mod 2**64) >> 32``
 
 with the odd ``B`` below and MurmurHash3's finalizer ``mix``. Permutation ``i`` of the 32-bit numbers is
-``x -> (a[i] * x + b[i]) mod 2**32`` with ``a[i]`` odd, and the signature holds the least value under each. A band of
-the signature is one 64-bit number; two documents that share a band are a candidate pair.
+``x -> (a[i] * x + b[i]) mod 2**32`` with ``a[i]`` odd, and the signature holds the smallest value under each. Each band
+of the signature is reduced to one 64-bit key; two documents with the same key in a band are a candidate pair.
 """
 
 import string
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from .recipe import Dedup
 
-# Shingles are hashed this many at a time: few enough that the buffers of all permutations stay in a core's cache.
+# Number of shingles hashed at a time: so few that the buffers stay in a core's cache.
 BLOCK = 65536
-# A longer word n-gram is hashed by its first characters; it bounds the memory that text without spaces takes.
+# Only this many characters of a word n-gram are hashed, which bounds the memory for text without spaces.
 MAX_SHINGLE = 65536
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
@@ -31,9 +31,10 @@ _LAST_SPACE = 0x3000  # the space with the greatest code point
 
 
 def normalize(text: str) -> NDArray[np.uint32]:
-    """Code points ``[characters]`` of SlimPajama's normal form of a text.
+    """Code points of SlimPajama's normal form of a text, uint32 ``[characters]``.
 
-    Lower case, without ASCII punctuation, runs of white space as one space, and none at the ends.
+    The normal form is in lower case, without ASCII punctuation, with each run of white space as one space, and without
+    white space at the ends.
     """
     points = np.frombuffer(text.lower().encode("utf-32-le"), dtype="<u4")
     kind = _character_kinds()[np.minimum(points, _LAST_SPACE + 1)]
@@ -52,22 +53,22 @@ def normalize(text: str) -> NDArray[np.uint32]:
 
 
 def normalized_length_reaches(text: str, characters: int) -> bool:
-    """Whether the normal form of ``text`` has at least that many characters; long texts are judged by their start."""
-    # A space or two at the seam may be counted that the whole text would not have.
+    """Whether a text's normal form has at least ``characters`` characters; the start of a long text may decide."""
+    # Where the text is cut, one or two spaces may remain that the normal form of the whole text does not have.
     start = normalize(text[: 4 * characters + 64])
     return len(start) >= characters + 2 or len(normalize(text)) >= characters
 
 
 def signatures(texts: Sequence[str], options: Dedup) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """MinHash signatures, and how many shingles each was made of.
+    """MinHash signatures, and the number of shingles of each text.
 
     Args:
-        texts: Of the documents.
+        texts: Texts of the documents.
         options: Shingles, permutations and seed.
 
     Returns:
-        uint32 ``[documents, permutations]`` and int64 ``[documents]``. A text with nothing but punctuation and spaces
-        has no shingle, and 2**32 - 1 everywhere.
+        uint32 ``[documents, permutations]`` and int64 ``[documents]``. A text of only punctuation and spaces has no
+        shingles, and a signature of 2**32 - 1 everywhere.
     """
     a, b = permutations(options.permutations, options.seed)
     result = np.full((len(texts), options.permutations), 2**32 - 1, dtype=np.uint32)
@@ -91,10 +92,10 @@ def permutations(number: int, seed: int) -> tuple[NDArray[np.uint32], NDArray[np
 
 
 def band_keys(signature: NDArray[np.uint32], bands: int, rows: int) -> NDArray[np.uint64]:
-    """One number for each band of ``rows`` values.
+    """One 64-bit key per band of ``rows`` values of the signature.
 
-    uint32 ``[documents, permutations]`` to uint64 ``[documents, bands]``. Different bands have equal numbers with
-    probability 2**-64.
+    Maps uint32 ``[documents, permutations]`` to uint64 ``[documents, bands]``. Bands with different values have the
+    same key with probability 2**-64.
     """
     values = signature[:, : bands * rows].reshape(len(signature), bands, rows).astype(np.uint64)
     keys = np.zeros((len(signature), bands), dtype=np.uint64)
@@ -104,7 +105,7 @@ def band_keys(signature: NDArray[np.uint32], bands: int, rows: int) -> NDArray[n
 
 
 def document_hashes(text: str, options: Dedup) -> Iterator[NDArray[np.uint64]]:
-    """Hashes of the shingles of a document; one that is shorter than a shingle is one itself."""
+    """64-bit hashes of the shingles of a document; a document shorter than a shingle counts as one shingle."""
     points = normalize(text)
     number = 0
     for hashes in shingle_hashes(points, options.shingle, options.shingle_size):
@@ -121,8 +122,8 @@ def shingle_hashes(points: NDArray[np.uint32], kind: str, size: int) -> Iterator
 
     Args:
         points: Code points ``[characters]``.
-        kind: ``characters`` or ``words``.
-        size: Characters or words of a shingle.
+        kind: Kind of shingle, ``characters`` or ``words``.
+        size: Number of characters or words per shingle.
     """
     if kind == "characters":
         for start in range(0, len(points) - size + 1, BLOCK):
@@ -142,13 +143,13 @@ def shingle_hashes(points: NDArray[np.uint32], kind: str, size: int) -> Iterator
         first = last
 
 
-# Parts
+# Helpers
 
 
 def _blocks(
     texts: Sequence[str], options: Dedup, num_shingles: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.uint32], list[int], list[int]]]:
-    """Hashes of many documents in blocks, with the starts of the documents in the block and their numbers."""
+    """Blocks of hashes of many documents: the hashes, where each document starts in the block, and its number."""
     parts: list[NDArray[np.uint32]] = []
     starts: list[int] = []
     documents: list[int] = []
@@ -169,7 +170,7 @@ def _blocks(
 
 
 def _hash_spans(points: NDArray[np.uint32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Hashes of spans of ``points``, each by two look-ups in the prefix sums of ``points[k] * B**k``."""
+    """Hashes of spans of ``points``, each from two look-ups in the prefix sums of ``points[k] * B**k``."""
     powers, inverse_powers = _powers()
     sums = np.zeros(len(points) + 1, dtype=np.uint64)
     np.cumsum(points * powers[: len(points)], out=sums[1:])

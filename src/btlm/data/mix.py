@@ -1,8 +1,8 @@
-"""The stage `mix`: held-out documents, decontamination, weights of the sources, and one global order.
+"""The stage `mix`: decontaminates, holds out documents, weights the sources, and shuffles all documents.
 
-Everything that looks random is a function of the seed and a document's SHA-256, so that neither the order of the input
-nor the tasks have a part in it. Documents are put in the order of such a number: tasks sort their own documents by it,
-and other tasks merge what lies in one range of it, a *partition*, which becomes one shard.
+Every random choice is a function of the seed and a document's SHA-256, so that it depends neither on the order of the
+input nor on the tasks. For the shuffle, each document has such a number as its key: some tasks distribute their
+documents over ranges of keys, called *partitions*, and other tasks sort one partition each, which becomes one shard.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from btlm.files import file_sha256, whole_file
 
+from .database import open_database, parquet, write_query
 from .minhash import normalize, shingle_hashes
 from .parts import (
     PARQUET,
@@ -31,7 +32,6 @@ from .parts import (
     write_part,
     write_table,
 )
-from .queries import open_database, parquet, write_query
 from .recipe import Mix, as_settings
 from .shards import SPLITS
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
@@ -48,16 +48,17 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
     """Split documents into train, validation and test, weight and shuffle them.
 
     Args:
-        source: Folder of the stage before.
-        folder: Receives the documents in their order: parts of each split.
+        source: Folder of the previous stage.
+        folder: Folder that receives the shuffled documents, as parts of each split.
         settings: Weights, seed, holdout and decontamination.
         run: How to execute the tasks.
 
     Returns:
-        The stage: ``parts`` with the ``splits`` they belong to, and ``sources`` with the counts of each.
+        The stage's result: ``parts`` with the ``splits`` they belong to, and ``sources`` with the counts per source.
 
     Raises:
-        ValueError: A weight names no source, nothing is left for training, or an evaluation set cannot be read.
+        ValueError: A weight names an unknown source, no document is left for training, or an evaluation set cannot be
+            read.
     """
     before = load_stage(source)
     if unknown := sorted(set(settings.weights) - set(before["sources"])):
@@ -118,7 +119,7 @@ def _digest(file: str) -> str:
 
 
 def _evaluation_ngrams(settings: Mix) -> NDArray[np.uint64]:
-    """Sorted hashes of the word n-grams of every text in the evaluation sets, whatever its field."""
+    """Sorted hashes of the word n-grams of all texts in the evaluation sets, in any field."""
     import orjson
 
     hashes = [np.empty(0, dtype=np.uint64)]
@@ -129,7 +130,7 @@ def _evaluation_ngrams(settings: Mix) -> NDArray[np.uint64]:
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise ValueError(f"mix.decontaminate: {file}, line {number}: no JSON ({error}).") from error
+                raise ValueError(f"mix.decontaminate: {file}, line {number}: not JSON ({error}).") from error
             for text in _texts(row):
                 hashes += shingle_hashes(normalize(text), "words", settings.decontaminate_words)
     return np.unique(np.concatenate(hashes))
@@ -146,7 +147,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _decontaminate(
     source: Path, folder: Path, parts: list[str], settings: Mix, task: int, advance: Callable[[int], None]
 ) -> None:
-    """Numbers of the documents of a part that share an n-gram with the evaluation sets."""
+    """Write the numbers of the documents of a part that share an n-gram with the evaluation sets."""
     import pyarrow as pa
 
     name = parts[task]
@@ -168,7 +169,7 @@ def _any_in(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> bo
     return bool((sorted_values[places] == values).any())
 
 
-# Plan: what happens to documents that are not simply trained on
+# Plan: which documents are held out or dropped
 
 
 def _plan(
@@ -180,10 +181,10 @@ def _plan(
     task: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write the documents that are held out or left out, and count the rest.
+    """Write which documents are held out or dropped, and count the rest.
 
-    Of the documents of a source those with the least SHA-256 of seed and text are held out, in turn for validation and
-    test. Training documents with the SHA-256 of one of them are left out.
+    From each source, the documents with the smallest SHA-256 of seed and text are held out, alternately for validation
+    and test. Training documents with the same text as one of them are dropped.
     """
     with open_database(folder / SCRATCH, memory_gb) as database:
         documents = parquet([source / DOCUMENTS / name for name in parts], "document, source, id, bytes, sha256")
@@ -243,7 +244,7 @@ def _scatter(
     task: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """The documents of a part, repeated by weight, in row groups of one split and partition each."""
+    """Write the documents of a part, repeated by weight, with one row group per split and partition."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -283,7 +284,7 @@ def _scatter(
 
 
 def _copies(settings: Mix, source: str, sha256: str) -> int:
-    """How often a training document is read: the whole part of its weight, once more with the rest as probability."""
+    """How often a training document is repeated: its weight, rounded up or down at random to keep the mean."""
     whole, rest = divmod(settings.weights.get(source, 1.0), 1.0)
     return int(whole) + (_key(settings.seed, "copies", sha256) < rest * _KEYS)
 
@@ -296,7 +297,7 @@ def _key(seed: int, purpose: str, sha256: str) -> int:
 def _order(
     folder: Path, parts: list[str], slots: list[str], task: int, advance: Callable[[int], None]
 ) -> list[Any] | None:
-    """Merge one slot, a partition of a split: its documents in the order of their keys."""
+    """Write one slot, which is a partition of a split: the documents from all tasks, sorted by their keys."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

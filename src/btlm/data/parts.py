@@ -1,4 +1,4 @@
-"""Documents between the stages: Parquet files of bounded size, and the state of the stage that writes them."""
+"""Documents between the stages: Parquet files of bounded size, called parts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from btlm.files import whole_file
 
 from .documents import Document
 
-# Text of one row group, so that single documents can be looked up without reading a whole part.
+# Bytes of text per row group: few, so that a single document can be read without its whole part.
 _ROW_GROUP_BYTES = 8_000_000
 
-# A document's number within a stage: its task, its file among the task's files, and its row in the file.
+# A document's number within a stage consists of its task, its part among the task's parts, and its row in the part.
 _PART_BITS, _ROW_BITS = 16, 24
 _PART_DOCUMENTS = 1 << 20
 
@@ -25,7 +25,7 @@ def first_document(task: int, part: int) -> int:
 
 
 def document_place(document: int) -> tuple[str, int]:
-    """File name and row of a document of a given number."""
+    """File name and row of the document with the given number."""
     task_and_part, row = divmod(document, 1 << _ROW_BITS)
     return part_name(*divmod(task_and_part, 1 << _PART_BITS)), row
 
@@ -42,7 +42,7 @@ def part_number(name: str) -> tuple[int, int]:
 
 
 def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:
-    """An Arrow table of documents, their bytes in UTF-8, and the SHA-256 of these as hexadecimal digits."""
+    """An Arrow table of documents, with their size in bytes of UTF-8 and the SHA-256 of these bytes in hexadecimal."""
     import pyarrow as pa
 
     texts, ids, sources = zip(*(document for document, _, _ in documents), strict=True) if documents else ((), (), ())
@@ -57,16 +57,16 @@ def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:
 
 
 def write_part(folder: Path, name: str, table: Any, order: NDArray[np.int64] | None = None) -> list[Any]:
-    """Write a table of documents as a part, with the documents' numbers.
+    """Write a table of documents as a part, and add the documents' numbers.
 
     Args:
-        folder: Of the parts.
-        name: Of the part.
-        table: Documents.
-        order: Row numbers in the order to write, int64 ``[documents]``; that of the table by default.
+        folder: Folder of the parts.
+        name: File name of the part.
+        table: Table of the documents.
+        order: Row numbers in the order to write, int64 ``[documents]``; by default the table's own order.
 
     Returns:
-        What the stage says of the part: name, documents, bytes of text.
+        The part's entry in the stage's result: name, number of documents, bytes of text.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -88,7 +88,7 @@ def write_part(folder: Path, name: str, table: Any, order: NDArray[np.int64] | N
 
 
 def _take(table: Any, rows: NDArray[np.int64]) -> Any:
-    """Rows of a table; unlike Arrow's, which copies all text of a table of several chunks to begin with."""
+    """Rows of a table. Arrow's own ``take`` would first copy all text of a table that has several chunks."""
     import pyarrow as pa
 
     chunks = table["text"].chunks
@@ -107,7 +107,7 @@ def write_table(path: Path, table: Any) -> None:
         pq.write_table(table, partial, **PARQUET)
 
 
-# Text has no repeated values to gain from, and the bounds of its values would take as much space as itself.
+# Texts do not repeat, so a dictionary gains nothing; the least and greatest value, as statistics, would be whole texts.
 PARQUET: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
@@ -134,7 +134,7 @@ def read_groups(path: Path, columns: Sequence[str]) -> Iterator[Any]:
 
 
 class PartWriter:
-    """Writes the documents of a task as parts of about ``part_bytes`` of text."""
+    """Writes the documents of a task as parts of about ``part_bytes`` bytes of text."""
 
     def __init__(self, folder: Path, task: int, part_bytes: int) -> None:
         self.parts: list[list[Any]] = []
@@ -154,12 +154,12 @@ class PartWriter:
             self._pack()
 
     def _pack(self) -> None:
-        # As Arrow's bytes, text takes half to a quarter of what it takes as Python's strings.
+        # In Arrow, text takes half to a quarter of the memory that it takes as Python strings.
         self._tables.append(table_of(self._documents))
         self._documents = []
 
     def flush(self) -> None:
-        """Write what was added since the last part."""
+        """Write the documents that were added since the last part."""
         import pyarrow as pa
 
         if self._number:
@@ -171,7 +171,7 @@ class PartWriter:
 
 
 def add_counts(total: dict[str, dict[str, int]], more: Iterable[tuple[str, dict[str, int]]]) -> None:
-    """Add numbers by source and name."""
+    """Add the counts ``more`` to ``total``, by source and by name of the count."""
     for source, counts in more:
         entry = total.setdefault(source, {})
         for name, value in counts.items():

@@ -1,4 +1,4 @@
-"""What the stages did to each source, in the form of SlimPajama's table: text, JSON and a picture."""
+"""A report of what the stages did to each source, like SlimPajama's table: as text, JSON and a picture."""
 
 import warnings
 from collections.abc import Callable
@@ -17,28 +17,28 @@ from .stage import Run, load_stage
 
 TEXT, JSON, PICTURE = "report.txt", "report.json", "report.png"
 _WIDTH = 140
-# Longest name of a source that is shown, and most sources in the picture.
+# Longest source name that is shown, in characters, and largest number of bars in the picture.
 _NAME, _BARS = 40, 30
 
 
 def write_report(stage: Path, folder: Path, run: Run) -> None:
-    """Write ``report.txt``, ``report.json`` and ``report.png`` of a stage and those before it, and print the table."""
+    """Write ``report.txt``, ``report.json`` and ``report.png`` on a stage and those before it, and print the table."""
     rows = report_rows(load_stage(stage))
     write_json(folder / JSON, rows)
     table = report_table(rows)
     with (folder / TEXT).open("w", encoding="utf-8") as file:
         Console(file=file, width=_WIDTH).print(table)
     plot_report(rows, folder / PICTURE)
-    # A narrow terminal breaks its lines: better than numbers that are cut off.
+    # A narrow terminal wraps the lines, which is better than numbers that are cut off.
     Console(stderr=True, width=max(run.console.width, _WIDTH)).print(table)
     run.say(f"Wrote {folder / TEXT}, {folder / JSON} and {folder / PICTURE}")
 
 
 def report_rows(stage: dict[str, Any]) -> list[dict[str, Any]]:
-    """Counts of each source and of ``all``; those of stages that were not run are left out.
+    """Counts per source and for ``all`` together; stages that did not run have no counts.
 
-    ``documents`` and ``bytes`` are of the input as it was read; ``tokens`` are of all splits, with the end-of-text of
-    each document.
+    ``documents`` and ``bytes`` count the input as it was read; ``tokens`` counts all splits, including one end-of-text
+    per document.
     """
     history = stage["history"]
     sources = sorted({source for entry in history.values() for source in entry["sources"]})
@@ -77,7 +77,7 @@ def _pair(counts: dict[str, int], name: str) -> dict[str, int]:
 
 
 def report_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table; percentages are of what each stage was given."""
+    """The rows as a table; percentages are relative to the input of each stage."""
     columns: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
         ("documents", "documents", lambda row: f"{row['documents']:,}"),
         ("MB", "bytes", lambda row: f"{row['bytes'] / 1e6:,.1f}"),
@@ -105,7 +105,7 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _short_names(rows: list[dict[str, Any]]) -> list[str]:
-    """The sources without what those of SlimPajama begin with, as far as they stay apart, and not too long to show."""
+    """Source names to show: without SlimPajama's prefix if they stay distinct, and cut if they are long."""
     names = [row["source"] for row in rows]
     short = [name.removeprefix("RedPajama") or name for name in names]
     names = short if len(set(short)) == len(names) else names
@@ -122,7 +122,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
-    """What became of the documents and the bytes of each source, of the largest if there are many, as a PNG."""
+    """Plot the shares of each source that were kept and removed, as a PNG; of many sources, the largest are shown."""
     plt = pyplot()
     if len(rows) > _BARS:
         largest = sorted(rows[:-1], key=lambda row: -row["bytes"])[: _BARS - 1]
@@ -155,5 +155,6 @@ def plot_report(rows: list[dict[str, Any]], picture: Path) -> None:
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in another script: boxes are drawn
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         save_figure(figure, picture)

@@ -1,10 +1,11 @@
 """Token shards: streams of uint16 tokens on disk, from which rows of any length are read.
 
-A folder holds, for every shard of a split:
+A folder holds for each shard of a split:
 
 - ``{split}-{index:05d}.bin``: uint16 little-endian tokens, every document followed by end-of-text;
-- ``{split}-{index:05d}.offsets.npy``: int64 ``[documents + 1]``, where each document starts, and the end of the last;
-- ``{split}-{index:05d}.sources.npy``: uint16 ``[documents]``, index of its source in the manifest's ``sources``;
+- ``{split}-{index:05d}.offsets.npy``: int64 ``[documents + 1]``, start of each document, then the end of the last;
+- ``{split}-{index:05d}.sources.npy``: uint16 ``[documents]``, index of each document's source in the manifest's
+  ``sources``;
 
 and ``manifest.json``, written last. The stream of a split is the concatenation of its shards in the manifest's order.
 Workers of the data pipeline import this module, so it imports neither torch nor Transformers.
@@ -34,7 +35,7 @@ END_OF_TEXT = 50256
 MAX_SOURCES = 2**16
 TOKENIZER_FOLDER = Path(__file__).parents[1] / "model" / "tokenizer"
 
-# Every open map holds a file descriptor, of which a process has 1024 by default.
+# Every open map takes a file descriptor, and a process may have 1024 by default.
 _OPEN_MAPS = 512
 _NPY_HEADER = 128
 _COUNTS = ("documents", "bytes", "tokens")
@@ -47,16 +48,17 @@ def tokenizer_sha256() -> str:
 
 
 def write_shard(folder: Path | str, name: str, documents: Iterable[tuple[ArrayLike, int, int]]) -> dict[str, Any]:
-    """Write one shard. Its files appear when it is complete, the same bytes for the same documents.
+    """Write one shard. Its files appear only when complete; the same documents give the same bytes.
 
     Args:
-        folder: Exists.
-        name: ``{split}-{index:05d}``.
-        documents: Token ids without end-of-text ``[tokens]``, index of the source, and bytes of text, one at a time.
+        folder: An existing folder.
+        name: Name of the shard, ``{split}-{index:05d}``.
+        documents: For each document, its token ids without end-of-text ``[tokens]``, the index of its source, and its
+            bytes of text.
 
     Returns:
-        The entry for :func:`write_manifest`: name, documents, bytes, tokens, SHA-256 by suffix, and the counts of each
-        source by its index (a string, as in JSON).
+        The entry for :func:`write_manifest`: name, documents, bytes, tokens, SHA-256 by suffix, and the counts per
+        source, by its index (a string, as in JSON).
     """
     folder = Path(folder)
     offsets, source_of = [0], []
@@ -94,10 +96,10 @@ def write_manifest(
     """Write the manifest, which makes a folder of shards complete.
 
     Args:
-        folder: Holds the shards.
-        shards: What :func:`write_shard` returned, in the order of the stream, for each split.
-        sources: Names that the indices of sources stand for.
-        extra: Further keys.
+        folder: Folder that holds the shards.
+        shards: Results of :func:`write_shard` per split, in the order of the stream.
+        sources: Names of the sources, by index.
+        extra: Further keys of the manifest.
 
     Returns:
         The manifest.
@@ -126,11 +128,11 @@ class TokenShards:
     """The streams of a folder of shards, memory-mapped.
 
     Args:
-        folder: What :func:`write_shard` and :func:`write_manifest` wrote.
-        verify: Read every file once and compare its SHA-256.
+        folder: Folder that :func:`write_shard` and :func:`write_manifest` wrote.
+        verify: Whether to read every file once and compare its SHA-256.
 
     Raises:
-        ValueError: Names the file that is missing, damaged, of another format or of another tokenizer.
+        ValueError: A file is missing, damaged, of another format or of another tokenizer; the message names it.
     """
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
@@ -146,29 +148,29 @@ class TokenShards:
         self._check(verify)
 
     def num_tokens(self, split: str) -> int:
-        """Tokens of a split; 0 where there is no such split."""
+        """Number of tokens of a split; 0 if there is no such split."""
         return self._starts.get(split, [0])[-1]
 
     def fingerprint(self, split: str) -> str:
-        """SHA-256 that tells the stream of a split, with its documents, from others."""
+        """SHA-256 that identifies the tokens and the documents of a split."""
         parts = [
             shard["sha256"][suffix] for shard in self._shards.get(split, []) for suffix in (".bin", ".offsets.npy")
         ]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def tokens(self, split: str, start: int, count: int) -> NDArray[np.uint16]:
-        """``count`` tokens of the stream from ``start``, uint16; fewer where it ends before."""
+        """``count`` tokens of the stream from ``start``, uint16 ``[tokens]``; fewer if the stream ends before."""
         count = max(0, min(count, self.num_tokens(split) - start))
         row: NDArray[np.uint16] = self.rows(split, np.array([start]), count)[0]
         return row
 
     def rows(self, split: str, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
-        """Rows of the stream, which goes on at its start where it ends.
+        """Rows of the stream, which is read cyclically.
 
         Args:
-            split: With tokens.
-            offsets: Where each row starts, int64 ``[rows]``, below the tokens of the split.
-            length: Tokens of a row.
+            split: A split that has tokens.
+            offsets: Start of each row in the stream, int64 ``[rows]``, below the number of tokens of the split.
+            length: Tokens per row.
 
         Returns:
             uint16 ``[rows, length]``.
@@ -182,9 +184,9 @@ class TokenShards:
         return result
 
     def document_starts(self, split: str, start: int, count: int) -> NDArray[np.int64]:
-        """Which of ``count`` tokens from ``start`` begin a document: places from 0 to ``count - 1``, int64, ascending.
+        """Which of ``count`` tokens from ``start`` begin a document: positions from 0 to ``count - 1``, int64.
 
-        The stream goes on at its start where it ends, as for :meth:`rows`.
+        The positions ascend. The stream is read cyclically, as in :meth:`rows`.
         """
         parts, done = [np.empty(0, dtype=np.int64)], 0
         for shard, first, stop in self._spans(split, start, count):
@@ -209,7 +211,7 @@ class TokenShards:
         return np.concatenate(parts)
 
     def _spans(self, split: str, start: int, count: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """The shards that a piece of the stream lies in, with its start and stop in each."""
+        """The shards that a piece of the stream covers, with its start and stop in each."""
         shards, starts = self._shards.get(split, []), self._starts.get(split, [0])
         index = bisect_right(starts, start) - 1
         while count > 0:
@@ -223,7 +225,7 @@ class TokenShards:
     def _open(self, name: str) -> NDArray[Any]:
         path = self._folder / name
         opened = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype="<u2", mode="r")
-        return np.asarray(opened)  # A slice of a memmap takes four times as long as one of an array.
+        return np.asarray(opened)  # Slicing a memmap takes four times as long as slicing an array.
 
     def _check(self, verify: bool) -> None:
         """Raise for the first file that is not what the manifest says."""
@@ -250,7 +252,7 @@ class TokenShards:
                     raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, not {wanted}; {again}.")
 
 
-# Parts
+# Helpers
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -260,9 +262,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         version, tokenizer = manifest.get("format"), manifest.get("tokenizer", {}).get("sha256")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of token shards ({error}); tokenize the documents again.") from error
+        raise ValueError(
+            f"{path} is not a manifest of token shards ({error}); tokenize the documents again."
+        ) from error
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}; tokenize the documents again.")
+        raise ValueError(f"{path} has format {version}, but this version reads {FORMAT}; tokenize the documents again.")
     if tokenizer != tokenizer_sha256():
         raise ValueError(
             f"{path} was written with another tokenizer (SHA-256 {tokenizer}, BTLM's is {tokenizer_sha256()}); "

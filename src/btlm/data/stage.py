@@ -1,7 +1,7 @@
-"""Stages: a folder each, complete when ``stage.json`` is there.
+"""Stages of the data pipeline: each has a folder, and is complete when the folder holds ``stage.json``.
 
-A stage begins by writing what it depends on, its *key*. The same key goes on where the last attempt ended; another one
-is refused.
+A stage first writes its *key*: everything that its output depends on. An attempt with the same key continues where the
+last one ended; an attempt with another key is refused.
 """
 
 import json
@@ -22,7 +22,7 @@ from btlm.files import file_sha256, locked, remove_partial_files, write_json
 
 from .recipe import Execution
 
-# Differences that an error names.
+# Number of differences that an error lists.
 _DIFFERENCES = 3
 
 BEGUN, COMPLETE, LOG, DOCUMENTS = "begun.json", "stage.json", "log.txt", "documents"
@@ -30,7 +30,7 @@ BEGUN, COMPLETE, LOG, DOCUMENTS = "begun.json", "stage.json", "log.txt", "docume
 
 @dataclass(frozen=True)
 class Run:
-    """One command: how its tasks are executed, and where it tells what it does."""
+    """How one command executes its tasks, and where it reports what it does."""
 
     execution: Execution
     console: Console
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def workers(self) -> int:
-        """Tasks at a time."""
+        """Number of tasks that run at the same time."""
         return self.execution.workers or os.cpu_count() or 1
 
     def say(self, line: str) -> None:
@@ -50,7 +50,7 @@ class Run:
 
 @contextmanager
 def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
-    """Everything that a command needs to run stages into ``output``, which no other command works in meanwhile.
+    """Lock ``output`` for one command, and yield what its stages need to run.
 
     Raises:
         ValueError: Another command works in ``output``, or it holds files that no stage wrote.
@@ -60,11 +60,11 @@ def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
         raise ValueError(f"{output} is a file; give a folder.")
     if pattern := sorted(set(str(output.resolve())) & set("*?[]{}")):
         raise ValueError(
-            f"The path of {output} holds {' '.join(pattern)}, which DuckDB takes for a pattern; give another."
+            f"The path of {output} contains {' '.join(pattern)}, which DuckDB takes for a pattern; give another."
         )
     output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not (output / LOG).exists():
-        raise ValueError(f"{output} holds files that are not of a data stage; give a new or empty folder.")
+        raise ValueError(f"{output} holds files that no data stage wrote; give a new or empty folder.")
     with locked(output / LOG, f"Another command works in {output}; wait for it, or give another folder."):
         yield Run(execution, Console(stderr=True), output / LOG)
 
@@ -73,16 +73,16 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
     """Start or continue a stage.
 
     Args:
-        folder: Of the stage.
-        name: Of the stage.
+        folder: Folder of the stage.
+        name: Name of the stage.
         key: Everything that its output depends on, as plain values.
-        run: ``run.execution.force`` starts over where the key is another.
+        run: The command; with ``run.execution.force``, a stage with another key starts over.
 
     Returns:
         Whether the stage is complete already.
 
     Raises:
-        ValueError: The folder holds a stage of another key; names what differs.
+        ValueError: The folder holds a stage with another key; the message lists the differences.
     """
     key = json.loads(json.dumps({"stage": name, **key}))
     if (folder / BEGUN).exists():
@@ -90,7 +90,7 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
         if before != key:
             if not run.execution.force:
                 raise OptionError(
-                    "{} holds a stage of other settings or input ({}); give another folder, or {force} to start this "
+                    "{} holds a stage with other settings or input ({}); give another folder, or {force} to start this "
                     "stage over.",
                     *(folder, _list(_differences(before, key))),
                 )
@@ -106,7 +106,7 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
 
 
 def _start_over(folder: Path) -> None:
-    """Remove what a stage has written. Killed in between, the stage has its old key and is not complete."""
+    """Remove what a stage has written. If this is interrupted, the stage keeps its old key and is not complete."""
     (folder / COMPLETE).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not (path / BEGUN).exists():  # a stage inside has its own key
@@ -117,16 +117,16 @@ def _start_over(folder: Path) -> None:
 
 
 def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) -> dict[str, Any]:
-    """Mark a stage as complete, with what it tells those after it.
+    """Mark a stage as complete, and record its result for later stages.
 
     Args:
-        folder: Of the stage.
-        result: Plain values; ``sources`` are its counts.
-        before: Folder of the stage that it continues.
+        folder: Folder of the stage.
+        result: The result as plain values; ``sources`` holds the counts per source.
+        before: Folder of the previous stage.
 
     Returns:
-        The stage: the result with ``before``, the path to the folder of that stage from this one, and ``history``, the
-        settings and counts of all stages so far by their names. Nothing in the history depends on when or where it ran.
+        The result, with ``before`` (relative path of the previous stage's folder) and ``history`` (settings and counts
+        of all stages so far, by name). The history does not depend on when or where the stages ran.
     """
     remove_partial_files(folder)
     key = json.loads((folder / BEGUN).read_text())
@@ -140,25 +140,25 @@ def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) 
 
 
 def load_stage(folder: Path) -> dict[str, Any]:
-    """What a complete stage tells: its ``key`` and its result.
+    """What a complete stage recorded: its ``key`` and its result.
 
     Raises:
         ValueError: The stage is not complete.
     """
     if not (folder / COMPLETE).exists():
-        raise ValueError(f"{folder} is not a complete stage; run the command that writes it again.")
+        raise ValueError(f"{folder} is not a complete stage; rerun the command that writes it.")
     stage: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
     return stage
 
 
 def key_digest(folder: Path) -> str:
-    """A short name for the key of the stage that was begun in a folder; ``none`` if there is none."""
+    """Short digest of the key of the stage in ``folder``; ``none`` if no stage has begun there."""
     begun = folder / BEGUN
     return file_sha256(begun)[:12] if begun.exists() else "none"
 
 
 def stage_digest(folder: Path) -> str:
-    """What the key of a stage says of the stage before it."""
+    """Digest of a complete stage, which goes into the key of the next one."""
     return file_sha256(folder / COMPLETE)
 
 

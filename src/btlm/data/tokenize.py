@@ -1,4 +1,4 @@
-"""The stage `tokenize`: documents in their order to token shards."""
+"""The stage `tokenize`: turns documents into token shards, in their order."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,20 +14,20 @@ from .shards import TOKENIZER_FOLDER, tokenizer_sha256, write_manifest, write_sh
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
-# How GPT-2 splits text before byte-pair encoding, in the form that tiktoken gave it to save backtracking.
+# How GPT-2 splits text before byte-pair encoding, in tiktoken's form, which avoids backtracking.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def tokenize(source: Path, folder: Path, run: Run) -> dict[str, Any]:
-    """Write a shard for each part of the stage before, and the manifest when all are there.
+    """Write one shard per part of the previous stage, then the manifest.
 
     Args:
-        source: Folder of the stage before; all of it is the split ``train`` unless it was mixed.
-        folder: Receives the shards.
+        source: Folder of the previous stage. If it was not mixed, all documents belong to the split ``train``.
+        folder: Folder that receives the shards.
         run: How to execute the tasks.
 
     Returns:
-        The manifest, which tells the settings and counts of the stages before as ``history``.
+        The manifest; its ``history`` holds the settings and counts of the earlier stages.
     """
     before = load_stage(source)
     key = {"tokenizer": tokenizer_sha256(), "input": stage_digest(source)}
@@ -71,7 +71,7 @@ def _tokenize_part(
 
 
 def encode(text: str) -> NDArray[np.uint32]:
-    """Token ids of a text in GPT-2's vocabulary; a special token that the text spells out is text."""
+    """Token ids of a text, uint32 ``[tokens]``; ``<|endoftext|>`` in the text is encoded as ordinary text."""
     try:
         tokens: NDArray[np.uint32] = _encoding().encode_to_numpy(text, disallowed_special=())
     except ValueError:  # a run of white space so long that tiktoken's regular expressions give up
@@ -80,16 +80,16 @@ def encode(text: str) -> NDArray[np.uint32]:
 
 
 def decode(tokens: NDArray[np.unsignedinteger[Any]]) -> str:
-    """The text of token ids; parts of a character become U+FFFD."""
+    """The text of token ids; incomplete characters become U+FFFD."""
     return str(_encoding().decode(tokens.tolist()))
 
 
 @cache
 def _encoding() -> Any:
-    """The bundled vocabulary in tiktoken, which is several times as fast as tokenizers, with the same ids."""
+    """The bundled vocabulary in tiktoken, which gives the same ids as tokenizers and is several times as fast."""
     import tiktoken
 
-    # The vocabulary spells the bytes that are no printable character of Latin-1 with the characters from U+0100 on.
+    # The vocabulary writes bytes that are not printable characters of Latin-1 as the characters from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

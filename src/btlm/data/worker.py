@@ -1,6 +1,6 @@
-"""Imported only by the process that local workers are forked from: none of them outlives the command.
+"""Makes local workers end with their command. Only the process that they are forked from imports this module.
 
-A command that is killed cannot end its workers. Linux does it: each process asks to be killed with its parent.
+A killed command cannot end its workers itself. Linux can: each process asks to be killed when its parent dies.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""DuckDB for what concerns all documents at once: it sorts, joins and groups on disk in bounded memory."""
+"""DuckDB for work on all documents at once: it sorts, joins and groups on disk in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from btlm.files import whole_file
 
 @contextmanager
 def open_database(folder: Path, memory_gb: float) -> Iterator[Any]:
-    """A DuckDB connection on one core that holds ``memory_gb`` at most, and spills the rest into ``folder``."""
+    """A DuckDB connection on one core, with at most ``memory_gb`` of memory; the rest is spilled into ``folder``."""
     import duckdb
 
     folder.mkdir(parents=True, exist_ok=True)
-    # A name of its own: the same task of a killed command may still run elsewhere.
+    # Each attempt has its own folder: the same task of a killed command may still be running elsewhere.
     with (
         TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name,
         duckdb.connect(f"{name}/database") as database,
@@ -41,7 +41,7 @@ def write_query(database: Any, query: str, path: Path) -> None:
 
 
 def parquet(files: Iterable[Path], columns: str = "*") -> str:
-    """SQL of a table: the rows of Parquet files."""
+    """SQL for a table that holds the rows of Parquet files."""
     listed = ", ".join(f"'{_quoted(file)}'" for file in files)
     return f"(SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false))"
 
