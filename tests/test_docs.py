@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w./-])(?:src|tests|docs|benchmarks|examples|recipes)/[\w./-]*\w")
 NAME = re.compile(r"\bbtlm(?:\.[a-zA-Z_]\w*)+(?=\W|$)")
-COMMAND = re.compile(r"(?:^|(?<!from)\s)(btlm|python (?:benchmarks|examples)/\w+\.py) +([^#|<>]*)")
+COMMAND = re.compile(r"(?:^|\s)(btlm|python (?:benchmarks|examples)/\w+\.py) +([^#|<>]*)")
 
 
 def link_problem(document: Path, target: str, heading: str) -> str | None:
@@ -79,7 +79,8 @@ def problems_of(document: Path, text: str) -> list[str]:
     """What a document names and the repository does not have."""
     problems = [link_problem(document, *link) for link in LINK.findall(text)]
     for block, span in CODE.findall(text):
-        for line in block.replace("\\\n", " ").splitlines() or [" ".join(span.split())]:
+        block = re.sub(r"from (btlm[\w.]*) import (\w+)", r"\1.\2", block.replace("\\\n", " "))
+        for line in block.splitlines() or [" ".join(span.split())]:
             problems += [f"{path} does not exist" for path in PATH.findall(line) if not (ROOT / path).exists()]
             problems += [name_problem(name) for name in NAME.findall(line)]
             problems += [command_problem(*command) for command in COMMAND.findall(line)]
