@@ -129,7 +129,7 @@ def test_a_run_that_nobody_watches_tells_itself_line_by_line(finished: Run) -> N
         if record in held_out:
             values = "  ".join(f"{name} {record['bits_per_byte'][name]:.3f}" for name in ("essays", "tales", "mean"))
             nats = record["nats_per_token"]["mean"]
-            expected.append(f"held out after step {record['step']}: {nats:.3f} nats a token, bits a byte: {values}")
+            expected.append(f"held out after step {record['step']}: {nats:.3f} nats per token, bits per byte: {values}")
     expected.append(f"Wrote {finished.output / 'model'} and {finished.output / 'loss.png'}")
     assert [record["step"] for record in held_out] == [2, 4]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
@@ -267,7 +267,7 @@ LONG = dict.fromkeys(RAW["stages"][0], 2**16)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, steps: list[int], **values: Any) -> None:
-    """Instead of training: the records of these steps of 64 tokens, at 64 tokens a second."""
+    """Instead of training: the records of these steps of 64 tokens, at 64 tokens per second."""
 
     def train(recipe: Any, *_: object, **__: object) -> Iterator[dict[str, Any]]:
         for step in steps:
@@ -362,8 +362,8 @@ def test_sigterm_ends_with_a_checkpoint(
     assert not (output / "model").exists()
     assert (output / "loss.png").exists()
     told = capsys.readouterr().err.splitlines()
-    assert "btlm: Stopping after this step (SIGTERM); once more stops at once." in told
-    assert told[-1] == "Stopped after step 3 with a checkpoint; the same command goes on from there."
+    assert "btlm: Stopping after this step (SIGTERM); a second signal stops at once." in told
+    assert told[-1] == "Stopped after step 3 with a checkpoint; the same command continues from there."
 
     # Another recipe is refused, and the same goes on to the same end.
     with pytest.raises(ValueError, match="seed is 1 there, 2 here"):
@@ -417,7 +417,7 @@ def test_a_process_that_is_terminated_exits_with_143_and_goes_on(tmp_path: Path,
 
     first = call("-c", TERMINATED)
     assert (first.returncode, first.stdout) == (143, ""), first.stderr
-    assert first.stderr.endswith("\nStopped after step 2 with a checkpoint; the same command goes on from there.\n")
+    assert first.stderr.endswith("\nStopped after step 2 with a checkpoint; the same command continues from there.\n")
     assert "Traceback" not in first.stderr
     second = call("-m", "btlm")
     assert (second.returncode, second.stdout) == (0, ""), second.stderr

@@ -64,7 +64,7 @@ def test_plot_shows_where_the_rows_become_longer(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(matplotlib.axes.Axes, "text", text)
     write_metrics(tmp_path, 560)
     plot_metrics(tmp_path, tmp_path / "loss.png")
-    assert texts == [(420 * 8192 / 1e6, "8,192 tokens a row")]
+    assert texts == [(420 * 8192 / 1e6, "8,192 tokens per row")]
 
 
 def test_plot_marks_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, shards: TokenShar
     run(tiny_recipe(), shards, tmp_path / "run", steps=2)
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     message = (
-        rf"^{tmp_path}/run/checkpoints/step-00000002 is of another run; give a new output folder\. "
+        rf"^{tmp_path}/run/checkpoints/step-00000002 belongs to another run; give a new output folder\. "
         r".* \(data is \w+, was \w+\);"
     )
     with pytest.raises(ValueError, match=message) as caught:
@@ -361,7 +361,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, shards: Token
     run(tiny_recipe(), shards, tmp_path, steps=2)
     other = tiny_recipe(optimizer=Optimizer(lr=0.03, clip_norm=0.5))
     with pytest.raises(
-        ValueError, match=r"step-00000002 is of another recipe \(optimizer\.lr is 0\.02 there, 0\.03 here\)"
+        ValueError, match=r"step-00000002 belongs to another recipe \(optimizer\.lr is 0\.02 there, 0\.03 here\)"
     ):
         run(other, shards, tmp_path)
     # How it is executed may change.
@@ -518,7 +518,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(
     step = (at + 1) // 2
     with pytest.raises(
         NotFinite,
-        match=rf"^Step {step}: loss .*, gradient norm .*; nothing was updated; .*not_finite.json tells",
+        match=rf"^Step {step}: loss .*, gradient norm .*; nothing was updated; .*not_finite.json names",
     ):
         run(recipe, shards, tmp_path)
     ((model, before),) = kept
@@ -615,7 +615,7 @@ def test_a_checkpoint_before_a_damaged_one_is_not_taken_for_an_old_one(
     run(recipe, shards, tmp_path, steps=5)
     damage(tmp_path / "checkpoints/step-00000005", "state/.metadata", "missing")
     damage(tmp_path / "checkpoints/step-00000004", "state/.metadata", "missing")
-    with pytest.raises(ValueError, match="is whole"):
+    with pytest.raises(ValueError, match="is intact"):
         run(recipe, shards, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/step-00000004")
     shutil.copytree(tmp_path / "checkpoints/step-00000005", tmp_path / "checkpoints/step-00000007")
@@ -657,7 +657,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path
     for folder in (tmp_path / "checkpoints").iterdir():
         damage(folder, "state/.metadata", "flipped")
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"^No checkpoint of .* is whole \(.*step-00000002.*\); remove the folder"):
+    with pytest.raises(ValueError, match=r"^No checkpoint of .* is intact \(.*step-00000002.*\); remove the folder"):
         run(tiny_recipe(), shards, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

@@ -197,7 +197,7 @@ def test_schedule_of_btlm_3b() -> None:
     recipe = load_recipe(ROOT / "recipes/btlm-3b.yaml")
     for step in (1, 2, 50, 94, 95):
         assert recipe.lr_factor(step * 3_932_160) == pytest.approx(step / 95)
-    # 159,541 steps down in one line; 119,727 is the last at 2,048 tokens a row.
+    # 159,541 steps down in one line; 119,727 is the last at 2,048 tokens per row.
     for step in (95, 96, 10_000, 119_726, 119_727, 119_728, 159_635, 159_636):
         assert recipe.lr_factor(step * 3_932_160) == pytest.approx(1 - (1 - 0.0085) * (step - 95) / 159_541)
 

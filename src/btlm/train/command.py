@@ -1,4 +1,4 @@
-"""`btlm train`: one run from a recipe, watched, resumed by the same command, with its curve at the end."""
+"""The command `btlm train`: starts or resumes the run of a recipe, shows its progress, and plots its curve."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,9 +24,9 @@ from .recipe import Recipe
 from .recipe_file import as_dict, changes_of_result, dump_recipe, load_recipe
 from .state import FOLDER
 
-# Lines in the log of a run that nobody watches.
+# Number of progress lines of a run without a terminal.
 LOG_LINES = 200
-# What the shell reports of a process that SIGTERM ended.
+# Exit status that a shell reports for a process ended by SIGTERM.
 TERMINATED = 143
 
 
@@ -37,25 +37,25 @@ def run_training(
     device: str = "auto",
     changes: dict[str, Any] | None = None,
 ) -> None:
-    """Train by a recipe on token shards; the same call continues an interrupted run.
+    """Train on token shards by a recipe; the same call continues an interrupted run.
 
     Args:
-        recipe_path: YAML file; a copy is kept in ``output``.
+        recipe_path: YAML file of the recipe; a copy is kept in ``output``.
         data: Folder of token shards.
-        output: Receives ``model/``, ``metrics.jsonl``, ``loss.png``, TensorBoard files and the checkpoints.
-        device: Of torch, or ``auto`` for a GPU where there is one.
+        output: Folder that receives ``model/``, ``metrics.jsonl``, ``loss.png``, TensorBoard files and the checkpoints.
+        device: Torch device, or ``auto`` for a GPU if there is one.
         changes: Values to set on top of the recipe, by dotted key.
 
     Raises:
-        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run of other ones.
-        SystemExit: With 143 after a signal, when a checkpoint was written.
+        ValueError: The recipe, the shards or the device cannot be used, or ``output`` holds a run with others.
+        SystemExit: Status 143 if a signal stopped the run and a checkpoint was written.
     """
     output = Path(output)
     recipe = load_recipe(recipe_path, changes)
     shards = TokenShards(data)
     ranks = join_ranks(device)
     try:
-        # Both complain, if they have to, before there is an output folder.
+        # Both raise their errors before the output folder is created.
         training_batches(recipe, shards, ranks)
         config = recipe.config
         if ranks.first:
@@ -81,7 +81,7 @@ def run_training(
                 if "bits_per_byte" in record:
                     by_source = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
                     nats = record["nats_per_token"]["mean"]
-                    log(f"held out after step {last:,}: {nats:.3f} nats a token, bits a byte: {by_source}")
+                    log(f"held out after step {last:,}: {nats:.3f} nats per token, bits per byte: {by_source}")
         if ranks.first:
             _finish(recipe, output, console, last)
         if 0 < last < recipe.total_steps:
@@ -90,14 +90,14 @@ def run_training(
         ranks.leave()
 
 
-# Parts
+# Helpers
 
 
 def _keep_recipe(recipe: Recipe, output: Path) -> None:
-    """Put the recipe into the output folder, or hold it against the one that the run there began with.
+    """Write the recipe into the output folder, after comparing it with that of a run that began there.
 
     Raises:
-        ValueError: The run there is of another recipe.
+        ValueError: The run in the folder has another recipe.
     """
     kept = output / "recipe.yaml"
     begun = kept.exists() and (any((output / FOLDER).glob("step-????????")) or (output / "model").exists())
@@ -111,7 +111,7 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    """Print one line, however long: paths and logs are copied and searched."""
+    """Print one line without wrapping it, so that paths can be copied and logs searched."""
     console.print(line, soft_wrap=True)
 
 
@@ -119,11 +119,11 @@ def _say(console: Console, line: str) -> None:
 def _progress(
     recipe: Recipe, config: BTLMConfig, console: Console
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-    """What shows a record: a bar on a terminal, else a line now and then; and what prints a line beside it.
+    """Yield a function that shows a record, as a bar on a terminal or else in some lines, and one that prints a line.
 
-    Warnings of the trainer come as such lines too.
+    Warnings of the trainer are printed as lines too.
     """
-    details = TextColumn("{task.fields[status]}")  # which has the remaining time
+    details = TextColumn("{task.fields[status]}")  # the status includes the remaining time
     bars = progress_bars(details, console=console, transient=False, remaining=False)
     every = max(1, recipe.total_steps // LOG_LINES)
     with bars as progress, _messages(console):
@@ -140,7 +140,7 @@ def _progress(
 
 
 def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
-    """One line: loss, learning rate, gradient norm, speed, MFU, time that is left, stage."""
+    """One line of status: loss, learning rate, gradient norm, speed, MFU, remaining time, tokens per row."""
     left = timedelta(seconds=round(_seconds_left(recipe, config, record)))
     return (
         f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
@@ -149,7 +149,7 @@ def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
 
 
 def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> float:
-    """At the speed of this step, counted in FLOPs: a token of a long row costs more."""
+    """Remaining seconds at the FLOP/s of this step, since a token costs more in a longer row."""
     start, flops = 0, 0.0
     for stage in recipe.stages:
         tokens = stage.steps * stage.batch_tokens
@@ -162,7 +162,7 @@ def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) ->
 
 @contextmanager
 def _messages(console: Console) -> Iterator[None]:
-    """Show the warnings of the trainer, a line each."""
+    """Print each warning of the trainer as a line."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: _say(console, f"btlm: {record.getMessage()}")  # type: ignore[method-assign]
     log = logging.getLogger("btlm.train")
@@ -177,6 +177,6 @@ def _finish(recipe: Recipe, output: Path, console: Console, last: int) -> None:
     picture = output / "loss.png"
     plot_metrics(output, picture)
     if 0 < last < recipe.total_steps:
-        _say(console, f"Stopped after step {last:,} with a checkpoint; the same command goes on from there.")
+        _say(console, f"Stopped after step {last:,} with a checkpoint; the same command continues from there.")
     else:
         _say(console, f"Wrote {output / 'model'}" + (f" and {picture}" if picture.exists() else ""))

@@ -1,4 +1,4 @@
-"""The curve of a run: loss against tokens, from its metrics."""
+"""Plot of a run: loss against tokens."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +11,11 @@ from .metrics import read_metrics
 
 
 def plot_metrics(output: Path, picture: Path) -> None:
-    """Training loss and held-out bits per byte against tokens, as a PNG; spikes are marked. Nothing without records.
+    """Plot training loss (with spikes marked) and held-out bits per byte against tokens; nothing without records.
 
     Args:
-        output: Of a run.
-        picture: The file to write.
+        output: Output folder of the run.
+        picture: PNG file to write.
     """
     if not (records := read_metrics(output)):
         return
@@ -35,8 +35,8 @@ def plot_metrics(output: Path, picture: Path) -> None:
     if spikes := [record for record in records if "spike" in record]:
         places = [record["tokens"] / 1e6 for record in spikes]
         left.plot(places, [record["loss"] for record in spikes], "x", color="C3", label="spike")
-    left.set_ylabel("training loss (nats a token)")
-    # The first steps, whose loss can be several times the others', would flatten the rest of the curve.
+    left.set_ylabel("training loss (nats per token)")
+    # The loss of the first steps can be several times as high, and would flatten the rest of the curve.
     left.set_ylim(top=min(left.get_ylim()[1], 2 * np.median(loss)))
     left.legend(edgecolor="none", fontsize=8, loc="upper right")
     if evaluated:
@@ -51,7 +51,7 @@ def plot_metrics(output: Path, picture: Path) -> None:
                 linewidth=2 if mean else 1,
                 marker=".",
             )
-        right.set_ylabel("held-out loss (bits a byte)")
+        right.set_ylabel("held-out loss (bits per byte)")
         right.legend(edgecolor="none", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
     for before, after in pairwise(records):
@@ -59,7 +59,7 @@ def plot_metrics(output: Path, picture: Path) -> None:
             boundary = before["tokens"] / 1e6
             for axis in axes.flat:
                 axis.axvline(boundary, color="0.4", linestyle=":", linewidth=1)
-            label = f"{after['sequence_length']:,} tokens a row"
+            label = f"{after['sequence_length']:,} tokens per row"
             at = left.get_xaxis_transform()
             left.text(boundary, 0.6, label, transform=at, rotation=90, ha="right", va="center", color="0.4", size=8)
     for axis in axes.flat:

@@ -1,4 +1,4 @@
-"""The ranks that ``torchrun`` starts, and how they share one model: FSDP2, hybrid from two replicas on."""
+"""The ranks that ``torchrun`` starts, and how they share one model: FSDP2, with several replicas hybrid."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .recipe import Parallelism
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. Every method with numbers to share is called by all of them together."""
+    """This process and the others of the run. All ranks call the methods that exchange values together."""
 
     device: torch.device
     rank: int = 0
@@ -23,7 +23,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
@@ -36,7 +36,7 @@ class Ranks:
         return summed
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, any that pickles."""
+        """The values of all ranks, in their order; any value that can be pickled."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -44,12 +44,12 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the group; the last call of a process."""
+        """Leave the process group; the last call of a process."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -58,7 +58,7 @@ def join_ranks(device: str = "auto") -> Ranks:
     """Join the other processes of ``torchrun``, or be the only one.
 
     Args:
-        device: Of torch, or ``auto`` for a GPU where there is one; ``cuda`` becomes that of the local rank.
+        device: Torch device, or ``auto`` for a GPU if there is one; ``cuda`` becomes the GPU of the local rank.
 
     Raises:
         ValueError: Torch cannot use the device.
@@ -79,22 +79,22 @@ def join_ranks(device: str = "auto") -> Ranks:
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, parallelism: Parallelism, ranks: Ranks) -> None:
-    """Cut parameters, gradients and optimizer state over the ranks, block by block; nothing to do for one rank.
+    """Shard parameters, gradients and optimizer state over the ranks, block by block; does nothing for one rank.
 
     Args:
-        model: Its own parameters are those outside the blocks; the same weights on every rank.
-        blocks: Of the model.
-        parallelism: Replicas, and the dtype that weights are gathered in.
-        ranks: All of them.
+        model: Whole model, with the same weights on every rank.
+        blocks: Blocks of the model.
+        parallelism: Number of replicas, and the dtype in which weights are gathered.
+        ranks: All ranks of the run.
 
     Raises:
-        ValueError: The replicas do not divide the ranks, or CPUs should gather bf16.
+        ValueError: The number of replicas does not divide the number of ranks, or CPUs are to gather weights in bf16.
     """
     replicas = parallelism.replicate
     if ranks.world_size % replicas:
         raise ValueError(f"parallelism.replicate is {replicas}; give a divisor of the {ranks.world_size} ranks.")
     if parallelism.gather_dtype == "bfloat16" and ranks.device.type == "cpu" and ranks.world_size > 1:
-        # Autocast gives LayerNorm fp32 weights on GPUs alone.
+        # Only on GPUs does autocast give LayerNorm fp32 weights.
         raise ValueError("parallelism.gather_dtype is bfloat16, which needs GPUs; set it to float32 for CPUs.")
     if ranks.world_size == 1:
         return

@@ -1,4 +1,4 @@
-"""Held-out loss of each source, in nats a token and in bits a byte of text."""
+"""Held-out loss per source, in nats per token and in bits per byte of text."""
 
 import math
 
@@ -26,21 +26,21 @@ def evaluate_held_out(
 ) -> dict[str, dict[str, float]]:
     """Loss on the first held-out documents of each source.
 
-    Bits a byte compare models of different vocabularies; nats a token are what training minimizes.
+    Bits per byte compare models with different vocabularies; training minimizes nats per token.
 
     Args:
-        model: On the device of the ranks.
-        shards: With held-out documents.
-        sequence_length: Rows of at most this many tokens, without overlap.
-        tokens_per_source: From the first held-out documents of each source.
-        token_bytes: Bytes of text of every token id, int64 ``[vocab]``; 0 for end-of-text.
-        ranks: That share the rows.
-        rows_per_pass: Rows of a forward pass.
-        mask_documents: Keep attention and loss within documents, as in training with ``data.mask_documents``.
+        model: Model on the device of the ranks.
+        shards: Shards with held-out documents.
+        sequence_length: Largest number of tokens per row; rows do not overlap.
+        tokens_per_source: Number of tokens to read per source, from its first held-out documents.
+        token_bytes: Bytes of text per token id, int64 ``[vocab]``; 0 for end-of-text.
+        ranks: Ranks that share the rows.
+        rows_per_pass: Rows per forward pass.
+        mask_documents: Whether attention and loss stay within documents, as in training with ``data.mask_documents``.
 
     Returns:
-        ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty
-        without any held-out text.
+        ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty if
+        there is no held-out text.
     """
     was_training = model.training
     model.eval()
@@ -55,7 +55,7 @@ def evaluate_held_out(
         passes += [(index, rows[start : start + rows_per_pass]) for start in range(0, whole, rows_per_pass)]
         passes += [(index, rest[None])] if len(rest) > 1 else []
     sums = np.zeros((len(shards.sources), 3))  # nats, tokens, bytes
-    # Every rank makes as many passes, since sharded models make them together; what is one too many does not count.
+    # Sharded ranks run in lockstep, so all make the same number of passes; surplus passes are not counted.
     for first in range(0, len(passes), ranks.world_size):
         place = first + ranks.rank
         index, ids = passes[min(place, len(passes) - 1)]
@@ -79,14 +79,14 @@ def evaluate_held_out(
 def token_bytes() -> NDArray[np.int64]:
     """Bytes of text that each token of the GPT-2 vocabulary stands for, int64 ``[50257]``; 0 for end-of-text."""
     tokenizer = load_tokenizer()
-    # A byte-level vocabulary spells every byte as one character.
+    # A byte-level vocabulary writes every byte as one character.
     sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     sizes[tokenizer.eos_token_id] = 0
     return np.array(sizes, dtype=np.int64)
 
 
 def _documents(ids: NDArray[np.int64], token_bytes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number of the document of each token in its row, ``[B, L]`` both: a new one begins after end-of-text."""
+    """Number of each token's document within its row, both ``[B, L]``; a document ends with end-of-text."""
     ends = token_bytes[ids[:, :-1]] == 0
     return np.pad(ends.cumsum(axis=1), ((0, 0), (1, 0)))
 

@@ -1,4 +1,4 @@
-"""The training loop, to be read from the top: set up or resume, then a step, its record, a checkpoint."""
+"""The training loop: sets up or resumes a run, then updates weights, records metrics and saves checkpoints."""
 
 import json
 import logging
@@ -43,24 +43,24 @@ def train(
     device: str = "cpu",
     ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Train, or go on from the newest whole checkpoint in ``output``; yields one record a step.
+    """Train, or continue from the newest intact checkpoint in ``output``; yields one record per step.
 
     ``output`` receives ``checkpoints/``, ``metrics.jsonl`` (the records) and, at the end, ``model/``, a Hugging Face
-    folder in fp32. On SIGTERM or Ctrl-C the step in progress is finished, a checkpoint written, and the records end.
+    folder in fp32. On SIGTERM or Ctrl-C the current step is finished, a checkpoint is written, and the records end.
 
     Args:
-        recipe: Of the run.
-        shards: To read.
-        output: The same on every rank, on a file system that they share.
-        token_bytes: Bytes of text of every token id, int64 ``[vocab]``; 0 for end-of-text.
-        device: Of torch, or ``auto``.
-        ranks: Of this process, where it has joined them already.
+        recipe: Recipe of the run.
+        shards: Shards to read.
+        output: Output folder, the same on every rank, on a file system that all ranks share.
+        token_bytes: Bytes of text per token id, int64 ``[vocab]``; 0 for end-of-text.
+        device: Torch device, or ``auto``.
+        ranks: Ranks of the run, if this process has joined them already.
 
     Raises:
-        ValueError: The stages cannot be cut from the shards, the model lacks some of their tokens, or the checkpoint in
-            ``output`` is of other shards or another recipe.
-        NotFinite: The loss or the gradient is not finite; the weights are those before that step, and
-            ``not_finite.json`` tells the batch.
+        ValueError: The stages cannot be read from the shards, the model's vocabulary lacks some of their tokens, or the
+            checkpoint in ``output`` belongs to other shards or another recipe.
+        NotFinite: The loss or the gradient is not finite. The weights stay as before that step, and ``not_finite.json``
+            names the batch.
     """
     ranks = ranks or join_ranks(device)
     output = Path(output)
@@ -99,7 +99,7 @@ def train(
                     "sequence_length": batch.sequence_length,
                 }
                 _tell_not_finite(output, place, error, ranks)
-                problem = f"Step {step}: {error.problem}; {output / NOT_FINITE} tells the batch."
+                problem = f"Step {step}: {error.problem}; {output / NOT_FINITE} names the batch."
                 raise NotFinite(problem, error.losses) from error
             seconds = time.perf_counter() - started
             speed = stage.batch_tokens / seconds
@@ -117,7 +117,10 @@ def train(
             if (deviations := monitor.check(result.loss)) is not None:
                 record["spike"] = deviations
                 logger.warning(
-                    "Step %d: loss %.3f is %.1f deviations above those before it.", step, result.loss, deviations
+                    "Step %d: loss %.3f is %.1f standard deviations above the recent mean.",
+                    step,
+                    result.loss,
+                    deviations,
                 )
             last = step == recipe.total_steps
             every = recipe.evaluation.every_tokens
@@ -145,10 +148,10 @@ def train(
 
 
 def training_batches(recipe: Recipe, shards: TokenShards, ranks: Ranks) -> TokenLoader:
-    """The batches of a run, one for each of its steps: the part of this rank.
+    """This rank's part of the batches of a run, one batch per step.
 
     Raises:
-        ValueError: The stages cannot be cut from the shards, or a batch not over the ranks.
+        ValueError: The stages cannot be read from the shards, or a batch does not divide over the ranks.
     """
     stages = [replace(stage, tokens=stage.steps * stage.batch_tokens) for stage in recipe.stages]
     return TokenLoader(
@@ -161,7 +164,7 @@ def training_batches(recipe: Recipe, shards: TokenShards, ranks: Ranks) -> Token
     )
 
 
-# Parts
+# Helpers
 
 
 class _Run(NamedTuple):
@@ -179,12 +182,12 @@ def _set_up(recipe: Recipe, ranks: Ranks) -> _Run:
     options = recipe.optimizer
     groups = trainee.parameter_groups(options.lr, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
-    torch.manual_seed(recipe.seed + 1 + ranks.rank)  # Each rank drops out others.
+    torch.manual_seed(recipe.seed + 1 + ranks.rank)  # Each rank draws its own dropout.
     return _Run(trainee, model, optimizer, [group["lr"] for group in optimizer.param_groups])
 
 
 def _resume(output: Path, run: _Run, loader: TokenLoader, recipe: Recipe, ranks: Ranks) -> int:
-    """Load the newest whole checkpoint; returns its step, 0 without one."""
+    """Load the newest intact checkpoint; returns its step, or 0 if there is none."""
     found = find_checkpoint(output, ranks)
     if found is None:
         if (output / "model").exists():
@@ -192,11 +195,11 @@ def _resume(output: Path, run: _Run, loader: TokenLoader, recipe: Recipe, ranks:
         return 0
     folder, marker = found
     if changes := changes_of_result(marker["recipe"], recipe):
-        raise ValueError(f"{folder} is of another recipe ({'; '.join(changes)}); give a new output folder.")
+        raise ValueError(f"{folder} belongs to another recipe ({'; '.join(changes)}); give a new output folder.")
     try:
         loader.load_state_dict(marker["loader"])
     except ValueError as error:
-        raise ValueError(f"{folder} is of another run; give a new output folder. {error}") from error
+        raise ValueError(f"{folder} belongs to another run; give a new output folder. {error}") from error
     load_checkpoint(folder, run.trainee, run.optimizer, ranks, marker["world_size"])
     return int(marker["step"])
 
@@ -211,14 +214,14 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
     rows = max(1, recipe.micro_batch_tokens // sequence_length)
     tokens = recipe.evaluation.tokens_per_source
-    # Held-out rows end where the text does, and every length would be compiled by itself.
+    # Held-out rows have many lengths, and each length would be compiled separately.
     with torch.compiler.set_stance("force_eager") if recipe.precision.compile else nullcontext():
         masked = recipe.data.mask_documents
         return evaluate_held_out(model, shards, sequence_length, tokens, token_bytes, ranks, rows, masked)
 
 
 def _stage_of(recipe: Recipe, batch: Batch) -> Any:
-    """The stage that a batch is of."""
+    """The stage of the schedule that a batch belongs to."""
     end = 0
     for stage in recipe.stages:
         end += stage.steps * stage.batch_tokens
@@ -228,7 +231,7 @@ def _stage_of(recipe: Recipe, batch: Batch) -> Any:
 
 
 def _tell_not_finite(output: Path, place: dict[str, Any], error: NotFinite, ranks: Ranks) -> None:
-    """Save where the batch is, so that it can be looked at: a loader that seeks ``tokens_before`` reads it next."""
+    """Record which batch it was, for inspection: after ``seek(tokens_before)``, the loader reads it next."""
     if ranks.first:
         content = place | {"problem": error.problem, "loss_of_micro_batches_by_rank": error.losses}
         write_json(output / NOT_FINITE, content)
@@ -236,19 +239,19 @@ def _tell_not_finite(output: Path, place: dict[str, Any], error: NotFinite, rank
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; the second one acts at once. Only the main thread can be told."""
+    """An event that SIGTERM or Ctrl-C sets; a second signal acts at once. Only the main thread can handle signals."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     handlers = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # A shell's background commands ignore Ctrl-C, and go on doing so.
+    # Commands that a shell runs in the background ignore Ctrl-C; they continue to.
     before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(number, before[number])
-        logger.warning("Stopping after this step (%s); once more stops at once.", signal.Signals(number).name)
+        logger.warning("Stopping after this step (%s); a second signal stops at once.", signal.Signals(number).name)
 
     for number in before:
         signal.signal(number, ask)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard, W&B, spikes of the loss, and the rate of the machine."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, spikes of the loss, and the FLOP/s of the device for MFU."""
 
 import hashlib
 import json
@@ -22,21 +22,21 @@ SPIKE_WINDOW = 128
 
 
 class Sink(Protocol):
-    """Where records go; TensorBoard and W&B are two."""
+    """A destination of records, such as TensorBoard or W&B."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take the record of a step."""
+        """Write the record of a step."""
 
     def close(self) -> None:
-        """Finish."""
+        """Close the destination."""
 
 
 class SpikeMonitor:
-    """Tells a loss that stands out from the steps before it.
+    """Detects a loss that is far above those of the steps before it.
 
     Args:
-        deviations: Standard deviations above the mean of the last ``SPIKE_WINDOW`` losses.
-        losses: Of earlier steps, in order.
+        deviations: Threshold, in standard deviations above the mean of the last ``SPIKE_WINDOW`` losses.
+        losses: Losses of earlier steps, in order.
     """
 
     def __init__(self, deviations: float, losses: list[float]) -> None:
@@ -46,12 +46,13 @@ class SpikeMonitor:
             self.check(loss)
 
     def check(self, loss: float) -> float | None:
-        """How many deviations above the mean a loss lies where that makes it a spike, else ``None``."""
+        """Number of standard deviations above the mean if the loss is a spike, else ``None``."""
         if len(self._losses) == SPIKE_WINDOW:
             mean = sum(self._losses) / SPIKE_WINDOW
             deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / SPIKE_WINDOW)
             if deviation > 0 and loss - mean > self._deviations * deviation:
-                # It counts as the highest loss that is none: one changes little, and a lasting rise is got used to.
+                # Record a spike at the threshold, so that one outlier hardly moves the statistics but a lasting rise
+                # does.
                 self._losses.append(mean + self._deviations * deviation)
                 return (loss - mean) / deviation
         self._losses.append(loss)
@@ -59,7 +60,7 @@ class SpikeMonitor:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The records of a run; the last line may be half written, and is then left out."""
+    """The records of a run; a last line that was only partly written is left out."""
     path = output / METRICS
     if not path.exists():
         return []
@@ -67,7 +68,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(output: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what steps after the checkpoint recorded, since they run again; returns the records that stay."""
+    """Drop the records of steps after the checkpoint, which will run again; returns the records that are kept."""
     records = [record for record in read_metrics(output) if record["step"] <= step]
     if (output / METRICS).exists():
         write_text(output / METRICS, "".join(f"{json.dumps(record)}\n" for record in records))
@@ -76,12 +77,12 @@ def truncate_metrics(output: Path, step: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def open_sinks(recipe: Recipe, output: Path, done: int) -> Iterator[list[Sink]]:
-    """Where the records of a run go besides ``metrics.jsonl``, closed at the end.
+    """Open the destinations of records besides ``metrics.jsonl``; they are closed at the end.
 
     Args:
-        recipe: Its ``watching`` names them.
-        output: Of the run.
-        done: Steps that are recorded already.
+        recipe: Recipe whose ``watching`` names the destinations.
+        output: Output folder of the run.
+        done: Number of steps that are recorded already.
 
     Raises:
         ValueError: One is asked for that is not installed.
@@ -121,7 +122,7 @@ class _WeightsAndBiases:
             import wandb
         except ModuleNotFoundError as error:
             raise ValueError("watching.wandb_project needs W&B: pip install wandb, or set it to null.") from error
-        # The same output folder is the same run.
+        # Runs into the same output folder are one run in W&B.
         number = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(
             project=watching.wandb_project,
@@ -140,7 +141,7 @@ class _WeightsAndBiases:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, those of a group as ``group/name``."""
+    """The numbers of a record by name; the numbers of a group are named ``group/name``."""
     flat: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, dict):
@@ -151,9 +152,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product on one device: what model FLOPs are compared with.
+    """Measured FLOP/s of a square matrix product on one device, with which the FLOP/s of training are compared.
 
-    The best of a few, each of 1,024 rows on a CPU and 8,192 on a GPU. It draws none of the run's random numbers.
+    The best of four products, of 1,024 rows on a CPU and 8,192 on a GPU. No random numbers of the run are drawn.
     """
     size = 8192 if device.type == "cuda" else 1024
     left = torch.linspace(-1.0, 1.0, size * size, device=device).to(dtype).view(size, size)

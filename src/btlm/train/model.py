@@ -1,4 +1,4 @@
-"""What a run begins with: random weights, a Hugging Face checkpoint, or one with adapters to train."""
+"""The model that a run starts with: random weights, a Hugging Face checkpoint, or a checkpoint with adapters."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +16,8 @@ class Trainee(NamedTuple):
     """A model to train, in fp32.
 
     Args:
-        network: What computes, with adapters in its layers where there are any.
-        saved: What ``save_pretrained`` writes: the network, or its adapters.
+        network: The network, including adapters in its layers if there are any.
+        saved: The object to save with ``save_pretrained``: the network, or its adapters.
     """
 
     network: BTLMLMHeadModel
@@ -29,11 +29,11 @@ class Trainee(NamedTuple):
         return self.saved is not self.network
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that change, by name."""
+        """The parameters that are trained, by name."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """For the optimizer: the muP groups, or one of all adapters, whose learning rate is ``lr`` as it is."""
+        """Groups for the optimizer: the muP groups, or one group of all adapters with the learning rate ``lr``."""
         if not self.adapted:
             return self.network.get_mup_param_groups(lr, weight_decay)
         params = list(self.trained().values())
@@ -44,7 +44,7 @@ def prepare_model(recipe: Recipe) -> Trainee:
     """Build the model of a recipe on the CPU; the same weights in every process.
 
     Raises:
-        ValueError: ``start.model`` cannot be read, or ``lora`` names layers that it does not have.
+        ValueError: ``start.model`` cannot be read, or ``lora`` names layers that the model does not have.
     """
     torch.manual_seed(recipe.seed)
     config = recipe.config
@@ -71,7 +71,7 @@ def _with_adapters(network: BTLMLMHeadModel, lora: Lora) -> "PeftModel":
 
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int; it is a factor
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated as int, but any factor is valid
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         fan_in_fan_out=True,  # Conv1D is [in, out]

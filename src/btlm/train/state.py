@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or not there, verified when they are read, and exact to resume from.
+"""Checkpoints: written completely or not at all, verified when they are read, and exact to resume from.
 
 ``checkpoints/step-00000050`` in the output of a run holds
 
-- ``model/``: a Hugging Face folder (or the adapters) for everything that comes after training;
-- ``state/``: weights and optimizer state by torch.distributed.checkpoint, each rank its part, for any number of ranks;
-  and the state of the random numbers of each rank;
-- ``checkpoint.json``, written last: step, place in the data, recipe, and size and SHA-256 of every file.
+- ``model/``: a Hugging Face folder (or the adapters) for use after training;
+- ``state/``: weights and optimizer state in the format of torch.distributed.checkpoint, which any number of ranks can
+  load, and the state of each rank's random numbers;
+- ``checkpoint.json``, written last: step, position in the data, recipe, and size and SHA-256 of every file.
 
-A checkpoint is written under another name and renamed when all of it is on the disk.
+A checkpoint is written under a temporary name, and renamed when it is completely on the disk.
 """
 
 import json
@@ -53,22 +53,22 @@ def save_checkpoint(
     recipe: Recipe,
     ranks: Ranks,
 ) -> Path:
-    """Write the checkpoint of a step; all ranks together.
+    """Write the checkpoint of a step; all ranks call this together.
 
     Args:
-        output: Of the run.
-        step: That is done.
-        trainee: The model.
-        optimizer: Of its trained parameters.
-        loader_state: Of the batches, after this step.
-        recipe: Of the run.
-        ranks: Of the run.
+        output: Output folder of the run.
+        step: Number of the finished step.
+        trainee: Model in training.
+        optimizer: Optimizer of its trained parameters.
+        loader_state: State of the data loader after this step.
+        recipe: Recipe of the run.
+        ranks: Ranks of the run.
 
     Returns:
-        Its folder.
+        Folder of the checkpoint.
 
     Raises:
-        ValueError: It could not be written.
+        ValueError: The checkpoint could not be written.
     """
     final = output / FOLDER / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -99,15 +99,16 @@ def save_checkpoint(
             sync(partial / MARKER)
             for folder in (partial / "model", partial / "state", partial):
                 sync(folder)
-            replace_folder(partial, final)  # Only a damaged one can have this name.
+            replace_folder(partial, final)  # Only a damaged checkpoint can have this name.
         ranks.barrier()
     return final
 
 
 def keep_checkpoints(output: Path, step: int, keep_last: int, keep_every_steps: int | None, ranks: Ranks) -> None:
-    """Remove all checkpoints up to a step but the last ones and those at multiples of ``keep_every_steps``.
+    """Remove all checkpoints up to a step, except the last ones and those at multiples of ``keep_every_steps``.
 
-    Later ones are damaged, since the run resumed from one before them; they are replaced when it gets there.
+    Checkpoints of later steps are damaged, since the run resumed from an earlier one; they are replaced when the run
+    reaches their steps.
     """
     if ranks.first:
         for earlier, folder in [found for found in _checkpoints(output) if found[0] <= step][keep_last:]:
@@ -117,12 +118,12 @@ def keep_checkpoints(output: Path, step: int, keep_last: int, keep_every_steps: 
 
 
 def find_checkpoint(output: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run and its marker; names those that are damaged in the log.
+    """The newest intact checkpoint of a run and its marker; damaged checkpoints are named in the log.
 
-    What a killed process left half-written is removed.
+    Incomplete checkpoints that a killed process left behind are removed.
 
     Raises:
-        ValueError: There are checkpoints, and all of them are damaged.
+        ValueError: All checkpoints of the run are damaged.
     """
     found: tuple[Path, dict[str, Any]] | None = None
     problem = ""
@@ -138,24 +139,24 @@ def find_checkpoint(output: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] |
                 logger.warning("%s; the checkpoint before it is used.", problem)
     found, problem = ranks.gather((found, problem))[0]
     if problem and found is None:
-        raise ValueError(f"No checkpoint of {output / FOLDER} is whole ({problem}); remove the folder to start over.")
+        raise ValueError(f"No checkpoint of {output / FOLDER} is intact ({problem}); remove the folder to start over.")
     return found
 
 
 def load_checkpoint(
     folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, ranks: Ranks, world_size: int
 ) -> None:
-    """Weights, optimizer state and random numbers of a verified checkpoint; all ranks together, as many as there are.
+    """Load weights, optimizer state and random numbers of a verified checkpoint; all ranks call this together.
 
     Args:
-        folder: Of the checkpoint.
-        trainee: A model of the same shape.
-        optimizer: Of its trained parameters.
-        ranks: Of this run.
-        world_size: Ranks that the checkpoint was written by; with another number, random numbers start anew.
+        folder: Folder of the checkpoint.
+        trainee: Model of the same shape.
+        optimizer: Optimizer of its trained parameters.
+        ranks: Ranks of this run, of any number.
+        world_size: Number of ranks that wrote the checkpoint; with another number, random numbers start anew.
 
     Raises:
-        ValueError: It is of another model.
+        ValueError: The checkpoint belongs to another model.
     """
     _allocate(optimizer)
     state = _state(trainee, optimizer)
@@ -176,7 +177,7 @@ def load_checkpoint(
 
 
 def publish_model(checkpoint: Path, output: Path) -> Path:
-    """``output/model``: the model folder of a checkpoint under a lasting name, by links where they can be made."""
+    """Publish the model folder of a checkpoint as ``output/model``, by hard links where possible; returns its path."""
     model, partial = output / "model", output / f"model{PARTIAL}"
     for leftover in output.glob(f"model*{PARTIAL}"):
         shutil.rmtree(leftover)
@@ -185,18 +186,18 @@ def publish_model(checkpoint: Path, output: Path) -> Path:
     return model
 
 
-# Parts
+# Helpers
 
 
 def _checkpoints(output: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each, newest first."""
+    """Step and folder of each checkpoint, newest first."""
     folders = (output / FOLDER).glob("step-*")
     found = [(int(match[1]), f) for f in folders if (match := re.fullmatch(r"step-(\d+)", f.name))]
     return sorted(found, reverse=True)
 
 
 def _state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What is resumed, by kind and name: weights and the moments of each. Learning rates follow from the recipe."""
+    """Tensors to save and load, by kind and name: weights and their moments. Learning rates follow from the recipe."""
     state: dict[str, dict[str, Tensor]] = {"weights": {}}
     for name, parameter in trainee.trained().items():
         state["weights"][name] = parameter.detach()
@@ -206,7 +207,7 @@ def _state(trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, dict
 
 
 def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh AdamW the tensors of its state, to be filled."""
+    """Allocate the state tensors of a new AdamW, to be filled by loading."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -218,13 +219,13 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _whole_weights(trainee: Trainee, ranks: Ranks) -> dict[str, Tensor] | None:
-    """Weights of the model that is saved, gathered to the first rank; ``None`` where there is nothing to gather."""
+    """Weights of the model to save, gathered to the first rank; ``None`` if there is only one rank."""
     if ranks.world_size == 1:
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     weights = get_model_state_dict(trainee.saved, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # Gathered, a tied head is a copy of its own, which would be written too.
+    # Gathering makes a tied head a separate copy, which would be written too.
     tied = "lm_head.weight" if trainee.network.config.tie_word_embeddings else None
     return {name: value for name, value in weights.items() if isinstance(value, Tensor) and name != tied}
 
@@ -235,10 +236,10 @@ def _random_state(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """The marker of a checkpoint whose files are what it says.
+    """The marker of a checkpoint, whose files have been compared with it.
 
     Raises:
-        ValueError: Names the first file that is not.
+        ValueError: The marker or a file is missing or damaged; the message names it.
     """
     try:
         marker = json.loads((folder / MARKER).read_bytes())
@@ -246,19 +247,21 @@ def _verified(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged: {MARKER} cannot be read ({error})") from error
     if version != FORMAT:
-        raise ValueError(f"{folder} has format {version}, this version reads {FORMAT}")
+        raise ValueError(f"{folder} has format {version}, but this version reads {FORMAT}")
     actual = _digests(folder)
     for name, (size, sha256) in files.items():
         if name not in actual:
             raise ValueError(f"{folder} is damaged: {name} is missing")
         if actual[name] != [size, sha256]:
-            raise ValueError(f"{folder} is damaged: {name} has {actual[name][0]} bytes and another SHA-256 than it had")
+            raise ValueError(
+                f"{folder} is damaged: {name} has {actual[name][0]} bytes and another SHA-256 than recorded"
+            )
     assert isinstance(marker, dict)
     return marker
 
 
 def _digests(folder: Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file but the marker, by its place in the folder; each is on the disk after this."""
+    """Size and SHA-256 of every file except the marker, by relative path. The files are synced to the disk first."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
 
     def digest(path: Path) -> list[Any]:
@@ -271,20 +274,20 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
 
 @contextmanager
 def _writing(final: Path) -> Iterator[None]:
-    """Tell in one line why a checkpoint could not be written."""
+    """Turn an error into one line that says why the checkpoint could not be written."""
     try:
         yield
     except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"The checkpoint {final} could not be written ({reason}). Make room on the disk; the same command goes on "
-            "from the one before."
+            f"The checkpoint {final} could not be written ({reason}). Make room on the disk; the same command "
+            "continues from the checkpoint before it."
         ) from error
 
 
 @contextmanager
 def _alone(ranks: Ranks) -> Iterator[None]:
-    """Keep torch from telling that a single process works by itself."""
+    """Silence torch's warning that a single process works without torch.distributed."""
     with warnings.catch_warnings():
         if ranks.world_size == 1:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

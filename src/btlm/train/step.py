@@ -1,4 +1,4 @@
-"""One optimizer step: loss summed over micro-batches and ranks, clipping, and no update that is not finite."""
+"""One optimizer step over micro-batches and ranks, with gradient clipping; updates that are not finite are refused."""
 
 import math
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class LossModel(nn.Module):
     """The network with its head and loss in one ``forward``, so that sharding gathers the head for the loss too.
 
     Args:
-        network: With or without adapters in its layers.
-        dtype: Of products; weights and sums are those of the network, fp32.
+        network: Network, with or without adapters in its layers.
+        dtype: Dtype of matrix products; weights and residual sums stay in fp32.
     """
 
     def __init__(self, network: BTLMLMHeadModel, dtype: torch.dtype) -> None:
@@ -32,17 +32,17 @@ class LossModel(nn.Module):
         """Cross-entropy of packed rows, summed over their tokens: fp32 scalar in nats.
 
         Args:
-            input_ids: int64 ``[B, L]``.
-            document_ids: ``[B, L]``; where given, attention and loss stay within documents.
+            input_ids: Token ids, int64 ``[B, L]``.
+            document_ids: Document number of each token, ``[B, L]``; if given, attention and loss stay within documents.
         """
         mask = None
         if document_ids is not None:
             mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
-        # Every weight is used once a pass; the cache would keep copies of all of them until its end.
+        # Each weight is used once per pass, so autocast's cache would only keep copies of all of them until its end.
         with torch.autocast(
             input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            # Residuals are summed in fp32, also where the token table was gathered in bf16.
+            # Residuals are summed in fp32, even if the token table was gathered in bf16.
             embeddings = self.network.transformer.wte(input_ids).float()
             hidden = self.network.transformer(
                 inputs_embeds=embeddings, attention_mask=mask, use_cache=False
@@ -53,7 +53,7 @@ class LossModel(nn.Module):
 
 
 class StepResult(NamedTuple):
-    """What one step measured, over all ranks: nats a token, and the gradient norm before clipping."""
+    """Measurements of one step over all ranks: loss in nats per token, and gradient norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -67,19 +67,19 @@ def take_step(
     clip_norm: float,
     ranks: Ranks,
 ) -> StepResult:
-    """Update the weights by one batch: loss is the sum over its tokens by the valid tokens of all ranks.
+    """Update the weights with one batch. The loss is summed over its tokens and divided by all ranks' valid tokens.
 
     Args:
-        model: Sharded where there are several ranks.
-        optimizer: Of its parameters, with the learning rates of this step.
-        batch: The rows of this rank.
-        micro_batch_tokens: Tokens of a forward pass.
-        clip_norm: Gradients are scaled down to this norm over all parameters.
-        ranks: That share the batch.
+        model: Model, sharded if there are several ranks.
+        optimizer: Optimizer of its parameters, with the learning rates of this step.
+        batch: Rows of this rank.
+        micro_batch_tokens: Tokens per forward pass.
+        clip_norm: Largest norm of the gradient over all parameters; larger gradients are scaled down to it.
+        ranks: Ranks that share the batch.
 
     Raises:
-        NotFinite: The loss or the gradient is not finite; nothing was updated. It has the mean loss of each micro-batch
-            of each rank.
+        NotFinite: The loss or the gradient is not finite; nothing was updated. The exception holds the mean loss of
+            each micro-batch of each rank.
     """
     rows = max(1, micro_batch_tokens // batch.sequence_length)
     input_ids = torch.from_numpy(batch.input_ids).to(ranks.device).split(rows)
@@ -95,7 +95,7 @@ def take_step(
     losses = []
     for ids, documents in zip(input_ids, document_ids, strict=True):
         loss = model(ids, documents) / valid
-        # Sharding takes the mean of the gradients of the ranks, and what is wanted is their sum.
+        # Sharding averages the gradients over the ranks, but their sum is needed.
         (loss * ranks.world_size).backward()
         losses.append(loss.detach())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,6 +111,6 @@ def take_step(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The value of a tensor that may be cut over ranks."""
+    """The full value of a tensor that may be sharded over ranks."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full is not None else tensor
