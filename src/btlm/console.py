@@ -1,7 +1,4 @@
-"""What the commands tell the user: lines and progress on standard error, so that standard output can be piped.
-
-Also the numbers in them, as people read them.
-"""
+"""Messages and progress on standard error, so that standard output can be piped; numbers for people to read."""
 
 import logging
 import sys
@@ -18,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def note(text: str) -> None:
-    """Tell something."""
+    """Print a message."""
     sys.stderr.write(f"btlm: {text}\n")
     sys.stderr.flush()
 
 
 def warn(text: str) -> None:
-    """Tell something that the user should act on."""
+    """Print a warning, which the user should act on."""
     note(f"warning: {text}")
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentence of an error that others wrote for a log, for use inside a line."""
+    """The first sentence of another library's error message, for use inside a line."""
     text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
     if isinstance(error, KeyError):
         text = f"{text} is missing"
@@ -37,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 
 def first_of(items: Iterable[str], shown: int = 3) -> str:
-    """Some items and the number of the others, for use inside a line."""
+    """The first items and the number of the others, for use inside a line."""
     items = list(items)
     rest = len(items) - shown
     return "; ".join(items[:shown]) + (f"; and {rest} more" if rest > 0 else "")
@@ -45,8 +42,7 @@ def first_of(items: Iterable[str], shown: int = 3) -> str:
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """While it is open, warnings of btlm are lines of :func:`warn`, and Transformers reports errors
-    only, without progress bars but those of downloads."""
+    """In this context, :func:`warn` prints btlm's warnings, and Transformers shows only errors and downloads."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -55,7 +51,7 @@ def plain_messages() -> Iterator[None]:
     downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if downloads:  # of the Hub; the line above means the bars of both libraries
+    if downloads:  # the line above also disables the bars of the Hub's downloads
         enable_progress_bars()
     try:
         with plain_warnings():
@@ -68,7 +64,7 @@ def plain_messages() -> Iterator[None]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """While it is open, warnings of btlm are lines of :func:`warn`, each of them once."""
+    """In this context, :func:`warn` prints btlm's warnings, each of them once."""
     handler = _Lines()
     ours = logging.getLogger("btlm")
     propagate = ours.propagate
@@ -82,7 +78,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Looks standard error up for every line: it may have been redirected since."""
+    """Prints log records with :func:`warn`, which looks up standard error each time, since it may be redirected."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -101,13 +97,13 @@ class _Lines(logging.Handler):
 def progress_bars(
     *details: "ProgressColumn", console: "Console | None" = None, transient: bool = True, remaining: bool = True
 ) -> "Progress":
-    """Progress bars on standard error: description, bar, details, elapsed and remaining time. Only a terminal has them.
+    """Progress bars on standard error with details, elapsed and remaining time. Only a terminal shows them.
 
     Args:
-        details: Columns behind the bar; the percentage where none is given.
-        console: Of standard error, where there is one already.
-        transient: Remove the bars at the end.
-        remaining: Show the remaining time.
+        details: Columns after the bar; by default the percentage.
+        console: Console on standard error, if there is one already.
+        transient: Whether to remove the bars at the end.
+        remaining: Whether to show the remaining time.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -127,14 +123,14 @@ def progress_bars(
 
 
 def three_digits(value: float, decimals: int | None = None) -> str:
-    """A number to three digits; all digits of a larger one, and at most ``decimals`` decimals of a smaller one."""
+    """A number to three digits; from 1,000 on all its digits, and below 1 ``decimals`` decimals if given."""
     if decimals is not None and value < 1:
         return f"{value:.{decimals}f}"
     return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def scaled(value: float) -> str:
-    """Three digits, a space and a decimal prefix, for a unit to follow."""
+    """A number to three digits, a space and a decimal prefix, to be followed by a unit."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{three_digits(value / scale)} {prefix}"
@@ -142,5 +138,5 @@ def scaled(value: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as GB, or as MB below 0.1 GB; powers of 1,000."""
+    """A number of bytes as GB (10^9 bytes), or below 0.1 GB as MB (10^6 bytes)."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Which device of torch to compute on."""
+"""Choice of the torch device to compute on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def best_device(*kinds: str) -> str:
-    """The first of some kinds, ``"cuda"`` or ``"mps"``, that torch can use here; else ``"cpu"``."""
+    """The first of the given kinds (``"cuda"``, ``"mps"``) that torch can use here; else ``"cpu"``."""
     import torch
 
     usable: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
@@ -19,10 +19,10 @@ def best_device(*kinds: str) -> str:
 
 
 def usable_device(name: str) -> "torch.device":
-    """A device by its name.
+    """The torch device with a given name.
 
     Raises:
-        ValueError: Torch does not know it, or cannot use it here.
+        ValueError: Torch does not know the device, or cannot use it here.
     """
     import torch
 
@@ -31,7 +31,7 @@ def usable_device(name: str) -> "torch.device":
     except RuntimeError:
         device = torch.device("meta")
     if device.type == "meta":
-        raise ValueError(f"The device {name!r} is unknown; use auto, cpu, cuda, cuda:1, mps or another one of torch.")
+        raise ValueError(f"The device {name!r} is unknown; use auto, cpu, cuda, cuda:1, mps or another torch device.")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -40,5 +40,5 @@ def usable_device(name: str) -> "torch.device":
 
 
 def has_cuda() -> bool:
-    """Whether torch can use CUDA. It is asked only where there is an NVIDIA driver: it takes seconds to import."""
+    """Whether torch can use CUDA. Torch, which takes seconds to import, is asked only if there is an NVIDIA driver."""
     return Path("/dev/nvidiactl").exists() and best_device("cuda") == "cuda"

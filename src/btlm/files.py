@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, locks, and digests."""
+"""Files and folders that are written whole or not at all, locks, and digests."""
 
 import glob
 import hashlib
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Ends the temporary name of what is not whole yet.
+# Suffix of the temporary name of an unfinished file or folder.
 PARTIAL = ".partial"
 
 
@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when the block ends without an error."""
+    """Yield a temporary file beside ``path``, which replaces ``path`` when the block ends without an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield partial
@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """Write JSON, whole or not at all; the folder is made if there is none."""
+    """Write JSON, whole or not at all; a missing folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
@@ -54,13 +54,13 @@ def remove_partial_files(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder under a temporary name that becomes ``path`` when the block ends without an error.
+    """Yield a new folder with a temporary name, which becomes ``path`` when the block ends without an error.
 
-    After an error nothing is left, and what processes of this machine that were killed have left beside ``path`` is
+    After an error nothing is left. Temporary folders beside ``path`` that killed processes of this machine left are
     removed.
 
     Raises:
-        OSError: At the end, if ``path`` has come to hold something meanwhile.
+        OSError: At the end, if ``path`` exists by then and is not empty.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         if not _lives(left.name.split(".")[-2]):
@@ -76,14 +76,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Give a folder that is whole its final name, in place of what has that name now; this lasts after a power cut."""
+    """Give a complete folder its final name, replacing what has that name now; the change survives a power cut."""
     remove_folder(path)
     partial.rename(path)
     sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in the middle leaves a partial one under another name, not a damaged one."""
+    """Remove a folder. If the process is killed meanwhile, the rest has a temporary name, not the folder's own."""
     if path.exists():
         leftover = path.with_name(f"{path.name}.old{PARTIAL}")
         shutil.rmtree(leftover, ignore_errors=True)
@@ -93,11 +93,11 @@ def remove_folder(path: Path) -> None:
 
 def _lives(process: str) -> bool:
     if os.name != "posix":
-        return True  # elsewhere the call below would end the process
+        return True  # on other systems, the call below would end the process
     try:
         os.kill(int(process), 0)
     except (ValueError, OverflowError, PermissionError):
-        return True  # not a number of ours, or a process of somebody else
+        return True  # not one of our names, or a process of another user
     except OSError:
         return False
     return True
@@ -107,7 +107,7 @@ def _lives(process: str) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, last through a power cut."""
+    """Sync a file's content, or the names in a folder, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -116,7 +116,7 @@ def sync(path: Path) -> None:
 
 
 def free_space(path: Path) -> tuple[Path, int]:
-    """The folder that exists and is nearest to a path, and the bytes that its disk has free."""
+    """The nearest existing folder above a path, and the number of free bytes on its disk."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     return folder, shutil.disk_usage(folder).free
 
@@ -126,14 +126,14 @@ def free_space(path: Path) -> tuple[Path, int]:
 
 @contextmanager
 def locked(path: Path, problem: str) -> Iterator[None]:
-    """Hold a lock on a file, which is made if there is none.
+    """Hold a lock on a file, which is created if it does not exist.
 
     Raises:
-        ValueError: Another process holds it; the message is ``problem``.
+        ValueError: Another process holds the lock; the message is ``problem``.
     """
     import fcntl  # not on Windows
 
-    # A lock of this kind is not inherited, so that it ends with this process whatever becomes of its children.
+    # Child processes do not inherit a lock of this kind, so it ends with this process even if they live on.
     with path.open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

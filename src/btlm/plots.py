@@ -1,4 +1,4 @@
-"""Figures: drawn without a display, saved whole."""
+"""Figures that are drawn without a display and saved whole or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from btlm.files import whole_file
 
 
 def pyplot() -> Any:
-    """Matplotlib's ``pyplot``, which draws to files only."""
+    """Matplotlib's ``pyplot``, set to draw only into files."""
     import matplotlib
 
     matplotlib.use("Agg")

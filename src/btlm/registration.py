@@ -9,17 +9,17 @@ from types import ModuleType
 
 
 def register_with_transformers() -> None:
-    """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else when it will be."""
+    """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else once it is."""
     sys.meta_path.insert(0, _AfterImport())
     if "transformers" in sys.modules:
         _import_model_once_complete()
 
 
 def _import_model_once_complete() -> None:
-    """Import ``btlm.model`` when no module of Transformers is half imported; until then, wait for those that are.
+    """Import ``btlm.model`` if no module of Transformers is half imported; otherwise, wait until they are imported.
 
-    btlm can be imported by one of Transformers' own imports: from a user's file that has the name of a library, or by a
-    plug-in. What ``btlm.model`` needs may not be there yet.
+    One of Transformers' own imports can import btlm: through a plug-in, or a user's file that has the name of a
+    library. At that time, the modules that ``btlm.model`` needs may be incomplete.
     """
     half_imported = [
         spec
@@ -35,7 +35,7 @@ def _import_model_once_complete() -> None:
 
 
 class _Awaited(ModuleSpec):
-    """Spec of a half imported module: Python sets ``_initializing`` to False when it has run, or failed."""
+    """Spec of a half imported module: Python sets ``_initializing`` to False when the import has ended or failed."""
 
     @property
     def _initializing(self) -> bool:
@@ -60,10 +60,10 @@ def _register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Lets the other finders find the module, and acts once it has run.
+    """Lets the other finders find a module, and runs an action once the module is imported.
 
-    Transformers brings in ``btlm.model``, and ``btlm.model`` is registered when it is complete. That order also holds
-    where ``btlm.model`` is what imports Transformers, at a time when half of it is still missing.
+    After Transformers, ``btlm.model`` is imported; after ``btlm.model``, it is registered. This order also works if
+    ``btlm.model`` itself imports Transformers, while it is still incomplete.
     """
 
     actions = {"transformers": lambda: importlib.import_module("btlm.model"), "btlm.model": _register}  # noqa: RUF012

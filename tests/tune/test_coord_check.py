@@ -277,5 +277,5 @@ def test_a_recipe_that_goes_on_is_refused(tmp_path):
         "start: {model: x}\noptimizer: {lr: 0.1}\nschedule: {warmup_tokens: 0}\nmicro_batch_tokens: 16\n"
         "stages: [{sequence_length: 16, batch_tokens: 16, tokens: 16}]\n"
     )
-    with pytest.raises(ValueError, match="goes on from start"):
+    with pytest.raises(ValueError, match="continues from start"):
         run_coord_check(path)

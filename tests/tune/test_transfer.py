@@ -397,17 +397,17 @@ def test_shards_without_held_out_text_are_refused(files):
 def test_another_study_in_the_folder_is_refused(files, tmp_path):
     run(files, 1)
     result = (files[2] / RESULT).read_bytes()
-    refused(files, "search of another seed", exists=True, seed=2)
-    refused(files, "search of another space", exists=True, space=SearchSpace(lr=(1e-3, 2e-3)))
+    refused(files, "search with another seed", exists=True, seed=2)
+    refused(files, "search with another space", exists=True, space=SearchSpace(lr=(1e-3, 2e-3)))
     files[0].write_text(dump_recipe(proxy_recipe(seed=9)))
-    refused(files, "search of another proxy", exists=True)
+    refused(files, "search with another proxy", exists=True)
     assert (files[2] / RESULT).read_bytes() == result
 
 
 def test_a_folder_of_something_else_is_refused(files):
     files[2].mkdir()
     (files[2] / "notes.txt").write_text("mine")
-    refused(files, "files that are not of a search", exists=True)
+    refused(files, "files that no search wrote", exists=True)
     assert [path.name for path in files[2].iterdir()] == ["notes.txt"]
 
 

@@ -1,1 +1,1 @@
-"""Checks of muP, and the search for hyperparameters on a narrow proxy."""
+"""Checks of muP, and hyperparameter search on a narrow proxy model."""

@@ -1,13 +1,14 @@
-"""`btlm coord-check`: how sizes of activations, and what training changes in them, grow with the width.
+"""The command `btlm coord-check`: how activations, and their changes in training, scale with the width.
 
-Under muP (arXiv 2203.03466, appendix D.1) both go with a known power of the width, which ``PREDICTIONS`` lists. The
-check trains models that differ in width alone for a few steps on one batch, and fits these powers: slopes of log size
-against log width. A row of the table of :mod:`btlm.model.mup` that is missing changes the slopes it is there for
-(``ABLATIONS``, each of which ``docs/mup.md`` shows with the slopes measured).
+Under muP (arXiv 2203.03466, appendix D.1) both scale with known powers of the width, which ``PREDICTIONS`` lists. The
+check trains models that differ only in width for a few steps on one batch, and fits the exponents as slopes of log size
+against log width. Leaving out a row of the table in :mod:`btlm.model.mup` changes the slopes that the row controls
+(``ABLATIONS``; ``docs/mup.md`` shows the measured slopes of each).
 
-The number of heads is the same at every width, so that the head dimension grows with it. One head, few tokens and
-small steps are nearest to the limit of infinite width: the part of a change that all tokens share goes with the
-predicted power, and what is random in it, with half a power less, fades as heads widen and token types get fewer.
+The number of heads is the same at every width, so that the head dimension grows with the width. One head, few token
+types and small steps come closest to the limit of infinite width. A change consists of a part that all tokens share,
+which scales with the predicted exponent, and a random part, whose exponent is lower by 1/2. The random part fades with
+wider heads and fewer token types.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ from .coord_models import CoordCheck, is_mup
 from .coord_report import coord_table, write_report
 from .coord_slopes import draw_batches, fit_slopes, measure
 
-# A model of BTLM's parametrization, where no recipe is given (recipes/btlm-3b.yaml).
+# BTLM's parametrization (recipes/btlm-3b.yaml), which is checked if no recipe is given.
 _BTLM: dict[str, Any] = {
     "n_embd": 256,
     "n_head": 4,
@@ -45,18 +46,18 @@ def run_coord_check(
     output: Path | str | None = None,
     device: str = "auto",
 ) -> bool:
-    """Check, show the slopes as a table, and say whether all of them are as muP predicts.
+    """Run the check and print a table of the slopes; returns whether all of them are as muP predicts.
 
     Args:
-        recipe_path: YAML file whose model and optimizer are checked; BTLM's values without one.
-        check: Sizes; the defaults of :class:`CoordCheck` without it.
-        data: Folder of token shards to take the batch from; random tokens without it.
-        output: Receives ``coord-check.png`` and ``coord-check.json``.
-        device: Of torch, or ``auto``.
+        recipe_path: YAML file whose model and optimizer are checked; by default BTLM's values.
+        check: Sizes and ablation; by default those of :class:`CoordCheck`.
+        data: Folder of token shards to take the batches from; by default they are random tokens.
+        output: Folder that receives ``coord-check.png`` and ``coord-check.json``.
+        device: Torch device, or ``auto``.
 
     Raises:
-        ValueError: The recipe goes on from a model, is of standard parametrization and should be ablated, or has a
-            learning rate of 0; or the shards or the device cannot be used.
+        ValueError: The recipe continues from a model, has a learning rate of 0, or has standard parametrization, which
+            cannot be ablated; or the shards or the device cannot be used.
     """
     from rich.console import Console
 
@@ -65,12 +66,12 @@ def run_coord_check(
     if recipe_path is not None:
         recipe = load_recipe(recipe_path)
         if recipe.start is not None:
-            raise ValueError(f"{recipe_path} goes on from start.model; the check needs the shape of a new model.")
+            raise ValueError(f"{recipe_path} continues from start.model; the check needs the shape of a new model.")
         config, optimizer = recipe.config, recipe.optimizer
     if optimizer.lr == 0:
-        raise ValueError("optimizer.lr is 0, with which nothing would change; give a learning rate to check.")
+        raise ValueError("optimizer.lr is 0, so that nothing would change; give a learning rate to check.")
     if check.ablations and not is_mup(config):
-        raise ValueError(f"The recipe is of standard parametrization; there is no {check.ablate} to leave out.")
+        raise ValueError(f"The recipe has standard parametrization; there is no {check.ablate} to leave out.")
     batches = draw_batches(check, None if data is None else TokenShards(data))
 
     console = Console(stderr=True)

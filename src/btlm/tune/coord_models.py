@@ -1,4 +1,4 @@
-"""The models that `btlm coord-check` trains: one parametrization at several widths, and what is looked at in them."""
+"""The models that `btlm coord-check` trains, one parametrization at several widths, and what is observed in them."""
 
 import math
 from collections.abc import Callable
@@ -11,30 +11,30 @@ from torch import Tensor
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.train.recipe import Optimizer
 
-# Of the peak of the learning rate, since warm-up has only begun: the smaller the steps, the nearer to what theory says
-# of the first ones. With 0.1, 0.3 and 1, muP passed and the ablations matrix-lr and scores failed.
+# Fraction of the peak learning rate, since the check is early in warm-up. Smaller steps are closer to the theory of the
+# first steps. With 0.1, 0.3 and 1, muP passed and the ablations matrix-lr and scores failed.
 LR_FACTOR = 0.1
 
 ABLATIONS = {
-    "hidden-init": "c_attn, c_fc and c_fc2 start as wide as at base width",
-    "residual-init": "the residual projections c_proj start as wide as at base width",
+    "hidden-init": "c_attn, c_fc and c_fc2 start with the standard deviation of base width",
+    "residual-init": "the residual projections c_proj start with the standard deviation of base width",
     "matrix-lr": "matrices get the learning rate of the embeddings",
     "scores": "scores are divided by the square root of head_dim",
     "logits": "logits are not multiplied by the width scale",
-    "embedding-init": "embeddings start as matrices do, by the square root of the width scale",
-    "embedding-multiplier": "the embedding multiplier goes with the square root of the width scale",
+    "embedding-init": "the initial embeddings are scaled by the square root of the width scale, as matrices are",
+    "embedding-multiplier": "the embedding multiplier is scaled by the square root of the width scale",
     "embedding-lr": "embeddings get the learning rate of matrices",
     "bias-lr": "biases and norms get the learning rate of matrices",
 }
-# What makes muP of standard parametrization; the other ablations scale what has to stay.
+# The rows that turn standard parametrization into muP; the other ablations scale what must stay constant.
 STANDARD = ("hidden-init", "residual-init", "matrix-lr", "scores", "logits")
 
 
 @dataclass(frozen=True)
 class CoordCheck:
-    """What is trained: models of these widths, each once a seed, on one batch of ``rows`` x ``row_length`` tokens.
+    """Models to train: one per width and seed, each on a batch of ``rows`` x ``row_length`` tokens.
 
-    ``ablate`` is a key of ``ABLATIONS``, or ``all`` for those of ``STANDARD`` together.
+    ``ablate`` is a key of ``ABLATIONS``, or ``all`` for all rows of ``STANDARD`` together.
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -65,17 +65,17 @@ class CoordCheck:
 
     @property
     def ablations(self) -> frozenset[str]:
-        """Rows of the table that are left out."""
+        """Rows of the muP table that are left out."""
         return frozenset(STANDARD if self.ablate == "all" else [self.ablate] if self.ablate else [])
 
 
 def is_mup(config: BTLMConfig) -> bool:
-    """Whether a configuration scales with its width at all."""
+    """Whether a configuration uses muP, and so scales with its width."""
     return config.mup_scale_qk_dot_by_d or config.mup_width_scale != 1.0
 
 
 def build_model(check: CoordCheck, config: BTLMConfig, width: int, vocab_size: int) -> BTLMLMHeadModel:
-    """The model at one width, without what ``check.ablate`` names: at base width all but ``scores`` are the same."""
+    """The model at one width, without the rows of ``check.ablate``. At base width, only ``scores`` matters."""
     scale = config.mup_width_scale * config.n_embd / width if is_mup(config) else 1.0
     kept = (
         "activation_function",
@@ -128,7 +128,7 @@ def build_model(check: CoordCheck, config: BTLMConfig, width: int, vocab_size: i
 
 
 def build_optimizer(check: CoordCheck, model: BTLMLMHeadModel, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW on the groups of muP, without what ``check.ablate`` names."""
+    """AdamW on the parameter groups of muP, without the rows of ``check.ablate``."""
     groups = model.get_mup_param_groups(LR_FACTOR * options.lr, options.weight_decay)
     scale = model.config.mup_width_scale
     factors = {"matrix-lr": ("matrices", 1 / scale), "embedding-lr": ("embeddings", scale)}
@@ -141,7 +141,7 @@ def build_optimizer(check: CoordCheck, model: BTLMLMHeadModel, options: Optimize
 
 @torch.no_grad()
 def observe(model: BTLMLMHeadModel, input_ids: Tensor) -> dict[str, list[Tensor]]:
-    """Activations for a batch, and copies of the parameters, by quantity: one tensor a layer or parameter."""
+    """Activations for a batch, and copies of the parameters, by quantity: one tensor per layer or parameter."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(module: torch.nn.Module, name: str, of: Callable[[Any], Tensor] = lambda output: output) -> None:
@@ -165,7 +165,7 @@ def observe(model: BTLMLMHeadModel, input_ids: Tensor) -> dict[str, list[Tensor]
 
 
 def _scores(projected: Tensor, config: BTLMConfig) -> Tensor:
-    """Query-key products of all queries and the keys they see, scaled, without ALiBi."""
+    """Scaled query-key products of all queries and the keys visible to them, without ALiBi."""
     heads = (*projected.shape[:-1], config.n_head, config.head_dim)
     query, key, _ = (x.view(heads).transpose(1, 2) for x in projected.chunk(3, dim=-1))
     length = projected.shape[1]
@@ -174,7 +174,7 @@ def _scores(projected: Tensor, config: BTLMConfig) -> Tensor:
 
 
 def _weight_kind(name: str) -> str:
-    """The quantity that a parameter belongs to, by its name: the table of muP is what is checked."""
+    """The quantity that a parameter belongs to. Its name decides, not the muP table, since the table is under test."""
     layer, _, kind = name.rpartition(".")
     layer = layer.rpartition(".")[2]
     if kind != "weight" or layer.startswith("ln_"):

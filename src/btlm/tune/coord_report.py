@@ -1,4 +1,4 @@
-"""What a coordinate check found: a table, a picture, and the numbers as JSON."""
+"""The result of a coordinate check: a table, a picture, and the numbers as JSON."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from btlm.plots import pyplot, save_figure
 from .coord_models import CoordCheck
 from .coord_slopes import TOLERANCE, Coordinates, Slope
 
-# Quantities of the picture; the table has the parameters too.
+# Quantities in the picture; the table also has the parameters.
 _PANELS = (
     "embeddings",
     "queries, keys, values",
@@ -27,8 +27,8 @@ _PANELS = (
 
 
 def coord_table(slopes: list[Slope]) -> Table:
-    """A line for each quantity: its slopes with their standard errors, and what muP predicts."""
-    table = Table(title=f"Power of the width, within {TOLERANCE} of muP's")
+    """Table with one line per quantity: its slopes with standard errors, and muP's predictions."""
+    table = Table(title=f"Exponent of the width, within {TOLERANCE} of muP's")
     table.add_column("", no_wrap=True)
     for moment in ("initial", "change"):
         table.add_column(moment, justify="right")
@@ -45,7 +45,7 @@ def coord_table(slopes: list[Slope]) -> Table:
 
 
 def write_report(output: Path, check: CoordCheck, coordinates: Coordinates, slopes: list[Slope]) -> None:
-    """Write ``coord-check.json`` and ``coord-check.png`` to a folder, each as a whole.
+    """Write ``coord-check.json`` and ``coord-check.png`` to a folder, each whole or not at all.
 
     The root mean squares in the JSON are ``[widths, seeds]`` at initialization and ``[widths, seeds, steps]`` for
     changes.
@@ -61,7 +61,7 @@ def write_report(output: Path, check: CoordCheck, coordinates: Coordinates, slop
 
 
 def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[Slope], picture: Path) -> None:
-    """A panel for each activation: its size at initialization and its change after every step, against the width."""
+    """Plot a panel per activation: its size at initialization and its change after each step, against the width."""
     plt = pyplot()
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
@@ -74,7 +74,7 @@ def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[S
             color = plt.get_cmap("viridis")(0.85 - 0.85 * step / max(1, check.steps - 1))
             label = f"change after {step + 1} step{'s' if step else ''}"
             axis.loglog(check.widths, _mean(change[:, :, step]), "o-", color=color, markersize=3, label=label)
-        # Equal factors look equal in all panels, so that slopes can be compared by eye.
+        # All panels have the same scale, so that slopes can be compared by eye.
         low, high = axis.get_ylim()
         middle, half = np.sqrt(low * high), max(np.sqrt(high / low), 30.0)
         axis.set_ylim(middle / half, middle * half)
@@ -100,7 +100,7 @@ def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[S
 
 
 def _mean(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Geometric mean over seeds ``[widths, seeds]``, as the slopes take it."""
+    """Geometric mean over the seeds of ``[widths, seeds]``, as for the slopes."""
     mean: NDArray[np.float64] = np.exp(np.log(sizes).mean(axis=1))
     return mean
 

@@ -1,4 +1,4 @@
-"""Sizes of activations and of their changes in training, their slopes against the width, and what muP predicts."""
+"""Sizes of activations and of their changes in training, their slopes against the width, and muP's predictions."""
 
 import math
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from btlm.train.recipe import Optimizer
 
 from .coord_models import CoordCheck, build_model, build_optimizer, observe
 
-# A slope passes within this much of its prediction: half of 1/2, by which the nearest mistake moves one.
+# A slope passes within this distance of its prediction. The smallest shift by a mistake is 1/2; this is half of it.
 TOLERANCE = 0.25
-# Tokens that a batch is drawn from where there are no shards: few, so that what each has learned is shared by many.
+# Number of token types in a batch without shards: few, so that each occurs often.
 TOKEN_TYPES = 32
 
 
 class Prediction(NamedTuple):
-    """Lowest and highest slope of a quantity at initialization and of its change in training."""
+    """Lowest and highest predicted slope of a quantity at initialization, and of its change in training."""
 
     initial: tuple[float, float]
     change: tuple[float, float]
 
 
 _CONSTANT = (0.0, 0.0)
-# A root mean square over a constant part, which is all that is left at great widths, and one that falls by 1/2.
+# A sum of a constant part, which dominates at great widths, and a part with the exponent -1/2.
 _MIXED = (-0.5, 0.0)
 
 PREDICTIONS = {
@@ -42,7 +42,7 @@ PREDICTIONS = {
     "MLP inner": Prediction(_CONSTANT, _CONSTANT),
     "MLP output": Prediction(_CONSTANT, _CONSTANT),
     "residual stream": Prediction(_CONSTANT, _CONSTANT),
-    # Of a tied table, the logit of the token itself is constant from the start.
+    # With a tied table, the logit of the input token itself is constant from the start.
     "logits": Prediction(_MIXED, _MIXED),
     # Parameters.
     "embedding weights": Prediction(_CONSTANT, _CONSTANT),
@@ -60,7 +60,7 @@ class Coordinates(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """The power of the width that a quantity goes with; ``error`` is its standard error over seeds (nan for one)."""
+    """Exponent with which a quantity scales with width; ``error`` is its standard error over seeds (nan for one)."""
 
     quantity: str
     moment: str
@@ -70,16 +70,17 @@ class Slope(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Within ``TOLERANCE`` of the prediction; not where a run was not finite."""
+        """Whether the slope is within ``TOLERANCE`` of the prediction; false if a run was not finite."""
         low, high = self.predicted
         return low - TOLERANCE <= self.value <= high + TOLERANCE
 
 
 def draw_batches(check: CoordCheck, shards: TokenShards | None = None) -> list[NDArray[np.int64]]:
-    """One batch ``[rows, row_length]`` a seed, int64, of token ids that count from 0.
+    """One batch per seed: token ids int64 ``[rows, row_length]``, numbered from 0 without gaps.
 
-    From shards, consecutive rows at a random place, their tokens numbered anew, so that the model's vocabulary holds
-    these alone. Without shards, ``TOKEN_TYPES`` tokens with the frequencies of Zipf's law.
+    With shards, a batch is consecutive rows from a random position, with tokens renumbered so that the model's
+    vocabulary has no others. Without shards, it is drawn from ``TOKEN_TYPES`` tokens with the frequencies of Zipf's
+    law.
 
     Raises:
         ValueError: The shards hold too few tokens.
@@ -109,15 +110,15 @@ def measure(
     device: str = "auto",
     progress: Callable[[int], object] = lambda width: None,
 ) -> Coordinates:
-    """Train every width once for each batch, in fp32, with ``LR_FACTOR`` of the optimizer's learning rate.
+    """Train each width once per batch, in fp32, with ``LR_FACTOR`` times the optimizer's learning rate.
 
     Args:
         check: Sizes and ablation.
-        config: Parametrization, shares of the feed-forward layer and activation of the models.
-        optimizer: AdamW.
-        batches: Of :func:`draw_batches`; the seed of the weights is the number of the batch.
-        device: Of torch, or ``auto``.
-        progress: Called with each width that is done.
+        config: Parametrization, activation function and relative inner width of the models.
+        optimizer: Settings of AdamW.
+        batches: Batches from :func:`draw_batches`; the number of a batch is the seed of the weights.
+        device: Torch device, or ``auto``.
+        progress: Called with the width after each training.
 
     Raises:
         ValueError: The device cannot be used.

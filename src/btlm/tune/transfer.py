@@ -1,9 +1,9 @@
-"""`btlm transfer`: tune hyperparameters on a narrow proxy, and write the recipe of a wide model with them.
+"""The command `btlm transfer`: tunes hyperparameters on a narrow proxy, and writes a wide model's recipe with them.
 
-Under muP the best learning rate, initialization, embedding multiplier and output multiplier are those of base width at
-every width (arXiv 2203.03466), so that a random search on a small model finds them, as BTLM's authors did.
+Under muP, the best learning rate, initialization, embedding multiplier and output multiplier at base width are the best
+at every width (arXiv 2203.03466). A random search on a small model therefore finds them, as BTLM's authors did.
 
-Trial ``i`` draws its values from ``seed`` and ``i`` alone. The study is a journal of Optuna in the output folder; a
+The values of trial ``i`` depend only on ``seed`` and ``i``. The study is an Optuna journal in the output folder; a
 trial that was killed runs again with the same values, from its last checkpoint.
 """
 
@@ -39,9 +39,9 @@ RESULT = "recipe.yaml"
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Lowest and highest value of what is searched, drawn log-uniformly.
+    """Lowest and highest value of each searched hyperparameter; values are drawn log-uniformly.
 
-    The defaults span a decade and more around BTLM's values: 0.012, 0.073, 14.6 and 2.22.
+    The defaults span more than a factor of ten around BTLM's values: 0.012, 0.073, 14.6 and 2.22.
     """
 
     lr: tuple[float, float] = (1e-3, 1e-1)
@@ -60,11 +60,11 @@ class SearchSpace:
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """By name."""
+        """Lowest and highest values, by name."""
         return dataclasses.asdict(self)
 
     def draw(self, seed: int, number: int) -> dict[str, float]:
-        """The values of a trial, by name, to four significant digits."""
+        """Draw the values of a trial, by name, rounded to four significant digits."""
         import optuna
 
         optuna.logging.set_verbosity(logging.WARNING)
@@ -73,7 +73,7 @@ class SearchSpace:
 
     @property
     def distributions(self) -> dict[str, Any]:
-        """As Optuna has them."""
+        """The ranges as Optuna's distributions, by name."""
         from optuna.distributions import FloatDistribution
 
         return {name: FloatDistribution(low, high, log=True) for name, (low, high) in self.ranges.items()}
@@ -94,17 +94,17 @@ def run_transfer(
     """Search on the proxy until ``trials`` trials are finished; the same call continues an interrupted search.
 
     Args:
-        proxy: YAML file of a recipe with ``mup_base_width``.
+        proxy: YAML file of the proxy's recipe, with ``mup_base_width``.
         data: Folder of token shards with held-out text.
-        output: Receives the journal, ``recipe.yaml`` with the best values, ``transfer.png``, and of each trial
-            ``trials/*/metrics.jsonl``.
-        trials: Finished ones, those that diverged and those of earlier calls among them.
-        workers: Trials at a time.
-        target: YAML file of the recipe that gets the values; the proxy's without it.
-        space: Ranges; the defaults of :class:`SearchSpace` without it.
-        seed: Of the values.
-        device: Of torch; ``cuda`` with several workers is one GPU each, in turn.
-        token_bytes: Bytes of text of every token id; of the GPT-2 vocabulary without it.
+        output: Folder that receives the journal, ``recipe.yaml`` with the best values, ``transfer.png``, and one
+            ``trials/*/metrics.jsonl`` per trial.
+        trials: Number of finished trials to reach, including those that diverged and those of earlier calls.
+        workers: Number of trials that run at the same time.
+        target: YAML file of the recipe that gets the values; by default the proxy's.
+        space: Ranges to search; by default those of :class:`SearchSpace`.
+        seed: Seed of the random values.
+        device: Torch device; with ``cuda``, workers take the GPUs in turn, one each.
+        token_bytes: Bytes of text per token id, int64 ``[vocab]``; by default of the GPT-2 vocabulary.
 
     Returns:
         The recipe that was written.
@@ -113,7 +113,7 @@ def run_transfer(
         ValueError: A recipe, the shards or a number cannot be used, ``output`` holds another study, another command
             works in it, or every trial diverged.
         ChildProcessError: The process of a trial was killed.
-        KeyboardInterrupt: A trial was told to stop; its checkpoint is written.
+        KeyboardInterrupt: A trial was stopped by a signal; its checkpoint has been written.
     """
     from rich.console import Console
 
@@ -125,7 +125,7 @@ def run_transfer(
         raise ValueError(f"trials ({trials}) and workers ({workers}) must be at least 1, and seed ({seed}) at least 0.")
     space = space or SearchSpace()
     recipe = _read_proxy(proxy)
-    # Complains about the target, if it has to, before anything is trained.
+    # Raises errors of the target's recipe before anything is trained.
     _result(target or proxy, recipe, space.draw(seed, 0))
     shards = TokenShards(data)
     training_batches(recipe, shards, join_ranks(device))
@@ -166,7 +166,7 @@ def run_transfer(
         result = _result(target or proxy, recipe, _values(chosen))
         heading = (
             f"# Values of trial {chosen.user_attrs['number']}, the best of {len(finished)} on "
-            f"{Path(proxy).name}: held-out loss {chosen.value:.4f} bits a byte.\n"
+            f"{Path(proxy).name}: held-out loss {chosen.value:.4f} bits per byte.\n"
         )
         write_text(output / RESULT, heading + dump_recipe(result))
         plot_trials(finished, space.ranges, output / "transfer.png")
@@ -180,10 +180,10 @@ def run_transfer(
 
 @contextmanager
 def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
-    """The study in a folder, new or continued, which no other command works in meanwhile.
+    """Open a new or continued study in a folder, locked against other commands.
 
     Raises:
-        ValueError: The folder holds files of something else, a study of other settings, or one that runs.
+        ValueError: The folder holds other files, a study with other settings, or a study that is running.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -193,13 +193,13 @@ def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder.")
     if output.exists() and any(output.iterdir()) and not journal.exists():
-        raise ValueError(f"{output} holds files that are not of a search; give a new or empty folder.")
+        raise ValueError(f"{output} holds files that no search wrote; give a new or empty folder.")
     optuna.logging.set_verbosity(logging.WARNING)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / LOCK, f"Another search runs in {output}; wait for it, or give another folder."):
         with journal.open("ab+") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # A line that was not written to its end.
+            file.truncate(file.read().rfind(b"\n") + 1)  # Drops a last line that was only partly written.
         storage = JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(storage=storage, study_name="transfer", load_if_exists=True)
         kept = study.user_attrs.get("settings")
@@ -207,15 +207,15 @@ def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
             study.set_user_attr("settings", dict(settings))
         elif kept != settings:
             differ = ", ".join(key for key in settings if kept.get(key) != settings[key])
-            raise ValueError(f"{output} holds a search of another {differ}; give a new output folder.")
+            raise ValueError(f"{output} holds a search with another {differ}; give a new output folder.")
         for trial in study.get_trials(deepcopy=False):
             if not trial.state.is_finished():
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # Killed, and to be run again.
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # It was killed, and will run again.
         yield study
 
 
 def finished_trials(study: "Study") -> dict[int, "FrozenTrial"]:
-    """Trials that need not run again, by number; those that diverged are pruned, with ``reason`` in ``user_attrs``."""
+    """Finished trials, by number; those that diverged are pruned, with ``reason`` in ``user_attrs``."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -231,11 +231,11 @@ def _jobs(
     trials: int,
     output: Path,
 ) -> Iterator[Job]:
-    """The trials that are missing, each begun in the study, and put into ``running``, when it is asked for."""
+    """The missing trials; each is begun in the study and put into ``running`` when the iterator reaches it."""
     finished = finished_trials(study)
     for number in finished:
         _clean(output, number)
-    # Beyond those that were asked for, an earlier call may have finished others.
+    # An earlier call may have finished more trials than this one asks for.
     for number in range(trials):
         if number not in finished:
             study.sampler = _sampler(seed, number)
@@ -270,7 +270,7 @@ def _folder(output: Path, number: int) -> Path:
 
 
 def _clean(output: Path, number: int) -> None:
-    """Remove checkpoints and the model of a finished trial."""
+    """Remove the checkpoints and the model of a finished trial."""
     for path in _folder(output, number).glob("*/"):
         shutil.rmtree(path)
 
@@ -281,7 +281,9 @@ def _clean(output: Path, number: int) -> None:
 def _read_proxy(path: Path | str) -> Recipe:
     recipe = load_recipe(path)
     if recipe.start is not None:
-        raise ValueError(f"{path} goes on from start.model; a search needs a model that is trained from the start.")
+        raise ValueError(
+            f"{path} continues from start.model; a search needs a model that is trained from random weights."
+        )
     if recipe.mup_base_width is None:
         raise ValueError(f"{path} has no mup_base_width; give the width at which the values are to hold, its n_embd.")
     if not recipe.config.mup_scale_qk_dot_by_d:
@@ -290,14 +292,14 @@ def _read_proxy(path: Path | str) -> Recipe:
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, float]) -> Recipe:
-    """A recipe that trains with the values of a trial, unwatched."""
+    """The proxy's recipe with the values of a trial, without TensorBoard and W&B."""
     model = {name: value for name, value in values.items() if name != "lr"}
     optimizer = replace(recipe.optimizer, lr=values["lr"])
     return replace(recipe, optimizer=optimizer, model=recipe.model | model, watching=Watching(tensorboard=False))
 
 
 def _result(path: Path | str, proxy: Recipe, values: Mapping[str, float]) -> Recipe:
-    """The recipe of a file with the values of a trial, which hold at the proxy's base width."""
+    """A file's recipe with the values of a trial, which hold at the proxy's base width."""
     changes = {"optimizer.lr" if name == "lr" else f"model.{name}": value for name, value in values.items()}
     base = {"mup_base_width": proxy.mup_base_width, "model.mup_scale_qk_dot_by_d": True}
     return load_recipe(path, changes | base)

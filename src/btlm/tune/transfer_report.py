@@ -1,4 +1,4 @@
-"""A search to look at: its progress, a table of its best trials, and the loss against each value."""
+"""Shows a search: its progress, a table of the best trials, and a plot of the loss against each value."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +24,12 @@ NAMES = {
     "mup_embeddings_scale": "embedding scale",
     "mup_output_alpha": "output alpha",
 }
-# Lines of the table.
+# Number of lines in the table.
 BEST = 10
 
 
 class Watch:
-    """A bar for all trials and one for each that runs; a line for each that ends."""
+    """Shows one bar for all trials and one per running trial, and prints a line when a trial ends."""
 
     def __init__(self, console: Console, finished: int, trials: int, steps: int) -> None:
         self._progress = progress_bars(MofNCompleteColumn(), console=console)
@@ -47,7 +47,7 @@ class Watch:
         self._progress.stop()
 
     def show(self, event: Event) -> None:
-        """Tell an event."""
+        """Show an event."""
         number = event.number
         if event.kind == "step":
             if number not in self._tasks:
@@ -56,16 +56,16 @@ class Watch:
             return
         if number in self._tasks:
             self._progress.remove_task(self._tasks.pop(number))
-        text = f"{event.value:.4f} bits a byte" if event.kind == "loss" else f"{event.kind}: {event.value}"
+        text = f"{event.value:.4f} bits per byte" if event.kind == "loss" else f"{event.kind}: {event.value}"
         self._progress.console.print(f"trial {number}: {text}", markup=False)
         self._progress.advance(self._all, int(event.kind in ("loss", "diverged")))
 
 
 def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
-    """The best trials, the best first, and how many diverged."""
+    """Table of the best trials, the best first, with the number of trials that diverged."""
     losses = {number: trial.value for number, trial in trials.items() if trial.value is not None}
     diverged = len(trials) - len(losses)
-    table = Table(title=f"{len(trials)} trials, {diverged} diverged", caption="loss: held out, in bits a byte")
+    table = Table(title=f"{len(trials)} trials, {diverged} diverged", caption="loss: held out, in bits per byte")
     for column in ("trial", "loss", *NAMES.values()):
         table.add_column(column, justify="right")
     for number, loss in sorted(losses.items(), key=lambda item: item[1])[:BEST]:
@@ -75,7 +75,7 @@ def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
 
 
 def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[float, float]], picture: Path) -> None:
-    """The loss against each value, and in the order of the trials with the best so far; diverged ones at the top."""
+    """Plot the loss against each value and trial number, and the best loss so far; diverged trials are at the top."""
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -85,13 +85,13 @@ def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[
     best = int(np.nanargmin(losses))
     figure, axes = plt.subplots(1, 5, figsize=(13, 3.2), layout="constrained", sharey=True)
     places = {name: np.array([trial.params[name] for trial in trials.values()]) for name in NAMES}
-    # Trials that learned nothing would flatten what tells the others apart: they stand at the top, too.
+    # Very high losses would flatten the differences between the others, so they are drawn at the top, too.
     low, high = losses[best], float(np.nanquantile(losses, 0.9))
     top = high + 0.1 * (high - low) if high > low else low + 1
     marks = (("o", "C0", losses <= top), ("^", "C0", losses > top), ("x", "crimson", ~ended))
     for axis, (name, x) in zip(axes, [*places.items(), ("trial", numbers)], strict=True):
         for marker, color, chosen in marks:
-            if not chosen.any():  # Matplotlib's layout fails on empty ones that are not clipped.
+            if not chosen.any():  # Matplotlib's layout fails on empty plots without clipping.
                 continue
             heights = np.where(losses[chosen] <= top, losses[chosen], top)
             axis.plot(x[chosen], heights, marker, color=color, alpha=0.6, markersize=4, clip_on=False)
@@ -108,6 +108,6 @@ def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[
             axis.tick_params("x", labelrotation=45)
     axes[-1].step(numbers, np.fmin.accumulate(losses), where="post", color="black", linewidth=1)
     axes[0].set_ylim(low - 0.05 * (top - low), top)
-    axes[0].set_ylabel("held-out loss (bits a byte)")
+    axes[0].set_ylabel("held-out loss (bits per byte)")
     figure.align_xlabels()
     save_figure(figure, picture)

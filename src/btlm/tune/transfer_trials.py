@@ -1,7 +1,7 @@
-"""Trials of a search, one after another or in processes of their own; what happens in them comes as a stream of events.
+"""Runs the trials of a search, one after another or in several processes, and reports them as a stream of events.
 
-A process that runs trials is connected to the one that asks for them by a pipe alone. When the asking process ends, in
-whatever way, the pipe breaks, and the others end at their next step.
+Only a pipe connects a process that runs trials to the main process. When the main process ends, for whatever reason,
+the pipe breaks, and the other processes end at their next step.
 """
 
 import json
@@ -28,7 +28,7 @@ from btlm.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials share: the folder of the shards, bytes of every token id, and the device of torch."""
+    """Settings that all trials share: folder of the shards, bytes of text per token id, and torch device."""
 
     data: Path
     token_bytes: NDArray[np.int64]
@@ -44,10 +44,11 @@ class Job(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What happened in a trial, and its number.
+    """An event in a trial, and the trial's number.
 
-    ``step``: how many steps are done. ``loss``: its held-out loss in bits a byte, the end of the trial. ``diverged``,
-    ``stopped`` and ``error``: an end without a loss, and why.
+    ``step``: the value is the number of finished steps. ``loss``: the trial has ended, and the value is its held-out
+        loss in bits per byte. ``diverged``, ``stopped`` and ``error``: it has ended without a loss, and the value says
+        why.
     """
 
     number: int
@@ -56,10 +57,10 @@ class Event(NamedTuple):
 
 
 def run_jobs(jobs: Iterator[Job], setting: Setting, workers: int) -> Iterator[Event]:
-    """Run jobs, ``workers`` at a time, each taken from ``jobs`` when there is a worker for it.
+    """Run jobs, ``workers`` at a time; each is taken from ``jobs`` when a worker is free.
 
-    One worker is this process. Several are processes of their own, which share the cores of the machine, and its GPUs
-    in turn where the device is ``cuda``.
+    A single worker is this process. Several workers are separate processes, which share the cores of the machine, and
+    take its GPUs in turn if the device is ``cuda``.
 
     Raises:
         ChildProcessError: A worker was killed.
@@ -72,7 +73,7 @@ def run_jobs(jobs: Iterator[Job], setting: Setting, workers: int) -> Iterator[Ev
 
 
 def run_job(job: Job, setting: Setting) -> Iterator[Event]:
-    """Train, or go on from the checkpoints in the job's folder, and end with an event that is no step."""
+    """Train, or continue from the checkpoints in the job's folder; the last event is not a step."""
     from btlm.train.loop import train
 
     try:
@@ -85,7 +86,7 @@ def run_job(job: Job, setting: Setting) -> Iterator[Event]:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         yield Event(job.number, "error", f"{type(error).__name__}: {error}")
         return
-    # From the file: a run that was complete before it could be told gives no more records.
+    # Read from the file, since a run that an earlier call completed yields no records.
     last = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1])
     if last["step"] < job.recipe.total_steps:
         yield Event(job.number, "stopped", f"after step {last['step']}")
@@ -119,7 +120,7 @@ def _run_in_processes(jobs: Iterator[Job], setting: Setting, workers: int) -> It
         for connection in processes:
             connection.close()
         for process in processes.values():
-            process.join(60)  # It ends with its step.
+            process.join(60)  # It ends after its step.
             process.kill()
 
 
@@ -132,8 +133,8 @@ def _next_free(busy: dict[Connection, int]) -> Generator[Event, None, Connection
                 event = connection.recv()
             except EOFError:
                 raise ChildProcessError(
-                    f"The process of trial {busy[connection]} was killed, perhaps for want of memory; the same command "
-                    "goes on, with fewer workers if need be."
+                    f"The process of trial {busy[connection]} was killed, perhaps for lack of memory; the same command "
+                    "continues, with fewer workers if need be."
                 ) from None
             if event.kind != "step":
                 del busy[connection]
@@ -143,7 +144,7 @@ def _next_free(busy: dict[Connection, int]) -> Generator[Event, None, Connection
 
 
 def _serve(connection: Connection, setting: Setting, threads: int) -> None:
-    """The life of a worker process: jobs come, events go, until the pipe breaks."""
+    """Main loop of a worker process: receives jobs and sends events until the pipe breaks."""
     torch.set_num_threads(threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
