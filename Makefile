@@ -1,5 +1,5 @@
-# Every target installs what it needs into .venv first, and again when it changes: the versions of constraints.txt, and the
-# kernels, which take a C++ compiler (without one, they are torch's).
+# Every target first installs what it needs into .venv, and installs again when the files of BUILT_FROM change. Versions
+# are those of constraints.txt. The native kernels need a C++ compiler; without one, btlm computes with torch.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,14 +7,14 @@ PROMPT ?= Albert Einstein was known for
 ARGS ?=
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/btlm/kernels/native/*)
 
-# The prompt reaches the command through the environment and is never expanded, so quotes and dollar signs survive.
+# The prompt reaches the command through the environment and is never expanded, so quotes and dollar signs stay as typed.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-# $(call install,EXTRAS,STAMPS): the stamps go first and come back last, so that an interrupted install is done again.
+# $(call install,EXTRAS,STAMPS): stamps are removed first and written last, so that an interrupted install is repeated.
 define install
 @rm -f $(2)
-@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"BTLM needs Python 3.11 or newer, $(PYTHON) is {v}: name another one, as in make PYTHON=python3.12")'
+@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"BTLM needs Python 3.11 or newer, $(PYTHON) is {v}: choose another one, for example make PYTHON=python3.12")'
 $(PYTHON) -m venv .venv
 PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --editable '.$(1)'
 @touch $(2)
@@ -26,7 +26,7 @@ endef
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-generate: .venv/.base  ## continue PROMPT="..." with the bundled model; ARGS="..." adds options of `btlm generate`
+generate: .venv/.base  ## continue PROMPT="..." with the bundled model; ARGS="..." passes options to `btlm generate`
 	@$(BIN)/btlm generate "$$PROMPT" $(ARGS)
 
 test: .venv/.dev  ## run the fast tests
@@ -35,12 +35,12 @@ test: .venv/.dev  ## run the fast tests
 test-all: .venv/.dev  ## run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/.dev  ## format, lint and types; changes nothing
+check: .venv/.dev  ## check format, lint and types; changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: .venv/.dev  ## run every script of benchmarks/
+bench: .venv/.dev  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:  ## remove .venv, caches and built packages

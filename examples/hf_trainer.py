@@ -4,15 +4,15 @@
     python examples/hf_trainer.py --model recipes/btlm-tiny.yaml --text book.txt --output runs/hf --steps 200
     python examples/hf_trainer.py --model runs/hf --data data/ --output runs/hf-2 --steps 200
 
-``--model`` is a checkpoint (a folder, or an id on the Hugging Face Hub) to go on from, or a recipe whose model starts
-from random weights. Text is packed: rows of ``--sequence-length`` tokens, without padding, cut from one stream of all
-files. ``--output`` gets the trained model, and the Trainer's checkpoints on the way; the same command again goes on
-from the last of them.
+``--model`` is a checkpoint to continue from (a folder, or an id on the Hugging Face Hub), or a recipe whose model
+starts from random weights. Text is packed: rows of ``--sequence-length`` tokens, without padding, are cut from one
+stream of all files. ``--output`` receives the Trainer's checkpoints and the trained model; the same command, run again,
+continues from the last checkpoint.
 
-Two lines are BTLM's: the parameter groups, which give each kind of weight its own learning rate, and the optimizer's
-place in ``optimizers=``. The schedule multiplies every group's rate alike; the log shows that of the matrices. The
-Trainer takes no such optimizer under FSDP, and the logits of a whole forward pass are in memory at once: ``btlm train``
-is for large runs.
+Only two lines are specific to BTLM: the parameter groups, which give each kind of weight its own learning rate, and
+passing the optimizer as ``optimizers=``. The schedule multiplies the rates of all groups by the same factor; the log
+shows the rate of the matrices. With FSDP, the Trainer does not accept such an optimizer, and the logits of a whole
+forward pass are in memory at once, so use ``btlm train`` for large runs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from btlm.train import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> Trainer:
-    """Train as the command line says."""
+    """Train with the options of a command line."""
     args = parse(arguments)
     model = load_model(args.model)
     rows = shard_rows(args) if args.data else text_rows(args)
@@ -63,13 +63,13 @@ def main(arguments: list[str] | None = None) -> Trainer:
         optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True), None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if args.output.exists() else None)
-    model.config.use_cache = use_cache  # the Trainer turns it off for training, and would save it so
+    model.config.use_cache = use_cache  # the Trainer turns it off for training, and would save it turned off
     trainer.save_model()
     return trainer
 
 
 def load_model(name: str) -> BTLMLMHeadModel:
-    """A checkpoint, or the model of a recipe; fp32, which bf16 training computes from."""
+    """Load a checkpoint, or build the model of a recipe, in fp32; bf16 training keeps fp32 weights."""
     if not name.endswith((".yaml", ".yml")):
         return BTLMLMHeadModel.from_pretrained(name, dtype=torch.float32)
     recipe = load_recipe(name)
@@ -80,12 +80,12 @@ def load_model(name: str) -> BTLMLMHeadModel:
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Rows of equal length, one behind the other in a stream of tokens; the labels are shifted inside the model."""
+    """Consecutive rows of equal length from a stream of tokens; the model shifts the labels."""
 
     def __init__(self, read: Callable[[int, int], NDArray[Any]], num_tokens: int, length: int) -> None:
         self.read, self.num_rows, self.length = read, num_tokens // length, length
         if not self.num_rows:
-            raise ValueError(f"{num_tokens:,} tokens are no row of {length:,}: give more text or shorter rows.")
+            raise ValueError(f"{num_tokens:,} tokens do not fill a row of {length:,}; give more text or shorter rows.")
 
     def __len__(self) -> int:
         return self.num_rows
@@ -105,7 +105,7 @@ def shard_rows(args: argparse.Namespace) -> PackedRows:
 
 
 def text_rows(args: argparse.Namespace) -> PackedRows:
-    """Rows of text files, each of them a document that ends with end-of-text."""
+    """Rows of text files; each file is a document that ends with end-of-text."""
     recipe = args.model.endswith((".yaml", ".yml"))
     tokenizer = load_tokenizer() if recipe else AutoTokenizer.from_pretrained(args.model)
     ids: list[int] = []
@@ -116,7 +116,7 @@ def text_rows(args: argparse.Namespace) -> PackedRows:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="checkpoint folder, id on the Hugging Face Hub, or recipe (.yaml)"
@@ -126,9 +126,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source.add_argument("--data", type=Path, help="folder of token shards, from `btlm data`")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a row")
-    parser.add_argument("--batch-rows", type=int, default=4, help="rows of a forward pass on one device")
-    parser.add_argument("--accumulate", type=int, default=1, help="forward passes of a step")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--batch-rows", type=int, default=4, help="rows per forward pass on one device")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, at muP's base width")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--warmup-steps", type=int, default=10)

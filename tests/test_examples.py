@@ -156,5 +156,5 @@ def test_rows_are_cut_from_one_stream(hf_trainer, recipe, shards, text, tmp_path
 
 def test_too_little_text_is_said(hf_trainer, recipe, tmp_path):
     (tmp_path / "short.txt").write_text("A few words.")
-    with pytest.raises(ValueError, match="are no row of 32"):
+    with pytest.raises(ValueError, match="do not fill a row of 32"):
         run(hf_trainer, tmp_path / "run", "--model", recipe, "--text", tmp_path / "short.txt", "--steps", 1)
