@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def error_of(capsys):
-    """The one line that a command line ends in."""
+    """The one line of an error on standard error."""
 
     def run(*argv):
         status = main([str(argument) for argument in argv])
@@ -63,7 +63,7 @@ def error_of(capsys):
 
 @pytest.fixture
 def called(monkeypatch):
-    """Replaces the stages, and keeps what they were called with."""
+    """Replace the functions behind the commands and record their arguments."""
     calls = []
     for module, name in (
         (btlm.generate.continue_prompt, "run_generate"),
@@ -115,7 +115,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"btlm {btlm.__version__}\n"
 
 
-# What the stages receive
+# Arguments that the functions receive
 
 
 def test_generate_by_default(called):
@@ -211,7 +211,7 @@ def test_the_other_commands(called, line, expected):
     ("setting", "key", "value"),
     [
         ("optimizer.lr=1.0e-3", "optimizer.lr", 0.001),
-        ("optimizer.lr=1e-3", "optimizer.lr", "1e-3"),  # The recipe says what to write instead.
+        ("optimizer.lr=1e-3", "optimizer.lr", "1e-3"),  # the recipe's error says what to write instead
         ("stages=[{sequence_length: 16, tokens: 64}]", "stages", [{"sequence_length": 16, "tokens": 64}]),
         ("start.model=a=b", "start.model", "a=b"),
         ("lora={}", "lora", {}),
@@ -240,7 +240,7 @@ def test_settings_add_up_and_the_last_word_counts(called):
         ("nonsense", "'nonsense'"),
         ("--nonsense", "--nonsense"),
         ("generate x --temprature 1", "--temprature"),
-        ("generate x --temp 1", "--temp"),  # no guessing
+        ("generate x --temp 1", "--temp"),  # abbreviations are not completed
         ("generate x --model", "--model: expected one argument"),
         ("generate x --max-new-tokens many", "--max-new-tokens: 'many' is not a whole number"),
         ("generate x --max-new-tokens 1.5", "'1.5' is not a whole number"),
@@ -355,7 +355,7 @@ def test_interruption_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-# As a process
+# The command as a process
 
 
 def test_a_reader_that_goes_away_is_quiet():
@@ -393,7 +393,7 @@ def test_a_prompt_through_a_pipe(checkpoint):
     ],
 )
 def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):
-    """Undisturbed by a second one, as a shell sends to a group and a supervisor to each of it."""
+    """A second SIGTERM does not disturb it: a shell signals a process group, and a supervisor every process."""
     cleared = []
 
     def terminated(*_, **__):

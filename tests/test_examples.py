@@ -1,4 +1,4 @@
-"""The programs of examples/, on models and text made here."""
+"""The programs in examples/, run on models and text made here."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def hf_trainer() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For tensors this small the fastest."""
+    """Use one thread, the fastest for such small tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,7 +104,7 @@ def test_a_recipe_s_model_learns_text_at_mup_s_learning_rates(hf_trainer, recipe
     assert (output / "tokenizer.json").exists()
     assert json.loads((output / "config.json").read_text())["use_cache"] is True
 
-    # The base width over the width scales the matrices' learning rate, and biases and norms do not decay.
+    # The learning rate of matrices is scaled by base width / width, and biases and norms have no weight decay.
     rates = {group["name"]: (group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
     assert rates == {
         "matrices": (LR * WIDTH_SCALE, 0.1),

@@ -32,7 +32,7 @@ GRAPH: dict[str, set[str]] = {
 }
 # Files beside the rooms, for every room except `model`; they import one another and `model`.
 GROUND = {"registration", "files", "console", "plots", "errors", "devices"}
-# What one part of btlm may import from the others. `btlm` is the package itself, which offers its version.
+# What each part of btlm may import. `btlm` is the package itself, which has the version.
 MAY_IMPORT = {
     "model": set[str](),
     "btlm": {"model", "registration"},
@@ -48,13 +48,13 @@ MODEL_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "transformers"}
 
 
 def room_of(module: str) -> str:
-    """The room of a module's full name: its second part, or `btlm` for a name that the package itself offers."""
+    """The room in a module's full name: its second part, or `btlm` for a name in the package itself."""
     second = module.split(".")[1:2]
     return second[0] if second and second[0] in MAY_IMPORT else "btlm"
 
 
 def imports_of(path: Path, module: str) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
-    """Full name of everything a file imports, wherever in the file: also in functions and by `import_module`."""
+    """Full names of everything a file imports anywhere, also in functions and by `import_module`."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         match node:
@@ -72,7 +72,7 @@ def imports_of(path: Path, module: str) -> Iterator[tuple[ast.stmt | ast.expr, s
 
 
 def import_problems(package: Path) -> list[str]:
-    """What breaks the graph of the rooms in a source tree of btlm, one line per problem."""
+    """Violations of the graph of rooms in a source tree of btlm, one line each."""
     problems = []
     for path in sorted(package.rglob("*.py")):
         parts = ["btlm", *path.relative_to(package).with_suffix("").parts]
@@ -165,9 +165,9 @@ def test_an_allowed_import_is_no_problem(tmp_path, file, line):
 
 
 def import_circle(package: Path) -> list[str]:
-    """Modules of a source tree of btlm that import one another in a circle, lazy imports included; empty if none do.
+    """Modules in a source tree of btlm that import one another in a circle, lazy imports included; else empty.
 
-    What a package's ``__init__`` imports is left out: it offers names of the files below it.
+    Imports in a package's ``__init__`` do not count, since it only collects names of the files below it.
     """
     files = {}
     for path in package.rglob("*.py"):
@@ -182,7 +182,7 @@ def import_circle(package: Path) -> list[str]:
         imports = {module: imported for module, imported in imports.items() if module not in leaves}
     if not imports:
         return []
-    way = [min(imports)]  # every module that is left imports another one that is left
+    way = [min(imports)]  # each remaining module imports another remaining one
     while (following := min(imports[way[-1]] & set(imports))) not in way:
         way.append(following)
     return way[way.index(following) :]
@@ -233,14 +233,14 @@ def test_all_lists_what_a_package_offers(name):
 
 # Files
 
-# Put together here so that this file does not contain what it looks for.
+# Assembled from parts, so that this file does not contain the text that it looks for.
 HOMES = "|".join(["work", "root", "Users"])
 SOURCES = "|".join("-".join(words) for words in [("index", "url"), ("find", "links"), ("trusted", "host")])
 LEAK = re.compile(rf"(?<![\w.-])/(?:(?:{HOMES})/|home/\w)|--(?:extra-)?(?:{SOURCES})".encode())
 
 
 def leaks(content: bytes) -> list[str]:
-    """Paths of one person's machine, and package sources that others do not have."""
+    """Paths on one person's machine, and package sources that others do not have."""
     return [match.group().decode() for match in LEAK.finditer(content)]
 
 

@@ -1,4 +1,4 @@
-"""Importing btlm costs nothing, and Transformers knows BTLM from whatever side it is imported."""
+"""Importing btlm is fast, and Transformers knows BTLM whichever of the two is imported first."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.checkpoint.tiny import save_tiny
 
 
 def run_python(*arguments, cwd=None):
-    # Every warning is an error there too.
+    # Warnings are errors in that process too.
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(btlm.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)

@@ -1,7 +1,7 @@
 """The commands of README.md work as printed.
 
-Every `bash`, `sh` and `console` block runs line by line, every `python` block as one program, each in a folder of its
-own that holds the recipes. A block is left out by `<!-- not run: REASON -->` on the line before its fence.
+Every `bash`, `sh` and `console` block runs line by line, and every `python` block as one program, each in a new folder
+with the recipes. The line `<!-- not run: REASON -->` before its fence excludes a block.
 """
 
 import os
@@ -25,12 +25,12 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 ASSIGNMENTS = re.compile(r"^(?:\w+=\S*\s+)*")
-# A reader's way to a working `btlm`, which this process has behind it.
+# Commands that install btlm, which is already installed here.
 SETUP = re.compile(r"(?:git clone|cd|source|(?:python3? -m )?pip install|python3? -m venv)\b")
 
 
 class Block(NamedTuple):
-    """One fenced block of a README that is to be run."""
+    """A fenced block of a README that the tests run."""
 
     line: int
     language: str
@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
 
 def runnable_blocks(text: str) -> list[Block]:
-    """Blocks in a language that is run, without those that say why they are not."""
+    """Blocks in a language that the tests run, without those that are excluded with a reason."""
     blocks = []
     for match in FENCE.finditer(text):
         exempt, language, body = match["exempt"], match["language"], match["body"]
@@ -52,7 +52,7 @@ def runnable_blocks(text: str) -> list[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """Commands of a shell block, with continued lines joined; of a console block those after a `$`, not the output."""
+    """Commands of a shell block, with continued lines joined; in a console block, the lines that begin with `$`."""
     lines = block.body.replace("\\\n", " ").splitlines()
     if block.language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -60,7 +60,7 @@ def commands(block: Block) -> list[str]:
 
 
 def run(argv: list[str], folder: Path) -> str:
-    """What a program prints, with this environment's `btlm` on its path; fails the test where the program fails."""
+    """Run a program with this environment's `btlm` on its path; returns its output, or fails the test."""
     environment = {
         name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     }
@@ -71,7 +71,7 @@ def run(argv: list[str], folder: Path) -> str:
 
 
 def run_block(block: Block, folder: Path) -> None:
-    """Run a block; of `make` only what it would do, since its targets are the test suite and installations."""
+    """Run a block. `make` only prints what it would do, since its targets install packages and run all tests."""
     if block.language == "python":
         run([sys.executable, "-c", block.body], folder)
         return

@@ -15,7 +15,7 @@ def message(name, **options):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Stands for the Hub: `hub(files)` or `hub(error)`; returns the patterns that were asked for."""
+    """Replace the Hub: `hub(files)` or `hub(error)` sets its answer and returns the patterns that were requested."""
     asked = []
 
     def answer(files_or_error):
@@ -34,7 +34,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def hub_error(kind):
-    """Its constructor wants the answer of a server."""
+    """Make an error of the Hub, whose constructor needs a server's response."""
     return kind.__new__(kind)
 
 
@@ -99,7 +99,7 @@ def test_neither_a_folder_nor_an_id(name):
 
 @pytest.mark.parametrize("name", ["absent", "owner/absent"])
 def test_an_unknown_id_without_a_network(name):
-    # tests/conftest.py takes the Hub off line.
+    # tests/conftest.py turns off network access to the Hub.
     told = message(name)
     assert f"{name} is neither a folder here nor downloaded before" in told
     assert "cannot be reached" in told

@@ -118,7 +118,7 @@ def test_a_header_longer_than_the_file(tmp_path):
 def test_a_dtype_that_is_not_read(tmp_path):
     save_file({"x": torch.zeros(2, dtype=torch.float64)}, tmp_path / "model.safetensors")
     assert map_tensors(tmp_path)["x"].dtype == "F64"
-    assert map_tensors(tmp_path)["x"].values.dtype == np.uint8  # of which nobody makes numbers by mistake
+    assert map_tensors(tmp_path)["x"].values.dtype == np.uint8  # raw bytes, which no caller can take for numbers
 
 
 def test_folders_without_safetensors(tmp_path):

@@ -23,14 +23,14 @@ def logits(model):
 
 
 def message(call, *args, **options):
-    """That of the ValueError, which has to be one line."""
+    """The message of the ValueError that a call raises; it has to be one line."""
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the tests match the message
         call(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-# What loads
+# Checkpoints that load
 
 
 def test_every_tensor_is_that_of_the_checkpoint(checkpoint):
@@ -93,7 +93,7 @@ def test_load_config_needs_no_weights(copy):
     assert load_config(copy).n_embd == TINY["n_embd"]
 
 
-# Configurations that do not
+# Configurations that do not load
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_missing_mup_keys_are_told_once(copy, caplog, missing):
     assert [missing in record.getMessage() for record in caplog.records if record.name.startswith("btlm")] == [True]
 
 
-# Weights that do not
+# Weights that do not load
 
 
 def test_no_weights(copy):
@@ -193,7 +193,7 @@ def test_damaged_pickles(copy):
 
 
 class Malicious:
-    """Runs a command where it is unpickled carelessly."""
+    """Creates a file if it is unpickled without precautions."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -216,7 +216,7 @@ def test_malicious_pickles_are_not_run(copy, tmp_path, write):
     write(Malicious(target), pickle_tensors(copy))
     assert "never run" in message(load_model, copy)
     assert not target.exists()
-    # The pickle is a live one.
+    # Plain unpickling does run the command.
     pickle.loads(pickle.dumps(Malicious(target)))
     assert target.exists()
 

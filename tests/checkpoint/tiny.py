@@ -1,4 +1,4 @@
-"""A checkpoint that loads in no time: one token a byte, so that every character beyond ASCII is split over tokens."""
+"""A very small checkpoint. It has one token per byte, so that characters beyond ASCII take several tokens."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny_model(**overrides: Any) -> BTLMLMHeadModel:
-    """Always the same weights for the same configuration."""
+    """A model whose weights depend only on its configuration."""
     torch.manual_seed(0)
     model = BTLMLMHeadModel(BTLMConfig(**{**TINY, **overrides}))
     model.eval()
@@ -56,7 +56,7 @@ def save_tiny(folder: Path, **overrides: Any) -> Path:
     return folder
 
 
-# Ways to break one
+# Ways to damage a checkpoint
 
 
 def set_config(folder: Path, **values: Any) -> None:
@@ -68,13 +68,13 @@ def set_config(folder: Path, **values: Any) -> None:
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
     path = folder / "model.safetensors"
-    # A copy, since the file is overwritten while it is mapped.
+    # Copy the tensors, since they are mapped from the file that is overwritten.
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file(dict(change(tensors)), path, metadata={"format": "pt"})
 
 
 def pickle_tensors(folder: Path, **options: Any) -> Path:
-    """Replace safetensors by a pickle of the same."""
+    """Replace the safetensors file by a pickle of the same tensors."""
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     path.unlink()
@@ -83,6 +83,6 @@ def pickle_tensors(folder: Path, **options: Any) -> Path:
 
 
 def cut(path: Path, keep: float) -> None:
-    """Keep the first part of a file."""
+    """Truncate a file to a share ``keep`` of its size."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])

@@ -1,4 +1,4 @@
-"""Files are read with the library of the format, and computed by a second implementation of llama.cpp's `jais`."""
+"""The tests read files with the `gguf` library and run them in a second implementation of llama.cpp's `jais`."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ TOKENS = torch.tensor([[5, 9, 200, 31, 7, 256, 258, 0, 0, 259, 17, 40]])
 
 
 def gguf_model(**overrides):
-    """No bias is zero and no norm is one, so that a scale that misses them shows."""
+    """A model without zero biases and without norms of one, so that a scale that skips them changes the logits."""
     torch.manual_seed(0)
     model = BTLMLMHeadModel(BTLMConfig(**{**SHAPE, **overrides})).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def copy(checkpoint, tmp_path):
 
 
 def message(model, output, kind="F16"):
-    """Of the refusal, which is one line and leaves nothing behind."""
+    """The message of an export that fails; it has to be one line, and no file may be left behind."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the tests match the message
         export_gguf(str(model), output, type=kind)
@@ -81,7 +81,7 @@ def message(model, output, kind="F16"):
 
 
 def llama_cpp_slopes(n_head, max_bias):
-    """Of its softmax: ``ggml_compute_forward_soft_max``."""
+    """The slopes of llama.cpp's softmax (``ggml_compute_forward_soft_max``)."""
     n_head_log2 = 1 << int(np.floor(np.log2(n_head)))
     m0, m1 = 2.0 ** (-max_bias / n_head_log2), 2.0 ** (-(max_bias / 2.0) / n_head_log2)
     return [m0 ** (h + 1) if h < n_head_log2 else m1 ** (2 * (h - n_head_log2) + 1) for h in range(n_head)]
@@ -137,12 +137,12 @@ def ours(model):
 
 
 def error(path, model):
-    """Largest, relative to the largest logit."""
+    """The largest error, relative to the largest logit."""
     expected = ours(model)
     return np.abs(Jais(path).logits(TOKENS[0].numpy()) - expected).max() / np.abs(expected).max()
 
 
-# What is written
+# What the file holds
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_weights_are_as_near_as_the_type_allows(checkpoint, tmp_path, kind):
     for name in (name for name in exact if exact[name].ndim == 2 and name != "output.weight"):
         blocks = exact[name].reshape(-1, 32)
         largest = np.abs(blocks).max(-1, keepdims=True)
-        # Half a step, and the rounding of the step to F16. Q4_0 has the largest at -8 steps, and lacks one at +8.
+        # Half a step, and the rounding of the step to F16. Q4_0 puts the largest weight at -8 steps and has no +8.
         step = {"F16": 2.0**-11, "Q8_0": (0.5 + 127 * 2.0**-11) / 127, "Q4_0": (1 + 8 * 2.0**-11) / 8}[kind] * largest
         assert (np.abs(stored[name].reshape(-1, 32) - blocks) <= step + 1e-7).all(), name
 
@@ -272,7 +272,7 @@ def test_a_note_tells_size_and_padding(checkpoint, tmp_path, capsys):
     assert f"{size / 1e6:,.1f} MB, matrices in Q8_0, feed-forward width 36 padded to 64" in told.err
 
 
-# Forms of checkpoints
+# Kinds of checkpoints
 
 
 def shards(folder):
@@ -285,7 +285,7 @@ def shards(folder):
 
 
 def as_stored(folder):
-    """The head of a tied model stored too, as in the released checkpoint, and buffers of old code."""
+    """Also store the head of a tied model, as in the released checkpoint, and the buffers of old code."""
     head = {"lm_head.weight": gguf_model().lm_head.weight.detach().clone()}
     buffers = {
         "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4),
@@ -323,7 +323,7 @@ def test_a_head_that_contradicts_the_configuration_is_refused(copy, tmp_path):
 
 
 def quantize(folder):
-    """Eight bits in groups of 64, of a model that is 64 wide."""
+    """Quantize a model of width 64 to eight bits in groups of 64."""
     model = gguf_model(n_embd=64)
     storage: dict[str, Any] = {"quant_method": "btlm", "bits": 8, "group_size": 64, "table_bits": 8}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
@@ -353,7 +353,7 @@ def test_quantized_folders_are_decoded_and_a_note_says_so(copy, tmp_path, capsys
     assert 1e-4 < error(tmp_path / "model.gguf", gguf_model(n_embd=64)) < 5e-2
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_a_failure_leaves_no_file(checkpoint, tmp_path, monkeypatch, problem):
 
     def fail(*arguments):
         calls.append(arguments)
-        assert any(tmp_path.iterdir())  # half of it is there
+        assert any(tmp_path.iterdir())  # the output is partly written
         if len(calls) == 7:
             raise problem
         return encode(*arguments)
@@ -516,12 +516,12 @@ def test_a_failure_leaves_no_file(checkpoint, tmp_path, monkeypatch, problem):
     assert not any(tmp_path.iterdir())
 
 
-# With llama.cpp itself
+# Comparison with llama.cpp itself
 
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
-    """The bundled model in llama.cpp, F16."""
+    """The bundled model in llama.cpp, in F16."""
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path_factory.mktemp("llama") / "btlm-tiny.gguf"
     export_gguf(str(BUNDLED_MODEL), path, type="F16")

@@ -26,7 +26,7 @@ def problem():
 
 
 def damage(weight, values, inputs):
-    """Of the outputs themselves, relative."""
+    """Relative error of the outputs."""
     return ((inputs @ (values - weight).T).norm() / (inputs @ weight.T).norm()).item()
 
 
@@ -41,14 +41,14 @@ def test_the_factor_is_that_of_the_inverse(problem):
 
 
 def test_the_first_step_is_optimal_brain_surgery(problem):
-    """Inputs of the first group, by the paper's formula (equation 2) with inverses in fp64, one after the other."""
+    """Round the first group one input at a time by the paper's formula (equation 2), with inverses in fp64."""
     weight, _, hessian, factor, _ = problem
     q, scale = gptq(weight, hessian, factor, 4, 128, sweeps=0)
     rest, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     first = scale[:, :1].double()
     for k in range(128):
         rounded = (rest[:, k : k + 1] / first).round().clamp(-8, 7) * first
-        # A sum at the middle between two steps may fall on either side in fp32.
+        # In fp32, a value in the middle between two steps may be rounded to either.
         same = rounded[:, 0] == (q[:, k].double() - 8) * first[:, 0]
         assert same.float().mean() > 0.95
         rounded[:, 0] = (q[:, k].double() - 8) * first[:, 0]
@@ -73,7 +73,7 @@ def test_outputs_change_less_than_by_rounding_to_the_nearest(problem, bits, grou
         damages.append(damage(weight, values_of(q, scale, bits), inputs))
     assert damages[0] < 0.6 * by_nearest
     assert damages[2] < damages[1] < damages[0]
-    # Other inputs of the same kind.
+    # New inputs from the same distribution.
     assert damage(weight, values_of(q, scale, bits), correlated(512, 256, seed=0)[:256]) < 0.7 * by_nearest
 
 

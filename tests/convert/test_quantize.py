@@ -23,14 +23,14 @@ from btlm.engine import Engine
 from btlm.files import whole_folder
 from tests.checkpoint.tiny import byte_tokenizer, change_tensors, cut, pickle_tensors, save_tiny, set_config, tiny_model
 
-# Groups of 64 divide the width, and neither group divides the feed-forward width.
+# Groups of 64 divide the width; neither 64 nor 128 divides the feed-forward width.
 WIDE: dict[str, Any] = {"n_embd": 128, "n_inner": 150, "n_positions": 512, "initializer_range": 0.1}
 IDS = [5, 9, 200, 31, 7, 100, 42, 3]
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """For reading only."""
+    """A checkpoint folder that tests must not change."""
     return save_tiny(tmp_path_factory.mktemp("wide"), **WIDE)
 
 
@@ -42,7 +42,7 @@ def text(tmp_path_factory):
 
 
 def relative(model, original):
-    """Difference of the matrices over their size."""
+    """Size of the difference of the matrices, relative to the size of the matrices."""
     pairs = zip(model.named_parameters(), original.parameters(), strict=True)
     return {name: ((a - b).norm() / b.norm()).item() for (name, a), b in pairs if b.ndim == 2}
 
@@ -77,7 +77,7 @@ def test_the_engine_runs_what_transformers_decodes(wide, tmp_path, cache_dtype):
         logits = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
     expected = logits[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0].numpy()
     scores = Engine.open(tmp_path / "copy", cache_dtype=cache_dtype).score(IDS)
-    assert np.abs(scores - expected).max() < 0.06  # of the activations' eight bits: 0.03; logits deviate by 0.67
+    assert np.abs(scores - expected).max() < 0.06  # 8-bit activations cause 0.03; logits deviate by 0.67
 
 
 def test_calibration_keeps_outputs_better(wide, text, tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_impossible_options_are_refused(wide, tmp_path, options, problem):
 
 
 def test_calibration_rows_are_of_all_of_a_text(tmp_path):
-    """Also where a piece of the text holds many rows, which is so where they are short or the tokens long."""
+    """Rows come from all parts of the text even if one piece of it has many rows (short rows or long tokens)."""
     lines = [f"line {number}\n" for number in range(20_000)]
     (tmp_path / "text.txt").write_text("".join(lines))
     config = tiny_model(n_positions=256).config
@@ -139,7 +139,7 @@ def test_calibration_rows_are_of_all_of_a_text(tmp_path):
 
 
 def test_two_runs_to_one_place_do_not_mix(wide, tmp_path):
-    """The slower one finds the folder of the other, and leaves it as it is."""
+    """The slower run finds the folder of the other and does not change it."""
     slower = whole_folder(tmp_path / "copy")
     partial = slower.__enter__()
     (partial / "half").touch()

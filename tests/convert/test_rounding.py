@@ -5,7 +5,7 @@ from btlm.convert.rounding import round_weights, search_scales, values_of
 
 
 def error(weight, bits, group_size, importance=None, **options):
-    """Squared error of each group, counted with the importance; in fp64."""
+    """Squared error of each group, weighted with the importance, in fp64."""
     scale = search_scales(weight, bits, group_size, importance, **options)
     assert torch.equal(scale, scale.bfloat16().float())
     difference = (values_of(round_weights(weight, scale, bits), scale, bits) - weight).double().square()
@@ -29,7 +29,7 @@ def test_no_group_is_worse_than_by_plain_rounding(bits, group_size):
 
 
 def test_a_finer_search_finds_little_more():
-    """Against the best of 4,001 scales of both signs, in fp64."""
+    """Compare with the best of 4,001 scales of both signs, in fp64."""
     weight = heavy_tailed(4, 64)
     found = error(weight, 4, 64)[:, 0]
     scales = torch.linspace(-1, 1, 4001, dtype=torch.float64)[:, None, None] * weight.abs().amax(dim=1)[:, None] / 4
@@ -56,7 +56,7 @@ def test_what_counts_more_is_nearer():
 
 
 def test_a_scale_takes_the_sign_that_spares_the_largest_weight():
-    """There are eight steps on one side and seven on the other."""
+    """Four bits have eight steps on one side of zero and seven on the other."""
     weight = torch.linspace(-7, 8, 16).repeat(2, 4)
     weight[1] *= -1
     scale = search_scales(weight, 4, 64)

@@ -25,7 +25,7 @@ def test_bytes_are_those_of_the_arrays(dtype, capacity):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_copies_hold_what_was_written(dtype, tokens):
-    """A text that goes on from a copy is the text that went on from the original, and other slots are left alone."""
+    """A text continued from a copied slot is the same as from the original, and other slots do not change."""
     kernels, sizes = load_kernels("torch", 1), shape()
     cache = KVCache(kernels, sizes, dtype, 3, 200)
     rng = np.random.default_rng(0)

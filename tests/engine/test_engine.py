@@ -21,7 +21,7 @@ from tests.checkpoint.tiny import END, TINY, change_tensors, save_tiny, tiny_mod
 
 HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
 native = pytest.mark.skipif(not HAS_NATIVE, reason="btlm was installed without a compiler")
-ENOUGH = [*b"to be or not to be, that is to be or not"]  # repeats itself: guesses are made, right ones and wrong
+ENOUGH = [*b"to be or not to be, that is to be or not"]  # repetitive, so guesses are made, right and wrong ones
 LONGER = [*b"the same words again: to be or not to be, and the same words again"]
 
 
@@ -39,7 +39,7 @@ def write(one, ids, options=None, stop_ids=frozenset()):
 
 
 def theirs(model, ids, length=12):
-    """Transformers' greedy continuation, and the log-probabilities of its tokens."""
+    """Greedy continuation by Transformers, and the log-probabilities of its tokens."""
     prompt = torch.tensor([ids])
     with torch.no_grad():
         out = model.generate(
@@ -60,7 +60,7 @@ def scores_of(model, ids):
 
 
 def until_finished(*texts):
-    """Steps to take; an engine that never ends fails instead of hanging."""
+    """Count steps until the texts are finished; an engine that never finishes fails the test instead of hanging."""
     for step in range(500):
         if all(text.finished for text in texts):
             return
@@ -72,7 +72,7 @@ def logprobs(tokens):
     return np.array([token.logprob for token in tokens])
 
 
-# Against Transformers
+# Comparison with Transformers
 
 VARIANTS = [
     {},
@@ -130,10 +130,10 @@ def test_scores(checkpoint):
     assert ours.dtype == np.float32
     assert np.abs(ours - scores_of(tiny_model(), ids)).max() < 2e-4
     if HAS_NATIVE:
-        assert np.array_equal(one.score(ids), ours)  # from what the cache holds, too
+        assert np.array_equal(one.score(ids), ours)  # also with the text already in the cache
         assert np.array_equal(engine(checkpoint, max_tokens=7).score(ids), ours)
     assert len(one.score(ids[:2])) == 1
-    # The cache holds the text now: what reuses it is what is computed afresh.
+    # The cache now holds the text. Reusing it gives the same result as computing it again.
     reused = list(one.generate([*ids, 5], greedy(), stop_ids=frozenset()))
     assert np.allclose(logprobs(reused), logprobs(write(engine(checkpoint), [*ids, 5])), atol=1e-4)
 
@@ -147,7 +147,7 @@ def test_a_score_needs_two_tokens_and_leaves_the_engine_usable(checkpoint):
         assert one.has_room
 
 
-# The same bits
+# Identical bits
 
 
 @native
@@ -214,7 +214,7 @@ def test_reused_prefixes_change_nothing(checkpoint, cache_dtype):
         for _ in until_finished(text):
             tokens += [token for _, token in one.step()]
         assert tokens == write(engine(checkpoint, cache_dtype=cache_dtype), ids)
-    # The finished text of the first one had all but its last token in the cache.
+    # When the first text was finished, the cache held all of its tokens except the last.
     again = engine(checkpoint, cache_dtype=cache_dtype)
     write(again, LONGER)
     assert again.add([*LONGER, *said, 9], greedy()).reused_tokens == len(LONGER) + len(said) - 1
@@ -252,7 +252,7 @@ RULES = [
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("good", [True, False])
 def test_guesses_change_nothing(checkpoint, monkeypatch, cache_dtype, rules, good):
-    """Those of the lookup, and, since it has few here, made-up ones that are right but for every fifth token."""
+    """Guesses of the lookup, which are few here, and invented ones of which every fifth token is wrong."""
     length = 70
     plain = write(engine(checkpoint, cache_dtype=cache_dtype), ENOUGH, greedy(length, lookup_tokens=0, **rules))
     if good:
@@ -295,7 +295,7 @@ def test_the_seed_decides(checkpoint):
     assert first != other
 
 
-# Ends
+# Where texts end
 
 
 def test_stop_ids(checkpoint):
@@ -325,7 +325,7 @@ def test_the_length_is_kept(checkpoint, length):
 
 
 def test_a_text_fills_its_context(checkpoint):
-    """To the last place of the cache, guesses included, at and beside the size of a block."""
+    """Texts fill the last place of the cache, also with guesses, for contexts at and near the size of a block."""
     for context in (63, 64, 65):
         one = engine(checkpoint, context=context)
         length = context - len(ENOUGH) + 1
@@ -344,7 +344,7 @@ def test_a_reader_who_leaves_ends_the_text(checkpoint):
     assert one.has_room
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_prompts_that_are_refused(checkpoint, ids, options, kind, what):
 
 @native
 def test_streams_of_one_engine_are_whole(checkpoint):
-    """A step for one stream writes for the other one too."""
+    """A step that one stream runs also produces tokens for the other stream."""
     one = engine(checkpoint, num_requests=3)
     streams = [one.generate(ids, greedy(), stop_ids=frozenset()) for ids in (ENOUGH, LONGER)]
     other = one.add([7], greedy(20), stop_ids=frozenset())
@@ -411,9 +411,9 @@ def test_a_full_engine(checkpoint):
     with pytest.raises(EngineFull, match="full"):
         write(one, [1])
     one.remove(texts[0])
-    one.remove(texts[0])  # twice is once
+    one.remove(texts[0])  # removing a text twice does no harm
     assert len(write(one, [1])) == 12
-    assert len(texts[1].tokens) == 12  # it went on with every step
+    assert len(texts[1].tokens) == 12  # every step continued this text as well
 
 
 def test_unknown_cache_dtypes(checkpoint):
@@ -436,7 +436,7 @@ def test_impossible_sizes(checkpoint, context, num_requests):
 
 def test_more_context_than_memory(checkpoint, monkeypatch):
     monkeypatch.setattr("btlm.engine.engine.available_memory", lambda: 1_000_000_000)
-    # 2 layers x 4 heads x keys and values x 16 (of 8) dimensions x 4 bytes: 1,024 bytes a token.
+    # 2 layers x 4 heads x keys and values x 16 dimensions (8, padded) x 4 bytes: 1,024 bytes per token.
     with pytest.raises(
         DoesNotFit, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
     ) as error:
@@ -469,7 +469,7 @@ def test_weights_that_do_not_fit(copy, change):
     assert "\n" not in str(error.value)
 
 
-# Few bits
+# Quantized weights and cache
 
 
 @pytest.mark.parametrize(("cache_dtype", "far"), [("bfloat16", 0.1), ("int8", 0.1), ("int4", 0.3)])
@@ -494,7 +494,7 @@ def quantized(tmp_path_factory):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_folders(quantized, bits):
-    """What differs from the model that Transformers loads is that activations have eight bits."""
+    """The only difference from the model in Transformers is that activations are rounded to eight bits."""
     folder = quantized / str(bits)
     model = BTLMLMHeadModel.from_pretrained(folder)
     expected = scores_of(model.float().eval(), LONGER)
@@ -505,12 +505,12 @@ def test_quantized_folders(quantized, bits):
         assert np.abs(ours - expected).mean() < 0.05
         assert abs(ours.mean() - expected.mean()) < 0.02
     if HAS_NATIVE:
-        # A rounding that falls the other way moves a token by a step of eight bits.
+        # A value that is rounded the other way changes a token by one step of eight bits.
         assert np.abs(scores["torch"] - scores["native"]).mean() < 0.02
     assert Engine.open(folder).cache.dtype == "int8"
 
 
-# Without torch
+# The engine runs without torch
 
 
 @native

@@ -16,13 +16,13 @@ VOCAB = 12
 
 
 def distribution(options, logits, ids=(0,), draws=3000):
-    """How often each token is drawn."""
+    """Number of times that each token is drawn."""
     sampler = Sampler(options)
     return np.bincount([sampler.choose(logits, ids) for _ in range(draws)], minlength=len(logits))
 
 
 def theirs(logits, *processors, ids=(0,)):
-    """Probabilities after Transformers' processors."""
+    """Probabilities after Transformers' logits processors."""
     scores = torch.tensor(logits)[None]
     for processor in processors:
         scores = processor(torch.tensor([list(ids)]), scores)
@@ -67,7 +67,7 @@ def test_draws_follow_the_distribution_of_transformers(given, processors, logits
     assert counts[expected == 0].sum() == 0
     likely = expected * draws >= 5
     chi_square = ((counts - expected * draws)[likely] ** 2 / (expected * draws)[likely]).sum()
-    # Twelve cells at most: 31.3 is what 11 degrees of freedom exceed in one case of a thousand. The seed is fixed.
+    # There are at most twelve cells. With 11 degrees of freedom, chi-square exceeds 31.3 once in a thousand.
     assert chi_square < 31.3
 
 
@@ -78,7 +78,7 @@ def test_repetition_penalty_of_greedy_choices(penalty, logits):
     sampler = Sampler(GenerationOptions(repetition_penalty=penalty))
     expected = theirs(logits, RepetitionPenaltyLogitsProcessor(penalty), ids=ids).argmax()
     assert sampler.choose(logits, ids) == expected
-    assert np.array_equal(logits, before)  # they are wanted for log-probabilities
+    assert np.array_equal(logits, before)  # log-probabilities are computed from them later
     assert (sampler.choose(logits, ids) == ids[0]) is (penalty <= 1)
 
 

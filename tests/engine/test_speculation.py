@@ -8,13 +8,13 @@ from btlm.engine.speculation import PromptLookup
     [
         ([1, 2, 3, 4, 5, 1, 2], 3, [3, 4, 5]),
         ([1, 2, 3, 4, 5, 1, 2], 1, [3]),
-        ([1, 2, 3, 4, 5, 1, 2], 9, [3, 4, 5, 1, 2]),  # to the end of the text
+        ([1, 2, 3, 4, 5, 1, 2], 9, [3, 4, 5, 1, 2]),  # guesses reach to the end of the text
         ([1, 2, 3, 4, 5, 1, 2], 0, []),
-        ([1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the latest of them
-        ([9, 1, 2, 3, 7, 1, 2, 8, 9, 1, 2], 1, [3]),  # the longest of them
+        ([1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the latest match wins
+        ([9, 1, 2, 3, 7, 1, 2, 8, 9, 1, 2], 1, [3]),  # the longest match wins
         ([5, 5, 5], 3, [5]),
         ([1, 2, 3, 4], 3, []),
-        ([1, 3, 4, 1], 3, []),  # one token alone says nothing
+        ([1, 3, 4, 1], 3, []),  # a match of a single token is not enough
         ([1], 3, []),
         ([1, 1], 3, []),
         ([4, 1, 2, 3, 4, 6, 0, 0, 4, 1, 2, 3, 4], 2, [6, 0]),

@@ -30,7 +30,7 @@ UNTIED = {**SMALL, "tie_word_embeddings": False}
 
 @pytest.fixture(autouse=True)
 def _temporary_files(tmp_path, monkeypatch):
-    """What is left behind can be seen."""
+    """Put temporary files into a folder of the test, so that it can see what is left behind."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setitem(SHAPES, "small", SMALL)
@@ -42,7 +42,7 @@ def left_behind(tmp_path):
 
 
 def fake_child(task, progress, title, total):
-    """Measures nothing."""
+    """Stand in for the process that measures, without measuring."""
     if "folder" not in task:
         return {"bytes_per_s": 40e9, "kernels": "plain", "threads": 2}
     return {
@@ -102,11 +102,11 @@ def test_random_tensors_are_aligned_and_spread(tmp_path):
 
 
 def test_named_shapes_have_the_published_sizes():
-    # 2,646,255,744: the released BTLM. 6,738,415,616: Llama-7B, which has neither biases nor those of norms.
+    # The released BTLM has 2,646,255,744 parameters, Llama-7B 6,738,415,616; Llama has no biases, not even in norms.
     assert Shape.from_config(shape_config(SHAPES["btlm-3b"], "bfloat16")).num_parameters == 2_646_255_744
     assert random_weight_bytes(SHAPES["btlm-3b"], "bfloat16") == 2 * 2_646_255_744
     assert random_weight_bytes(SHAPES["llama-7b"], "bfloat16") == pytest.approx(2 * 6_738_415_616, rel=5e-4)
-    # Two thirds of a byte at most: half a byte, scales, and the tables in eight bits.
+    # At most two thirds of a byte per parameter: half a byte, scales, and the tables in eight bits.
     assert 0.5 < random_weight_bytes(SHAPES["llama-7b"], "4bit") / 6_738_415_616 < 0.67
 
 
@@ -122,15 +122,15 @@ def test_bench_measures_folders_and_shapes(tmp_path, capsys):
     mine, untied = rows
     assert (mine["model"], mine["dtype"], mine["cache_dtype"]) == ("mine", "8bit", "int8")
     assert (untied["model"], untied["dtype"], untied["cache_dtype"]) == ("untied", "bfloat16", "bfloat16")
-    # The table of an untied model is looked up, not read: 257 rows of 128 in bf16.
+    # A step only looks up single rows in the table of an untied model, which has 257 rows of 128 in bf16.
     assert untied["weight_bytes"] - untied["weight_bytes_read"] == 257 * 128 * 2
     assert mine["weight_bytes"] == mine["weight_bytes_read"] == random_weight_bytes(SMALL, "8bit")
-    # Keys and values of 2 layers, 4 heads of 32 and 64 tokens: in bf16, or in bytes with a scale of two.
+    # Keys and values of 2 layers, 4 heads of 32, and 64 tokens: in bf16, or in bytes with a scale of two bytes.
     assert untied["cache_bytes"] == 2 * 2 * 4 * 64 * 64
     assert mine["cache_bytes"] == 2 * 2 * 4 * 64 * 34
     for row in rows:
         assert row["context"] == 64
-        assert row["peak_bytes"] > 10_000_000  # Python alone
+        assert row["peak_bytes"] > 10_000_000  # Python itself takes more than this
         assert all(row[key] > 0 for key in ("open_s", "prefill_tokens_per_s", "decode_tokens_per_s"))
         read = row["weight_bytes_read"] + row["cache_bytes_read"]
         assert row["share_of_read_rate"] == pytest.approx(read * row["decode_tokens_per_s"] / row["read_bytes_per_s"])
@@ -152,7 +152,7 @@ def test_child_imports_no_torch():
 
 
 def test_peak_is_that_of_the_child(tmp_path):
-    held = np.ones(300_000_000, np.uint8)  # in the parent
+    held = np.ones(300_000_000, np.uint8)  # memory of the parent, which must not count
     (row,) = run_bench(["small"], contexts=[64], new_tokens=8, threads=1)
     assert row["peak_bytes"] < held.nbytes
 
@@ -199,7 +199,7 @@ def test_folders_of_one_name_are_told_apart(monkeypatch, tmp_path):
 
 def test_interruption_leaves_nothing(monkeypatch, tmp_path):
     def interrupted(task, progress, title, total):
-        assert left_behind(tmp_path)  # the weights are there
+        assert left_behind(tmp_path)  # the weights have been written
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_module, "_child", interrupted)
@@ -209,7 +209,7 @@ def test_interruption_leaves_nothing(monkeypatch, tmp_path):
 
 
 def test_termination_leaves_nothing(tmp_path):
-    """Of the process, in the middle of writing the weights of btlm-3b."""
+    """The process is terminated while it writes the weights of btlm-3b."""
     place = tmp_path / "place"
     place.mkdir()
     command = [sys.executable, "-m", "btlm", "bench", "btlm-3b", "--contexts", "64"]
@@ -229,7 +229,7 @@ def test_cache_dtype(tmp_path):
     write_random_model(folder, SMALL, "4bit")
     (row,) = run_bench([str(folder)], contexts=[64], new_tokens=8, cache_dtype="int4", threads=1)
     assert row["cache_dtype"] == "int4"
-    assert row["cache_bytes"] == 2 * 2 * 4 * 64 * 18  # half a byte for each of 32 dimensions, and a scale of two bytes
+    assert row["cache_bytes"] == 2 * 2 * 4 * 64 * 18  # half a byte per dimension, of 32, and a scale of two bytes
 
 
 def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
@@ -245,7 +245,7 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
     assert [row["context"] for row in kept["measurements"]] == [64]
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
     ],
 )
 def test_refusals(options, says, monkeypatch):
-    monkeypatch.setattr(bench_module, "_child", None)  # no work is done
+    monkeypatch.setattr(bench_module, "_child", None)  # errors are found before any measurement
     with pytest.raises(ValueError, match=says) as caught:
         run_bench(**{"models": ["small"], "contexts": "64", "new_tokens": 8, **options})
     assert "\n" not in str(caught.value)

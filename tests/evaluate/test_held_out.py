@@ -45,7 +45,7 @@ def test_loss_is_that_of_the_rows(shards, in_transformers):
 
 
 def test_the_engine_finds_nearly_the_same(shards, in_transformers):
-    """It rounds activations to eight bits where the weights are quantized, as those of the bundled model are."""
+    """With quantized weights, as in the bundled model, the engine rounds activations to eight bits."""
     found = engine_loss(BUNDLED_MODEL, shards, CONTEXT, TOKENS)
     for unit, expected in in_transformers.items():
         assert found[unit] == pytest.approx(expected, rel=0.01)

@@ -12,7 +12,7 @@ from tests.data.tiny import write_documents, write_streams
 
 
 def test_copies_are_compared_with_the_original_in_transformers(monkeypatch, tmp_path):
-    """Each is made only when the one before it has been measured."""
+    """Each copy is made only after the previous one has been measured."""
     nats = {"original": (2.0, 2.1), "a": (2.5, 2.6), "b": (3.0, 3.1)}
     happened = []
 

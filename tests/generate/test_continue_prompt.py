@@ -22,7 +22,7 @@ def standard_input(monkeypatch):
 
 
 def continuation(prompt, model=None, length=6):
-    """By Transformers' own interface."""
+    """Continuation through Transformers' own interface."""
     tokenizer = byte_tokenizer()
     ids = torch.tensor([tokenizer(prompt).input_ids])
     network: Any = model or tiny_model()
@@ -67,7 +67,7 @@ def test_beams(checkpoint, capsys):
 
 
 def test_the_text_begins_before_it_ends(checkpoint, monkeypatch):
-    """The prompt and the first tokens are on standard output while later ones are still to come."""
+    """The prompt and the first tokens appear on standard output before later tokens are computed."""
 
     class Flushed(io.StringIO):
         def __init__(self):
@@ -88,7 +88,7 @@ def test_the_text_begins_before_it_ends(checkpoint, monkeypatch):
     ("words", "content", "file", "expected"),
     [
         ([""], None, None, "The prompt is empty"),
-        (["", ""], None, None, None),  # a space, which is some text
+        (["", ""], None, None, None),  # joined by a space, so the prompt is not empty
         ([], b"", None, "Standard input is empty"),
         (["-"], b"\n", None, "Standard input is empty"),
         ([], None, b"", "prompt.txt is empty"),

@@ -31,7 +31,7 @@ def streams(tokenizer: Tokenizer, kind: str) -> list[list[int]]:
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("kind", ["characters", "tokens", "bytes"])
 def test_pieces_together_are_the_text(tokenizer: Tokenizer, kind: str, together: int) -> None:
-    """Random tokens and bytes are mostly invalid UTF-8."""
+    """The pieces together equal the whole text; random tokens and bytes are mostly invalid UTF-8."""
     for ids in streams(tokenizer, kind):
         written: list[str] = []
         pieces = TextPieces(tokenizer, written.append)

@@ -32,14 +32,14 @@ def run(model, tokenizer, prompt=PROMPT, **options):
 
 
 def reference(model, tokenizer, prompt=PROMPT, **options):
-    """The same by Transformers' own interface, not streamed."""
+    """The continuation through Transformers' own interface, not streamed."""
     ids = torch.tensor([tokenizer(prompt).input_ids])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=END, **options)
     return output[0, ids.shape[1] :].tolist()
 
 
 class Script(torch.nn.Module):
-    """Stands for a model whose continuation is known."""
+    """A stand-in for a model, with a given continuation."""
 
     def __init__(self, ids):
         super().__init__()
@@ -56,7 +56,7 @@ class Script(torch.nn.Module):
         return torch.cat((inputs, torch.tensor([self.ids])), dim=1)
 
 
-# What is written
+# Text that is written
 
 
 def test_streamed_text_is_that_of_generate(model, tokenizer):
@@ -74,7 +74,7 @@ def test_text_comes_as_soon_as_a_character_is_whole(make_tokenizer):
     ids = tokenizer(text).input_ids
     pieces, _ = run(Script(ids), tokenizer)
     assert "".join(pieces) == text
-    # No piece ends inside a character, and none waits longer than its last character takes.
+    # No piece ends inside a character, and every piece is written as soon as its last character is complete.
     boundaries = {len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)}
     assert set(itertools.accumulate(map(len, pieces))) <= boundaries
     assert max(map(len, pieces)) <= max(len(tokenizer.decode([token])) for token in ids)
@@ -145,7 +145,7 @@ def test_beams_do_not_count_padding(tokenizer):
 
 
 def sample(model, tokenizer, seed, length, probabilities_of):
-    """Sampling by the definition, one forward pass over the whole text a token."""
+    """Sample by the definition, with one forward pass over the whole text per token."""
     torch.manual_seed(seed)
     ids = tokenizer(PROMPT).input_ids
     for _ in range(length):
@@ -171,7 +171,7 @@ def top(logits, count):
 @pytest.mark.parametrize(
     ("options", "probabilities_of"),
     [
-        ({"temperature": 1.5}, lambda logits: (logits / 1.5).softmax(-1)),  # all 257 tokens, not the top 50
+        ({"temperature": 1.5}, lambda logits: (logits / 1.5).softmax(-1)),  # from all 257 tokens, not only the top 50
         ({"top_p": 0.6}, lambda logits: nucleus(logits, 0.6)),
         ({"top_k": 4}, lambda logits: top(logits, 4)),
         ({"temperature": 0.7, "top_k": 9}, lambda logits: top(logits / 0.7, 9)),
@@ -250,14 +250,14 @@ def test_impossible_options_are_told_together():
         GenerationOptions(max_new_tokens=0, top_p=2, top_k=-1)
 
 
-# What is reported
+# Speeds that are reported
 
 
 def test_speed_leaves_out_the_first_token(tokenizer, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 4)
     _, report = run(Script([1, 2, 3]), tokenizer)
-    # 0: start, 1: first token, 2 and 3: the others, a quarter of a second each.
+    # Clock readings at the start, the first token and the two others, a quarter of a second apart.
     assert (report.first_token_s, report.total_s) == (0.25, 0.75)
     told = "16 prompt tokens, 3 new (first after 0.25 s, then 4.0 tokens/s); stopped at max_new_tokens"
     assert str(report) == told

@@ -60,7 +60,7 @@ def linear(kernels, x, source, gate=None, out=None, add=False):
 @each
 @pytest.mark.parametrize(("dtype", "group"), FORMATS)
 def test_linear_is_the_formula(name, dtype, group, rng):
-    """Against fp64 numpy, value by value: torch and C++ could be wrong together."""
+    """Compare with numpy in fp64, value by value, since torch and C++ could share an error."""
     kernels = load_kernels(name, 1)
     source, gate = (weights(rng, dtype, group, 32, 128) for _ in range(2))
     x = rng.standard_normal((3, 128), dtype=np.float32)
@@ -120,7 +120,7 @@ def test_linear_of_extreme_inputs(name, dtype, group, rng):
 @each
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_a_gate_far_below_0_is_closed(name, dtype, rng):
-    """SiLU of what is far below 0 is exactly 0, so that large products are not let through."""
+    """SiLU of a number far below 0 is exactly 0, so that large products do not pass the gate."""
     source, gate = (Weights(rng, dtype, 16, 64, group=64 if dtype == "int8" else 0) for _ in range(2))
     gate.bias = np.repeat(np.array([-120, -200, -1e4, -1e30], np.float32), 4)
     x = np.zeros((1, 64), np.float32)
@@ -144,7 +144,7 @@ def test_silu(name):
 @each_path
 @pytest.mark.parametrize(("dtype", "group"), FORMATS)
 def test_a_token_has_the_same_bits_in_every_company(path, dtype, group, rng):
-    """Alone, in a batch, in panels cut elsewhere, on other numbers of threads."""
+    """The bits are the same alone, in a batch, in other panels, and on other numbers of threads."""
     rows, columns = (208, 256) if dtype in ("int4", "int8") else (205, 250)
     source, gate = (weights(rng, dtype, group, rows, columns) for _ in range(2))
     x = rng.standard_normal((70, columns), dtype=np.float32)
@@ -163,7 +163,7 @@ def test_a_token_has_the_same_bits_in_every_company(path, dtype, group, rng):
 
 @each_path
 def test_values_of_activations_at_the_ends_of_eight_bits(path):
-    """All 127 or -127 against all 15, 0 or 255: where sums in 16 bits would saturate."""
+    """Activations of 127 or -127 times weights of 15, 0 or 255, with which sums in 16 bits would saturate."""
     for dtype, weight in (("int4", 0x00), ("int4", 0xFF), ("int8", 0), ("int8", 255)):
         source = Weights(np.random.default_rng(0), dtype, 16, 128, group=128, bias=False)
         source.weight[:] = weight
@@ -229,13 +229,13 @@ def test_sum_bytes(name, rng):
 SIZES = [(2, 64), (4, 80), (3, 20), (1, 128), (2, 256), (1, 16), (2, 1), (1, 144)]
 SEGMENTS = [
     [[0, 0, 0, 63]],
-    [[0, 0, 63, 1]],  # the last of a block
-    [[0, 0, 64, 1], [1, 1, 0, 130]],  # the first of the next one, beside another text
+    [[0, 0, 63, 1]],  # the last place of a block
+    [[0, 0, 64, 1], [1, 1, 0, 130]],  # the first place of the next block, and another text
     [[0, 1, 130, 1], [1, 0, 65, 100]],
     [[0, 2, 0, 64], [64, 1, 131, 3]],
     [[0, 2, 64, 33], [33, 1, 134, 32], [65, 0, 165, 1]],
-    [[0, 0, 166, 26], [26, 2, 97, 95]],  # to the end of the slots
-    [[0, 0, 10, 3]],  # again, over what was rejected
+    [[0, 0, 166, 26], [26, 2, 97, 95]],  # up to the end of the slots
+    [[0, 0, 10, 3]],  # overwrites rejected tokens
 ]
 
 
@@ -249,7 +249,7 @@ def attend(kernels, cache, qkv, segments, heads, head_dim, scale=0.1):
     return out
 
 
-TOLERANCE = {"int4": 1e-4, "int8": 1e-4, "bfloat16": 1e-5, "float32": 1e-5}  # int4, int8: probabilities of 16 bits
+TOLERANCE = {"int4": 1e-4, "int8": 1e-4, "bfloat16": 1e-5, "float32": 1e-5}  # int4, int8: 16-bit probabilities
 
 
 @each_path
@@ -317,8 +317,8 @@ def test_attention_of_extreme_values(name, dtype, rng):
     width = heads * head_dim
     qkv = rng.standard_normal((tokens, 3, width), dtype=np.float32)
     qkv[0] = 0
-    qkv[3, 1] *= np.float32(1e6)  # one key that takes all
-    qkv[5, 2, 3] = 1e30  # values are free of softmax
+    qkv[3, 1] *= np.float32(1e6)  # one key that gets all of the attention
+    qkv[5, 2, 3] = 1e30  # values do not enter the softmax
     qkv[6, 1] *= np.float32(1e-38)
     qkv[7, 2] *= np.float32(1e-38)
     cache = kernels.cache(dtype, slots=1, heads=heads, length=128, head_dim=head_dim)
@@ -347,7 +347,7 @@ def test_infinity_of_a_text_that_is_gone_does_not_matter(name, dtype, rng):
 
 @each
 def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
-    """The bias reaches -1,500, and what is that far away is exactly 0."""
+    """The bias reaches -1,500; the probability of a key at that distance is exactly 0."""
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 1, 16, 3008
     cache = kernels.cache("float32", slots=1, heads=heads, length=3008, head_dim=head_dim)
@@ -358,7 +358,7 @@ def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
     assert furthest(out[0], near) < 3e-6
 
 
-# What does not belong together
+# Arguments that do not match
 
 
 @each
@@ -458,7 +458,7 @@ def test_a_gate_of_another_shape(name, rng):
 @each
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_table_has_a_row_per_token(name, dtype, rng):
-    """The native kernels refused an input-major table and torch read its transpose."""
+    """An input-major table is refused; earlier, only the native kernels did so, and torch read its transpose."""
     kernels = load_kernels(name, 1)
     table = Weights(rng, dtype, 32, 32, input_major=True).matrix(kernels)
     with pytest.raises(ValueError, match="input-major: it has one row per token id"):
@@ -550,7 +550,7 @@ def test_impossible_copies(name, copy):
 
 @each
 def test_a_cache_ends_at_its_length(name):
-    """Its blocks of 64 tokens have room for more, which belongs to nobody."""
+    """A cache cannot be used beyond its length, although its blocks of 64 tokens have more room."""
     kernels = load_kernels(name, 1)
     cache = kernels.cache("float32", slots=1, heads=1, length=65, head_dim=16)
     qkv = np.zeros((66, 48), np.float32)
@@ -564,7 +564,7 @@ def test_a_cache_ends_at_its_length(name):
 
 @native
 def test_the_native_module_stays_inside_its_arrays(rng):
-    """A call that goes around the checks of the interface is refused all the same."""
+    """The native module refuses a wrong call even without the checks of the interface."""
     kernels = importlib.import_module("btlm.kernels._native").Kernels("plain", 1)
     x, out = np.zeros((2, 32), np.float32), np.zeros((2, 24), np.float32)
     matrix = kernels.matrix("float32", np.zeros((24, 32), np.float32), None, None, 24, 32, 0, False)
@@ -619,7 +619,7 @@ def test_the_native_module_copies_no_array(out):
 
 @pytest.mark.parametrize(("one", "two"), [(a, b) for a in ("torch", *PATHS) for b in ("torch", *PATHS)])
 def test_kernels_share_nothing(one, two, rng):
-    """Two objects in turn, as two engines in a process use them: each keeps its settings, results and threads."""
+    """Two objects are used in turn, as by two engines in a process; each keeps its settings, results and threads."""
     source, x = Weights(rng, "float32", 208, 250), rng.standard_normal((5, 250), dtype=np.float32)
     qkv = rng.standard_normal((70, 120), dtype=np.float32)
 
@@ -637,7 +637,7 @@ def test_kernels_share_nothing(one, two, rng):
     assert torch.get_num_threads() == before
     del first
     assert all(np.array_equal(a, b) for a, b in zip(results(second), alone[1], strict=True))
-    if {one, two} == {"plain", PATHS[0] if PATHS else None} and one != two:  # else the test could not see a mix-up
+    if {one, two} == {"plain", PATHS[0] if PATHS else None} and one != two:  # results differ, so a mix-up would show
         assert not np.array_equal(alone[0][1], alone[1][1])
 
 
@@ -709,7 +709,7 @@ def test_threads_come_and_go(rng):
 @native
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 def test_more_threads_than_the_system_gives():
-    """Those that were started end, and the ones from before go on."""
+    """Threads that were already started for the failed object end, and those of earlier objects keep working."""
     code = """if True:
         import resource
         from pathlib import Path
@@ -744,9 +744,9 @@ def test_a_fork_has_threads_of_its_own(rng):
         try:
             same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads == 3
             same = same and np.array_equal(linear(load_kernels("native", 2), x, source), expected)
-            del kernels  # threads that are not here cannot be joined
+            del kernels  # its threads do not exist in the child and cannot be joined
         finally:
-            os._exit(0 if same else 1)  # whatever happened, there must not be a second run of the tests
+            os._exit(0 if same else 1)  # in any case, the child must not go on to run the tests
     until = time.monotonic() + 30
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
         time.sleep(0.01)
@@ -766,4 +766,4 @@ def test_idle_threads_sleep(rng):
     linear(kernels, x, source)
     used = time.process_time()
     time.sleep(0.3)
-    assert time.process_time() - used < 0.06  # three threads that look for work would take most of 0.3 s a processor
+    assert time.process_time() - used < 0.06  # three busy threads would take most of 0.3 s per core

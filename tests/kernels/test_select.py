@@ -81,7 +81,7 @@ def test_without_the_native_module_torch_runs():
 @pytest.mark.parametrize("threads", [0, -1, 1025])
 @pytest.mark.parametrize("name", ["torch", pytest.param("native", marks=native)])
 def test_impossible_threads(name, threads):
-    """0 does not mean all of them."""
+    """A number of 0 threads does not mean all of them."""
     with pytest.raises(ValueError, match=f"{threads} threads are not between 1 and 1,024"):
         load_kernels(name, threads)
 

@@ -1,4 +1,4 @@
-"""Arrays for the kernels, and what they mean in fp64 numpy: a third opinion beside the native kernels and torch."""
+"""Arrays for the kernels, and results in numpy and fp64, independent of the native kernels and of torch."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PACKED = ("int4", "int8")
 
 
 def to_bf16(x: Array) -> npt.NDArray[np.uint16]:
-    """Nearest, ties to even."""
+    """Round to the nearest bf16 number, ties to even; returns its bits."""
     word = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -53,7 +53,7 @@ class Weights:
         return kernels.matrix(self.dtype, self.weight, self.scale, self.bias, input_major=self.input_major)
 
     def dense(self) -> npt.NDArray[np.float64]:
-        """``[rows, columns]``, by the description of the storage, value by value."""
+        """The matrix ``[rows, columns]``, decoded value by value from the description of the storage."""
         if self.dtype not in PACKED:
             plain = from_bf16(self.weight) if self.dtype == "bfloat16" else self.weight
             return (plain.T if self.input_major else plain).astype(np.float64)
@@ -71,7 +71,7 @@ class Weights:
 
 
 def rounded(x: Array, group: int) -> npt.NDArray[np.float64]:
-    """Inputs as a packed matrix uses them: eight bits, with one scale per token and group."""
+    """Inputs rounded as for a packed matrix: to eight bits, with one scale per token and group."""
     groups = x.reshape(len(x), -1, group)
     most = np.abs(groups).max(-1, keepdims=True)
     q = np.rint(groups * (np.float32(127) / most))

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The models here are so small that a second thread only costs time, most of all beside other jobs."""
+    """Use one thread: for such small models a second one only costs time, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,7 @@
-"""BTLM's network once more, written from its formulas alone: what the tests compare the implementation with.
+"""A second implementation of BTLM's network, written only from its formulas, as a reference for the tests.
 
-One function over a state dict, with scores as an explicit matrix. In fp64 it is the truth; in a shorter dtype it is
-the plain formulation, in which scores, position bias and probabilities are tensors of that dtype.
+It is one function of a state dict, with scores as an explicit matrix. In fp64 its results count as exact. In a shorter
+dtype, scores, position bias and probabilities are tensors of that dtype.
 """
 
 import math
@@ -29,14 +29,14 @@ def press_slopes(n_head: int) -> list[float]:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """LayerNorm over the last dimension, in fp32 or better inside."""
+    """LayerNorm over the last dimension, computed in fp32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(-1, keepdim=True)
     return (centered / (centered.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight + bias).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x * sigmoid(x)``, in fp32 or better inside."""
+    """``x * sigmoid(x)``, computed in fp32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide / (1 + (-wide).exp())).to(x.dtype)
 
@@ -57,8 +57,8 @@ def forward(
         config: The released ``config.json``, as a dictionary.
         input_ids: ``[B, Q]``.
         key_mask: ``[B, Q]``, zero at padding.
-        visible: ``[Q, Q]``, which keys each query sees, in place of causality.
-        dtype: Of everything computed.
+        visible: ``[Q, Q]``, the keys that each query sees, instead of all earlier ones.
+        dtype: Dtype of the whole computation.
     """
     weights = {name: tensor.to(dtype) for name, tensor in state.items()}
     batch, length = input_ids.shape
@@ -101,13 +101,13 @@ def forward(
 
 
 def logits_of(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-    """What a model should answer, in fp64 whatever its own dtype; arguments as for :func:`forward`."""
+    """Expected logits of a model, in fp64 whatever its own dtype; the arguments are those of :func:`forward`."""
     with torch.no_grad():
         return forward(model.state_dict(), model.config.to_dict(), input_ids, **kwargs).logits
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every label given the tokens before it; -100 is not counted."""
+    """Mean negative log-likelihood of the labels, each given the tokens before it; labels of -100 are left out."""
     log_probabilities = logits[:, :-1] - logits[:, :-1].logsumexp(-1, keepdim=True)
     counted = labels[:, 1:] != -100
     chosen = log_probabilities.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]

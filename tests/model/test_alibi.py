@@ -101,7 +101,7 @@ def test_attention_bias_element_by_element() -> None:
         expected = -slopes_BH[b, h].item() * (i - k)
         if not key_mask[b, k]:
             expected = torch.finfo(torch.float32).min / 2
-        if k > i:  # below padding, so that a row of padding alone stays causal
+        if k > i:  # below the value of padding, so that a row of only padding stays causal
             expected = torch.finfo(torch.float32).min
         assert bias[b, h, q, k].item() == pytest.approx(expected, rel=1e-6)
 
@@ -122,7 +122,7 @@ def test_folded_bias_is_exact(dtype: torch.dtype, n_head: int, head_dim: int, nu
     assert query.dtype == key.dtype == dtype
     assert query.isfinite().all()
     assert key.isfinite().all()
-    # What an attention kernel makes of the features alone: products summed one after another in fp32.
+    # Compute what a kernel does with only the features: products summed one after another in fp32.
     scores = torch.zeros(n_head, len(queries), len(keys))
     for feature in range(query.shape[-1]):
         scores += query[0, :, :, feature, None].float() * key[0, :, keys, feature].float()
@@ -130,7 +130,7 @@ def test_folded_bias_is_exact(dtype: torch.dtype, n_head: int, head_dim: int, nu
 
     distance = (queries[:, None] - keys).double()
     expected = -slopes_H.double()[:, None, None] * distance
-    # Softmax sees differences between keys: take them against the query's own key, over keys that carry weight.
+    # Softmax depends only on differences: compare with the query's own key, for keys with some weight.
     error = (scores - scores[:, range(len(queries)), range(len(queries))][..., None] - expected).abs()
     weighty = (distance >= 0) & (expected > -30)
     assert weighty.any(-1).all()

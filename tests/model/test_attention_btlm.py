@@ -29,7 +29,7 @@ both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_exact_at_length(num_keys: int, head_dim: int, dtype: torch.dtype) -> None:
-    """A few queries after a long random cache: softmax feels what the position bias loses to rounding."""
+    """A few queries follow a long random cache, so that rounding errors of the position bias reach the softmax."""
     torch.manual_seed(0)
     n_head, num_queries = 12, 4
     config = tiny_config(n_embd=n_head * head_dim, n_head=n_head, n_layer=1)
@@ -50,7 +50,7 @@ def test_exact_at_length(num_keys: int, head_dim: int, dtype: torch.dtype) -> No
     probabilities = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
     exact = (probabilities @ value).transpose(1, 2).reshape(actual.shape)
     error = (actual.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # fp32 shows whether scores are exact; the shorter dtypes add the rounding of values and output.
+    # fp32 shows whether scores are exact; shorter dtypes also round values and output.
     assert error < {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
 
     cache.crop(-num_queries)
@@ -209,7 +209,7 @@ def test_complete_mask_equals_padding_mask(attention: str, form: torch.dtype) ->
 @pytest.mark.parametrize("form", [torch.bool, torch.float32, "the model's"], ids=str)
 @torch.no_grad()
 def test_complete_mask_with_rows_that_see_nothing(dtype: torch.dtype, attention: str, form: Any) -> None:
-    """Padding rows of an additive mask hold its lowest value throughout; they must not spread NaN to real tokens."""
+    """Rows of padding in an additive mask have its lowest value everywhere; they must not make real tokens NaN."""
     model, input_ids = tiny_model(attn_implementation=attention).to(dtype), tokens(3, 24)
     visible = (torch.ones(24, 24).tril() * LEFT[:, None, None, :]).bool()
     mask = visible if form == torch.bool else additive(visible, dtype if form == "the model's" else form)
@@ -230,7 +230,7 @@ def test_a_complete_mask_never_uncovers_later_tokens(attention: str, form: torch
     assert_near(model(input_ids, attention_mask=mask).logits, model(input_ids).logits, 1e-5)
 
 
-# Choice
+# Which form is chosen
 
 
 @both_attentions

@@ -51,7 +51,7 @@ def model() -> Any:
 
 
 def released_tensors() -> dict[str, Tensor]:
-    """As in the release: bf16, slopes too, under the released names."""
+    """Tensors as in the release: in bf16, slopes included, under the released names."""
     torch.manual_seed(3)
     tensors = {name: (torch.randn(shape) * 0.3).to(torch.bfloat16) for name, shape in RELEASED_SHAPES.items()}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
@@ -91,7 +91,7 @@ def assert_all_loaded(info: dict[str, Any]) -> None:
     assert [list(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")] == [[], [], []]
 
 
-# Round trip
+# Saving and loading again
 
 
 def test_tensor_names_and_layout_are_the_released_ones(model: Any) -> None:
@@ -122,7 +122,7 @@ def test_round_trip(options: dict[str, Any], dtype: torch.dtype, variant: dict[s
 
 
 def test_saved_file_holds_the_released_names(model: Any, tmp_path: Path) -> None:
-    """A tied head is stored once; the original code ties it again."""
+    """A tied head is stored only once; the original code ties it again when it loads."""
     model.save_pretrained(tmp_path)
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     assert shapes == {name: shape for name, shape in RELEASED_SHAPES.items() if name != "lm_head.weight"}
@@ -159,7 +159,7 @@ def test_auto_classes_know_the_model(tmp_path: Path, model: Any) -> None:
     assert type(AutoModel.from_config(model.config)) is btlm.BTLMModel
 
 
-# Folders that others wrote
+# Folders that other programs wrote
 
 
 @remote_code
@@ -186,7 +186,7 @@ def test_released_weights_in_fp32_give_the_logits_of_the_same_model(model: Any, 
 
 @torch.no_grad()
 def test_slopes_of_the_checkpoint_do_not_change_logits(tmp_path: Path) -> None:
-    """The release stores them rounded to bf16; some converted checkpoints leave them out."""
+    """The release stores slopes rounded to bf16, and some converted checkpoints leave them out."""
     exact = {**released_tensors(), "transformer.relative_pe.slopes": alibi_slopes(TINY["n_head"])}
     rounded = released_tensors()
     assert not torch.equal(rounded["transformer.relative_pe.slopes"].float(), exact["transformer.relative_pe.slopes"])
@@ -217,7 +217,7 @@ def test_causality_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> Non
 
 
 def test_missing_and_foreign_tensors_are_reported(tmp_path: Path) -> None:
-    """Only what is known to be harmless is passed over."""
+    """Only missing and unknown tensors that are known to be harmless are ignored."""
     tensors = released_tensors()
     del tensors["transformer.h.1.mlp.c_fc2.bias"]
     tensors["transformer.h.1.mlp.c_fc3.bias"] = torch.zeros(3)

@@ -117,7 +117,7 @@ def test_estimates_are_what_a_model_takes(overrides: dict[str, Any]) -> None:
     eager = tiny_model(attn_implementation="eager", **overrides)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         eager(tokens(1, length))
-    # Eager attention also computes the keys that causality hides, which the estimate leaves out.
+    # Eager attention also computes products with hidden later keys, which the estimate leaves out.
     hidden = config.n_layer * 4 * config.n_embd * (length * length - length * (length + 1) / 2)
     assert counter.get_total_flops() - hidden == config.flops_per_token(length) * length
     assert config.flops_per_token(length, training=True) == 3 * config.flops_per_token(length)
@@ -223,7 +223,7 @@ def test_impossible_value_is_named(key: str, value: object) -> None:
 
 
 def test_all_problems_are_reported_at_once_in_one_line() -> None:
-    wrong = dict(PROBLEMS[4:])  # one value a key, none of which hides another
+    wrong = dict(PROBLEMS[4:])  # one value per key, so that no problem hides another
     with pytest.raises(ValueError, match="Invalid BTLM configuration") as error:
         tiny_config(**{**wrong, "n_head": 5})
     message = str(error.value)

@@ -1,4 +1,4 @@
-"""Decoding: the cache against whole forward passes, `generate`, and the snippets of the model card."""
+"""Decoding: the cache compared with whole forward passes, `generate`, and the snippets of the model card."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,7 @@ def real_rows(mask: Tensor | None, start: int, end: int) -> Tensor:
 def assert_cached_equals_uncached(
     model: Any, input_ids: Tensor, mask: Tensor | None, chunks: list[int], cache: Cache
 ) -> None:
-    """At every step, the logits of the new tokens are those of the whole text so far in one forward pass."""
+    """At every step, the logits of new tokens equal those of one forward pass over the whole text so far."""
     start = 0
     for size in chunks:
         end = start + size
@@ -58,7 +58,7 @@ def assert_cached_equals_uncached(
     assert start == LENGTH
 
 
-# Cached equals uncached
+# Results with and without a cache are equal
 
 
 @caches
@@ -112,7 +112,7 @@ def test_cached_is_close_to_uncached_in_short_dtypes(dtype: torch.dtype, kind: t
 def test_reordered_cache_continues_the_reordered_texts(
     kind: type[Cache], scaling: dict[str, Any] | None, mask: Tensor | None
 ) -> None:
-    """What beam search does: at every step the texts are permuted, some dropped, some doubled."""
+    """As in beam search, every step permutes the texts, drops some and duplicates others."""
     model, input_ids = tiny_model(alibi_scaling=scaling), tokens(3, 8)
     cache: Any = make_cache(kind, model)
     rows = LEFT[:, 6:14] if mask is not None else None
@@ -151,7 +151,7 @@ def test_cropped_cache_continues_the_shorter_text(scaling: dict[str, Any] | None
 def test_static_cache_longer_than_the_mask_hides_empty_slots() -> None:
     model, input_ids = tiny_model(), tokens(3, LENGTH)
     cache = StaticCache(model.config, max_cache_len=200)
-    model(tokens(3, 60, seed=3), past_key_values=cache)  # stale keys that must not be seen after the reset
+    model(tokens(3, 60, seed=3), past_key_values=cache)  # old keys, which must not count after the reset
     cache.reset()
     assert_cached_equals_uncached(model, input_ids, LEFT, [7, 5, 1, 4, 7], cache)
 
@@ -159,7 +159,7 @@ def test_static_cache_longer_than_the_mask_hides_empty_slots() -> None:
 @pytest.mark.parametrize("scaling", [None, FIXED], ids=["plain", "fixed"])
 @torch.no_grad()
 def test_packed_documents_with_a_cache(scaling: dict[str, Any] | None) -> None:
-    """A complete mask over cached and new tokens."""
+    """The mask covers cached and new tokens."""
     model, input_ids = tiny_model(alibi_scaling=scaling), tokens(1, LENGTH)
     visible = torch.block_diag(torch.ones(10, 10).tril(), torch.ones(14, 14).tril()).bool()[None, None]
     cache = DynamicCache(config=model.config)
@@ -173,14 +173,14 @@ def test_packed_documents_with_a_cache(scaling: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("new", [1, 4])
 @torch.no_grad()
 def test_complete_mask_with_a_cache_under_dynamic_interpolation_is_an_error(new: int) -> None:
-    """The mask has rows for the new tokens alone, but the cached ones would be computed again."""
+    """The mask has rows only for the new tokens, but the cached tokens would be computed again."""
     model, input_ids = tiny_model(alibi_scaling=DYNAMIC), tokens(3, LENGTH)
     visible = torch.ones(LENGTH, LENGTH).tril().bool().expand(3, 1, -1, -1)
     cache, past = DynamicCache(config=model.config), LENGTH - new
     model(input_ids[:, :past], attention_mask=visible[..., :past, :past], past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask has rows for the new tokens alone"):
         model(input_ids[:, past:], attention_mask=visible[..., past:, :], past_key_values=cache)
-    logits = model(input_ids[:, past:], past_key_values=cache).logits  # nothing was lost
+    logits = model(input_ids[:, past:], past_key_values=cache).logits  # the error left the cache unchanged
     assert_near(logits, model(input_ids, use_cache=False).logits[:, past:], 2e-5)
 
 
@@ -241,11 +241,11 @@ def test_generation_with_and_without_a_cache(scaling: dict[str, Any] | None, opt
     assert cached.shape == (3, 21)
 
 
-# Not under dynamic interpolation: speculation scores several tokens at the slopes of the last one (docs/context.md).
+# Without dynamic interpolation: there, speculation scores several tokens with the slopes of the last (docs/context.md).
 @pytest.mark.parametrize("scaling", [None, FIXED], ids=["plain", "fixed"])
 @torch.no_grad()
 def test_speculation_does_not_change_the_text(scaling: dict[str, Any] | None) -> None:
-    model, prompt = tiny_model(alibi_scaling=scaling), tokens(1, 4).repeat(1, 4)  # repetition gives it drafts
+    model, prompt = tiny_model(alibi_scaling=scaling), tokens(1, 4).repeat(1, 4)  # repetition, so that there are drafts
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "pad_token_id": 0}
     speculated = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
     assert torch.equal(speculated, ids_without_cache(model, prompt, **options))
@@ -354,7 +354,7 @@ print(generated_text['generated_text'])
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the released one in all but size: bf16, the whole vocabulary, end-of-text as bos and eos."""
+    """A folder like the released one except for size: bf16, the whole vocabulary, end-of-text as bos and eos."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model(vocab_size=50257, bos_token_id=50256, eos_token_id=50256).to(torch.bfloat16)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The network against GPT-2 and the fp64 reference; muP multipliers, gradients, compilation."""
+"""The network compared with GPT-2 and the fp64 reference; muP multipliers, gradients, compilation."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_equals_gpt2_in_standard_parametrization(variant: dict[str, Any], attent
     assert expected.logits.std() > 0.5
     assert_near(actual.logits, expected.logits, 1e-5)
     assert_near(actual.loss, expected.loss, 1e-5)
-    # Positions that count real tokens, as generation gives them to GPT-2, are what a padding mask implies here.
+    # Our model derives positions that count only real tokens from the mask; generation passes them to GPT-2.
     mask = torch.ones_like(input_ids)
     mask[0, :7] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -116,7 +116,7 @@ def test_output_multiplier() -> None:
 @torch.no_grad()
 def test_query_key_products_are_divided_by_the_head_dimension() -> None:
     by_d, by_root = tiny_model(), tiny_model(mup_scale_qk_dot_by_d=False)
-    for block in by_root.transformer.h:  # queries smaller by sqrt(d) make up for the difference
+    for block in by_root.transformer.h:  # queries divided by sqrt(d) compensate for the difference
         for tensor in (block.attn.c_attn.weight, block.attn.c_attn.bias):
             tensor[..., : TINY["n_embd"]] *= 4**-0.5
     assert_near(by_root(tokens(1, 20)).logits, by_d(tokens(1, 20)).logits, 1e-5)
@@ -166,7 +166,7 @@ def assert_gradients_near(actual: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def real_labels(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """A token is predicted from the one before it: neither may be padding."""
+    """Labels without padding: neither a token nor the one that it is predicted from may be padding."""
     return input_ids if mask is None else input_ids.masked_fill(mask * mask.roll(1, dims=1) == 0, -100)
 
 
@@ -226,7 +226,7 @@ def test_cached_keys_while_checkpointing_are_an_error() -> None:
 
 @pytest.fixture
 def compile_fullgraph() -> Any:
-    """Compile without graph breaks; the counter says how often."""
+    """Compile without graph breaks; the counter gives the number of compilations."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     yield lambda model: (torch.compile(model, fullgraph=True, backend=counter), counter)

@@ -10,7 +10,7 @@ from btlm.model.modeling_btlm import BTLMBlock
 from btlm.model.mup import init_std, init_weights, mup_param_groups, name_layers
 from tests.model.tiny import TINY, tiny_config, tiny_model
 
-# BTLM-3B's initialization; the width and depth that its table is quoted for, a vocabulary that is quick to draw.
+# BTLM-3B's initialization, width and depth, with a small vocabulary, which is quick to draw.
 BTLM_3B = BTLMConfig(
     vocab_size=1000,
     n_embd=2560,
@@ -37,7 +37,7 @@ STD = {
 
 @pytest.fixture(scope="module")
 def block() -> nn.Module:
-    """The token table and one of the 32 blocks of BTLM-3B, initialized as the model would."""
+    """The token table and one of the 32 blocks of BTLM-3B, initialized as in the model."""
     torch.manual_seed(0)
     with torch.device("meta"):
         modules = nn.ModuleDict({"wte": nn.Embedding(BTLM_3B.vocab_size, BTLM_3B.n_embd), "h": BTLMBlock(BTLM_3B, 0)})
@@ -54,11 +54,11 @@ def test_initial_weights_at_width_2560(name: str, block: nn.Module) -> None:
     assert isinstance(weight, Tensor)
     exact = init_std(name.rpartition(".")[2], BTLM_3B)
     assert exact == pytest.approx(STD[name], rel=1e-5)
-    sampled_std = exact / 0.8796256610342398  # of the normal, before its tails are cut at two of these
+    sampled_std = exact / 0.8796256610342398  # before truncation at two of these deviations
     assert weight.std().item() == pytest.approx(STD[name], rel=0.01)
     assert weight.mean().abs().item() < 0.01 * STD[name]
     assert 1.99 * sampled_std < weight.abs().max().item() <= 2 * sampled_std * (1 + 1e-6)
-    # A truncated normal, not another distribution of that deviation: the share within one sampling deviation.
+    # The share within one sampling deviation shows that it is a truncated normal and no other distribution.
     one, two = math.erf(1 / math.sqrt(2)), math.erf(2 / math.sqrt(2))
     assert (weight.abs() < sampled_std).float().mean().item() == pytest.approx(one / two, abs=2e-3)
 
@@ -140,7 +140,7 @@ def test_optimizer_of_the_model_card() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    # Adam's first step is the learning rate of the group, whatever the gradient; decay comes on top.
+    # Adam's first step equals the learning rate of the group for any gradient, plus the weight decay.
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "wte" not in name
         lr = 1e-3 * (TINY["mup_width_scale"] if matrix else 1.0)
@@ -160,7 +160,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_frozen_and_renamed_parents_do_not_matter() -> None:
-    """Wrappers put prefixes before the names; rows go by the last part."""
+    """Wrappers put prefixes before the names; only the last part decides the row of the table."""
     model = tiny_model()
     wrapped = [(f"module.base.{name}", parameter) for name, parameter in model.named_parameters()]
     ours = mup_param_groups(wrapped, model.config, lr=1e-3)

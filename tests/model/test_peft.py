@@ -10,7 +10,7 @@ from tests.model.tiny import tiny_model, tokens
 peft = pytest.importorskip("peft")
 
 TARGETS = ["c_attn", "c_fc", "c_fc2", "c_proj"]
-# PEFT asks for this where weights are stored [in, out]; without it, it warns and sets it itself.
+# PEFT needs fan_in_fan_out for weights stored as [in, out]; without it, PEFT warns and sets it.
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": TARGETS, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 
 
@@ -53,7 +53,7 @@ def test_loss_falls(adapted: Any, checkpointing: bool) -> None:
 
 
 def test_input_embeddings_keep_their_hooks(adapted: Any) -> None:
-    """PEFT makes the looked-up embeddings require gradients; scaling them in place would fail."""
+    """PEFT makes the embeddings of the tokens require gradients, so scaling them in place would fail."""
     adapted.enable_input_require_grads()
     adapted(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
 
@@ -97,7 +97,7 @@ def test_adapted_model_generates_with_and_without_a_cache(adapted: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
 def test_virtual_tokens(kind: str) -> None:
-    """They come as cached keys and values, or as embeddings before the text."""
+    """Virtual tokens come as cached keys and values, or as embeddings before the text."""
     config = getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_model(), config)
     model.train()

@@ -32,7 +32,7 @@ def random_q(outputs, inputs, bits, seed=0):
 
 
 def packed_by_loop(q, bits):
-    """Straight from the docstring of the module."""
+    """Pack value by value, as the docstring of the module describes it."""
     outputs, inputs = q.shape
     columns = 8 if bits == 4 else 4
     stored = torch.zeros(outputs // 16, inputs // columns, 64, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def test_values_are_steps_from_the_middle_times_the_scale_of_the_group(bits, gro
 
 
 def write_folder(folder, model, quantization):
-    """A folder of random integers, and the weights that it stands for by the name of the module."""
+    """Write a folder of random integers; returns the weights that they stand for, by the name of their module."""
     config = BTLMQuantizationConfig(**quantization)
     matrices = stored_matrices(model, config)
     state, values = {}, {}
@@ -84,18 +84,18 @@ def write_folder(folder, model, quantization):
         elif name.endswith(".bias"):
             state[name] = torch.nn.functional.pad(tensor, (0, matrix.padded_outputs - matrix.outputs))
         else:
-            # Values in the padding too: they have to be cut off.
+            # The padding has values too, which have to be cut off.
             q = random_q(matrix.padded_outputs, matrix.padded_inputs, matrix.bits, seed=len(state))
             groups = matrix.padded_inputs // matrix.group_size
             state[name] = pack(q, matrix.bits)
-            # Of the width of the matrix, and exact in bf16 alone: fp16 has no such exponents.
+            # So small that only bf16 can represent the scales; fp16 has no such exponents.
             state[f"{name}_scale"] = pack_scale(torch.randn(matrix.padded_outputs, groups) * 1e-8)
             full = dequantize(state[name], state[f"{name}_scale"], matrix.bits, matrix.group_size)
             values[name.removesuffix(".weight")] = full[: matrix.outputs, : matrix.inputs]
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     model.config.quantization_config = quantization
-    model.config.dtype = torch.float32  # else Transformers takes that of the first tensor, which are scales
+    model.config.dtype = torch.float32  # else Transformers takes the dtype of the first tensor, a scale
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     del model.config.quantization_config
@@ -154,7 +154,7 @@ def test_weights_are_decoded_from_exact_scales_whatever_the_dtype(tmp_path, dtyp
 
 
 def test_zero_neurons_of_the_padding_change_nothing(tmp_path):
-    """The logits of the plain model are those of one with the padded width and zeros in the padding."""
+    """A plain model has the same logits as a model of the padded width with zeros in the padding."""
     narrow = tiny_model(**WIDE)
     wide = tiny_model(**{**WIDE, "n_inner": 128})
     state = narrow.state_dict()

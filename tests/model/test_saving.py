@@ -1,4 +1,4 @@
-"""Folders that `save_pretrained` writes: with the tokenizer, and with the code where asked."""
+"""Folders that `save_pretrained` writes: with the tokenizer and, on request, with the code."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_folder_with_its_code_loads_where_btlm_is_not_installed(tmp_path):
     ids = torch.arange(12)[None]
     assert torch.equal(result["logits"], model(ids).logits)
     assert torch.equal(result["generated"], model.generate(ids, max_new_tokens=5))
-    # The code goes on travelling, and the folder still loads as btlm's own class here.
+    # The code is saved again with the model, and here the folder still loads as btlm's own class.
     assert {file.name for file in again.glob("*.py")} == {file.name for file in (tmp_path / "with-code").glob("*.py")}
     assert isinstance(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True), BTLMLMHeadModel)
 

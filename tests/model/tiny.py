@@ -1,4 +1,4 @@
-"""A model small enough to run anywhere, whose every feature still shows in its logits."""
+"""A model small enough to run anywhere, in which every feature still affects the logits."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
-# Twelve heads (no power of two, and slopes that bf16 cannot hold) of size 4, an inner width that is no multiple of 8,
-# and muP multipliers all different.
+# Twelve heads of size 4 (not a power of two, so bf16 cannot represent the slopes), an inner width that is not a
+# multiple of 8, and muP multipliers that all differ.
 TINY: dict[str, Any] = {
     "vocab_size": 101,
     "n_positions": 64,
@@ -37,7 +37,7 @@ def tiny_config(**overrides: Any) -> BTLMConfig:
 
 
 def tiny_model(**overrides: Any) -> Any:
-    """A `BTLMLMHeadModel` in evaluation mode, always the same weights, with biases and norms that are not neutral."""
+    """A `BTLMLMHeadModel` in evaluation mode, with fixed weights, nonzero biases and norms other than one."""
     torch.manual_seed(0)
     model = BTLMLMHeadModel(tiny_config(**overrides)).eval()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def tiny_model(**overrides: Any) -> Any:
 
 
 def gpt2_and_ours(attention: str = "sdpa", **variant: Any) -> tuple[Any, Any]:
-    """GPT-2 as Transformers has it, with explicit attention, and ours in standard parametrization with its weights."""
+    """Transformers' GPT-2 with explicit attention, and our model in standard parametrization with its weights."""
     names = ("vocab_size", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")
     shape: dict[str, Any] = {name: TINY[name] for name in (*names, "bos_token_id", "eos_token_id")}
     shape |= {
@@ -82,5 +82,5 @@ def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Within an absolute tolerance, whatever the dtypes."""
+    """Check that tensors agree within an absolute tolerance, whatever their dtypes."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
