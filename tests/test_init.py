@@ -44,6 +44,9 @@ IMPORTS = {
     "with part of Transformers": "import transformers.modeling_utils, btlm",
     "the model first": "from btlm.model import BTLMConfig; import transformers",
     "everything of btlm first": "from btlm import *; import transformers",
+    "the configuration first": "import btlm.model.configuration_btlm",
+    "another file of the network first": "import btlm.model.quantization_btlm",
+    "the facts first": "import btlm.model.architecture_btlm, transformers",
     "inside transformers": """
 during("transformers.utils", lambda: importlib.import_module("btlm"))
 import transformers

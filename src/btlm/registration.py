@@ -1,6 +1,5 @@
 """Registers BTLM with Transformers' Auto classes, whichever of btlm and Transformers is imported first."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -12,26 +11,28 @@ def register_with_transformers() -> None:
     """Register BTLM with Transformers' Auto classes: now if Transformers is imported already, else once it is."""
     sys.meta_path.insert(0, _AfterImport())
     if "transformers" in sys.modules:
-        _import_model_once_complete()
+        _register_once_complete()
 
 
-def _import_model_once_complete() -> None:
-    """Import ``btlm.model`` if no module of Transformers is half imported; otherwise, wait until they are imported.
+def _register_once_complete() -> None:
+    """Register BTLM if no module of Transformers or of the network is half imported; otherwise, wait until they are.
 
-    One of Transformers' own imports can import btlm: through a plug-in, or a user's file that has the name of a
-    library. At that time, the modules that ``btlm.model`` needs may be incomplete.
+    Any file of the network may be what imports Transformers. One of Transformers' own imports can also import btlm:
+    through a plug-in, or a user's file that has the name of a library. At that time, the modules that the network needs
+    may be incomplete.
     """
     half_imported = [
         spec
         for name, module in sys.modules.copy().items()
-        if name.partition(".")[0] == "transformers"
+        if (name.partition(".")[0] == "transformers" or name.startswith("btlm.model."))
         and isinstance(spec := getattr(module, "__spec__", None), ModuleSpec)
         and getattr(spec, "_initializing", False)
     ]
     for spec in half_imported:
         spec.__class__ = _Awaited
-    if not half_imported:
-        importlib.import_module("btlm.model")
+    if not half_imported and not _AfterImport.registered:
+        _AfterImport.registered = True
+        _register()
 
 
 class _Awaited(ModuleSpec):
@@ -45,7 +46,7 @@ class _Awaited(ModuleSpec):
     def _initializing(self, value: bool) -> None:
         self.__dict__["_initializing"] = value
         if not value and self.name in sys.modules:
-            _import_model_once_complete()
+            _register_once_complete()
 
 
 def _register() -> None:
@@ -60,27 +61,23 @@ def _register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Lets the other finders find a module, and runs an action once the module is imported.
+    """Lets the other finders find Transformers, and registers BTLM once it has run."""
 
-    After Transformers, ``btlm.model`` is imported; after ``btlm.model``, it is registered. This order also works if
-    ``btlm.model`` itself imports Transformers, while it is still incomplete.
-    """
-
-    actions = {"transformers": lambda: importlib.import_module("btlm.model"), "btlm.model": _register}  # noqa: RUF012
+    registered = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.actions:
+        if fullname != "transformers":
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_act(module: ModuleType) -> None:
+            def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                self.actions[fullname]()
+                _register_once_complete()
 
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

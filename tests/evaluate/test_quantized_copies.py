@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from btlm.checkpoint import BUNDLED_MODEL
-from btlm.data.shards import END_OF_TEXT
 from btlm.evaluate import quantized_copies
 from btlm.evaluate.quantized_copies import Quality, calibration_text, compare_copies
 from btlm.model.tokenization_btlm import load_tokenizer
@@ -59,7 +58,7 @@ def test_no_held_out_text_is_an_error(tmp_path):
 def test_calibration_text_is_training_text_of_every_source(tmp_path):
     texts = {"books": ["One book.", "Another book."], "code": ["x = 1"]}
     encode = load_tokenizer().encode
-    documents = [(source, [*encode(text), END_OF_TEXT]) for source, of in texts.items() for text in of]
-    held_out = [("books", [*encode("Never seen."), END_OF_TEXT])]
+    documents = [(source, [*encode(text), 50256]) for source, of in texts.items() for text in of]
+    held_out = [("books", [*encode("Never seen."), 50256])]
     shards = write_documents(tmp_path / "shards", {"train": [documents], "validation": [held_out]})
     assert calibration_text(shards, 1000).split("\n\n") == ["One book.", "Another book.", "", "x = 1", ""]

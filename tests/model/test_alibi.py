@@ -1,11 +1,9 @@
-import math
 from typing import Any
 
 import pytest
 import torch
 
 from btlm.model.alibi import (
-    alibi_scaling_problem,
     alibi_slopes,
     attention_bias,
     fold_attention_bias,
@@ -29,47 +27,6 @@ def test_slopes_of_btlm() -> None:
 @pytest.mark.parametrize("n_head", [*range(1, 21), 25, 40, 48, 64, 96, 128])
 def test_slopes_are_those_of_press(n_head: int) -> None:
     torch.testing.assert_close(alibi_slopes(n_head), torch.tensor(press_slopes(n_head)), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    "value", [None, FIXED, DYNAMIC, {"type": "linear", "factor": 2}, {**FIXED, "train_seq_len": None}]
-)
-def test_valid_alibi_scaling(value: object) -> None:
-    assert alibi_scaling_problem(value) is None
-
-
-LINEAR = {"type": "linear"}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {},
-        LINEAR,
-        "linear",
-        4.0,
-        True,
-        ["linear", 4.0],
-        {"factor": 4.0},
-        {"train_seq_len": 8192},
-        {"type": "dynamic", "factor": 4.0},
-        {"type": None, "factor": 4.0},
-        {**FIXED, **DYNAMIC},
-        {**FIXED, "alpha": 1},
-        {**DYNAMIC, "factor": 0},
-        {**LINEAR, "factor": None},
-        *({**LINEAR, "factor": factor} for factor in (1.0, 1, 0.5, 0, -2.0, True, "4.0", math.nan, math.inf, [4.0])),
-        *({**LINEAR, "train_seq_len": length} for length in (1, 0, -8192, 8192.0, True, "8192", math.nan)),
-    ],
-    ids=repr,
-)
-def test_invalid_alibi_scaling(value: object) -> None:
-    problem = alibi_scaling_problem(value)
-    assert problem is not None
-    assert repr(value) in problem
-    assert "train_seq_len" in problem
-    assert "factor" in problem
-    assert "\n" not in problem
 
 
 def test_train_seq_len() -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.model.architecture_btlm import MUP_TABLE
 from btlm.model.modeling_btlm import BTLMBlock
-from btlm.model.mup import init_std, init_weights, mup_param_groups, name_layers
+from btlm.model.mup import init_weights, mup_param_groups, name_layers
 from tests.model.tiny import TINY, tiny_config, tiny_model
 
 # BTLM-3B's initialization, width and depth, with a small vocabulary, which is quick to draw.
@@ -52,7 +53,7 @@ def block() -> nn.Module:
 def test_initial_weights_at_width_2560(name: str, block: nn.Module) -> None:
     weight = block.get_submodule(name if name == "wte" else f"h.{name}").weight
     assert isinstance(weight, Tensor)
-    exact = init_std(name.rpartition(".")[2], BTLM_3B)
+    exact = BTLM_3B.architecture.init_std(MUP_TABLE[name.rpartition(".")[2]])
     assert exact == pytest.approx(STD[name], rel=1e-5)
     sampled_std = exact / 0.8796256610342398  # before truncation at two of these deviations
     assert weight.std().item() == pytest.approx(STD[name], rel=0.01)
@@ -96,8 +97,9 @@ def test_a_whole_model_is_initialized_by_the_table(tied: bool, positions: str) -
 
 def test_standard_parametrization_is_gpt2s() -> None:
     config = BTLMConfig()
-    assert init_std("wte", config) == init_std("c_attn", config) == init_std("c_fc", config) == 0.02
-    assert init_std("c_proj", config) == pytest.approx(0.02 / math.sqrt(2 * 12))
+    std = {layer: config.architecture.init_std(row) for layer, row in MUP_TABLE.items()}
+    assert std["wte"] == std["c_attn"] == std["c_fc"] == 0.02
+    assert std["c_proj"] == pytest.approx(0.02 / math.sqrt(2 * 12))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from btlm.console import one_line
+from btlm.model.architecture_btlm import VOCAB_SIZE
 
 from .shape import Shape
 
@@ -49,7 +50,7 @@ def load_tokenizer_of(folder: Path, config: "BTLMConfig", name: Path | str) -> "
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
-    from btlm.model.tokenization_btlm import VOCABULARY_SIZE, load_tokenizer
+    from btlm.model.tokenization_btlm import load_tokenizer
 
     files = {file for file in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / file).is_file()}
     tokenizer: PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ def load_tokenizer_of(folder: Path, config: "BTLMConfig", name: Path | str) -> "
             )
         elif {"vocab.json", "merges.txt"} <= files:
             tokenizer = GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
-        elif config.vocab_size == VOCABULARY_SIZE:
+        elif config.vocab_size == VOCAB_SIZE:
             return load_tokenizer()
         else:
             raise FileNotFoundError(

@@ -26,14 +26,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from btlm.files import file_sha256, whole_file, write_json
+from btlm.model.architecture_btlm import END_OF_TEXT_ID, TOKENIZER_FOLDER, VOCAB_SIZE
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-VOCAB_SIZE = 50257
-END_OF_TEXT = 50256
 MAX_SOURCES = 2**16
-TOKENIZER_FOLDER = Path(__file__).parents[1] / "model" / "tokenizer"
 
 # Every open map takes a file descriptor, and a process may have 1024 by default.
 _OPEN_MAPS = 512
@@ -66,8 +64,8 @@ def write_shard(folder: Path | str, name: str, documents: Iterable[tuple[ArrayLi
     digest = hashlib.sha256()
     with whole_file(folder / f"{name}.bin") as partial, partial.open("wb") as file:
         for ids, source, size in documents:
-            tokens = np.append(np.asarray(ids), END_OF_TEXT)
-            assert (tokens[:-1] < END_OF_TEXT).all(), "a document holds end-of-text, or ids beyond the vocabulary"
+            tokens = np.append(np.asarray(ids), END_OF_TEXT_ID)
+            assert (tokens[:-1] < END_OF_TEXT_ID).all(), "a document holds end-of-text, or ids beyond the vocabulary"
             content = tokens.astype("<u2").tobytes()
             file.write(content)
             digest.update(content)
@@ -115,7 +113,7 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "dtype": "uint16",
-        "tokenizer": {"sha256": tokenizer_sha256(), "vocab_size": VOCAB_SIZE, "end_of_text": END_OF_TEXT},
+        "tokenizer": {"sha256": tokenizer_sha256(), "vocab_size": VOCAB_SIZE, "end_of_text": END_OF_TEXT_ID},
         "sources": list(sources),
         "splits": splits,
         **(extra or {}),

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from btlm.model.architecture_btlm import END_OF_TEXT, TOKENIZER_FOLDER
+
 from .parts import read_groups
-from .shards import TOKENIZER_FOLDER, tokenizer_sha256, write_manifest, write_shard
+from .shards import tokenizer_sha256, write_manifest, write_shard
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
@@ -94,7 +96,7 @@ def _encoding() -> Any:
     others = sorted(set(range(256)) - set(printable))
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     vocabulary = json.loads((TOKENIZER_FOLDER / "vocab.json").read_text(encoding="utf-8"))
-    end_of_text = {"<|endoftext|>": vocabulary.pop("<|endoftext|>")}
+    end_of_text = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
     # GPT-2 numbered its tokens in the order in which they are merged.
     ranks = {bytes(byte_of[character] for character in token): rank for token, rank in vocabulary.items()}
     return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=end_of_text)

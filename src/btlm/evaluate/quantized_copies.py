@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm.data.shards import END_OF_TEXT, TokenShards
+from btlm.data.shards import TokenShards
 from btlm.data.tokenize import decode
+from btlm.model.architecture_btlm import END_OF_TEXT_ID
 
 from .held_out import engine_loss, transformers_loss
 
@@ -79,6 +80,6 @@ def calibration_text(shards: TokenShards, tokens: int) -> str:
         pieces = max(1, tokens // len(shards.sources) // _PIECE)
         for start in np.linspace(0, max(0, len(stream) - _PIECE), pieces).astype(int):
             piece = stream[start : start + _PIECE]
-            documents = np.split(piece, np.flatnonzero(piece == END_OF_TEXT))
-            texts += [decode(document[document != END_OF_TEXT]).replace("\ufffd", "") for document in documents]
+            documents = np.split(piece, np.flatnonzero(piece == END_OF_TEXT_ID))
+            texts += [decode(document[document != END_OF_TEXT_ID]).replace("\ufffd", "") for document in documents]
     return "\n\n".join(texts)

@@ -3,51 +3,28 @@
 Letters: B batch, H heads, Q queries, K keys, F folded features.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .architecture_btlm import slope_exponents
 
 # Products with it must dominate every score and stay finite in fp16: 2**15 * 2**15 * scale.
 _MASK = float(2**15)
 
 
 def alibi_slopes(n_head: int, device: torch.device | str | None = None) -> Tensor:
-    """Slopes of ALiBi, one a head: ``2**(-8 (i + 1) / n_head)`` where ``n_head`` is a power of two.
-
-    Other numbers of heads take the slopes of the power of two below, followed by every other slope of the one above
-    (the interleave of Press et al.).
+    """Slopes of ALiBi, one per head: see :func:`.architecture_btlm.slope_exponents`.
 
     Returns:
         fp32 tensor ``[n_head]``.
     """
-    lower = 2 ** math.floor(math.log2(n_head))
-    steps = torch.arange(1, lower + 1, dtype=torch.float32, device=device) * (8.0 / lower)
-    if lower < n_head:
-        between = torch.arange(1, 2 * (n_head - lower), 2, dtype=torch.float32, device=device) * (4.0 / lower)
-        steps = torch.cat((steps, between))
-    return torch.exp2(-steps)
-
-
-def alibi_scaling_problem(alibi_scaling: object) -> str | None:
-    """What is wrong with a value of ``alibi_scaling``, or ``None`` where it is valid."""
-    remedy = (
-        'use null, {"type": "linear", "factor": float > 1} or {"type": "linear", "train_seq_len": int > 1} '
-        "(exactly one of factor and train_seq_len)"
-    )
-    if alibi_scaling is None:
-        return None
-    if not isinstance(alibi_scaling, dict):
-        return f"alibi_scaling is {alibi_scaling!r}; {remedy}"
-    factor, train_seq_len = alibi_scaling.get("factor"), alibi_scaling.get("train_seq_len")
-    fixed = isinstance(factor, (int, float)) and not isinstance(factor, bool) and 1 < factor < math.inf
-    dynamic = isinstance(train_seq_len, int) and not isinstance(train_seq_len, bool) and train_seq_len > 1
-    known = {key for key, value in alibi_scaling.items() if value is not None}
-    valid = (fixed and known == {"type", "factor"}) or (dynamic and known == {"type", "train_seq_len"})
-    if alibi_scaling.get("type") != "linear" or not valid:
-        return f"alibi_scaling is {alibi_scaling!r}; {remedy}"
-    return None
+    exponents = [
+        first + step * torch.arange(count, dtype=torch.float32, device=device)
+        for first, step, count in slope_exponents(n_head)
+    ]
+    return torch.exp2(-torch.cat(exponents))
 
 
 def train_seq_len(alibi_scaling: dict[str, Any] | None) -> int | None:

@@ -22,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .alibi import alibi_slopes, train_seq_len
+from .architecture_btlm import TOKENIZER_FOLDER, VOCAB_SIZE
 from .attention_btlm import AttentionPlan, BTLMAttention, plan_attention
 from .configuration_btlm import BTLMConfig
 from .mup import init_weights, mup_param_groups, name_layers, scale_embeddings, scale_logits
 from .quantization_btlm import BTLMQuantizer  # noqa: F401 - importing it lets eight-bit folders load
-from .tokenization_btlm import VOCABULARY, VOCABULARY_SIZE, load_tokenizer
+from .tokenization_btlm import load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +125,7 @@ class BTLMPreTrainedModel(PreTrainedModel):
         """
         with _carry_code(self) if save_code else nullcontext():
             super().save_pretrained(save_directory, *args, **kwargs)
-        fits = self.config.vocab_size == VOCABULARY_SIZE and VOCABULARY.exists()
+        fits = self.config.vocab_size == VOCAB_SIZE and TOKENIZER_FOLDER.exists()
         if fits and not (Path(save_directory) / "tokenizer_config.json").exists():
             load_tokenizer().save_pretrained(save_directory)
 

@@ -1,67 +1,19 @@
-"""Maximal update parametrization (arXiv 2203.03466) of BTLM as one table.
+"""Maximal update parametrization (arXiv 2203.03466): initialization, parameter groups and multipliers.
 
-============================  ================================================  ===============  ============
-tensors                       standard deviation at initialization              learning rate    weight decay
-============================  ================================================  ===============  ============
-wte, wpe, untied lm_head      initializer_range                                 lr               yes
-c_attn, c_fc, c_fc2           initializer_range sqrt(width_scale)               lr width_scale   yes
-attn.c_proj, mlp.c_proj       initializer_range sqrt(width_scale / 2 n_layer)   lr width_scale   yes
-biases and LayerNorm          0 and 1                                           lr               no
-============================  ================================================  ===============  ============
-
-============================  ================================================
-in the forward pass           multiplier
-============================  ================================================
-token embeddings              mup_embeddings_scale
-query-key products            1 / head_dim (mup_scale_qk_dot_by_d)
-logits                        mup_output_alpha mup_width_scale
-============================  ================================================
-
-``width_scale`` is the base width over the width. Values of BTLM-3B: Cerebras modelzoo, ``params_btlm_2p7b_8k.yaml``.
-With ``mup_width_scale = 1`` the table is standard parametrization with GPT-2's residual scaling.
+:mod:`.architecture_btlm` has the table.
 """
 
-import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .architecture_btlm import MUP_TABLE
 from .configuration_btlm import BTLMConfig
 
 # Standard deviation of a unit normal truncated at two standard deviations.
 _TRUNCATED_STD = 0.8796256610342398
-
-
-class MupRow(NamedTuple):
-    """How one kind of weight matrix is initialized, and the parameter group that it is trained in."""
-
-    group: str
-    scales_with_width: bool
-    residual: bool = False
-
-
-_EMBEDDING = MupRow("embeddings", scales_with_width=False)
-_HIDDEN = MupRow("matrices", scales_with_width=True)
-_RESIDUAL = MupRow("matrices", scales_with_width=True, residual=True)
-
-MUP_TABLE = {
-    "wte": _EMBEDDING,
-    "wpe": _EMBEDDING,
-    "lm_head": _EMBEDDING,
-    "c_attn": _HIDDEN,
-    "c_fc": _HIDDEN,
-    "c_fc2": _HIDDEN,
-    "c_proj": _RESIDUAL,
-}
-
-
-def init_std(layer: str, config: BTLMConfig) -> float:
-    """Standard deviation of the initial weights of a layer, by the last part of its name (a key of ``MUP_TABLE``)."""
-    row = MUP_TABLE[layer]
-    std = config.initializer_range * (math.sqrt(config.mup_width_scale) if row.scales_with_width else 1.0)
-    return std / math.sqrt(2 * config.n_layer) if row.residual else std
 
 
 def name_layers(model: nn.Module) -> None:
@@ -80,7 +32,7 @@ def init_weights(module: nn.Module, config: BTLMConfig) -> None:
     layer = getattr(module, "mup_layer", None)
     if layer is not None and not (layer == "lm_head" and config.tie_word_embeddings):
         assert isinstance(module.weight, Tensor)
-        std = init_std(layer, config) / _TRUNCATED_STD
+        std = config.architecture.init_std(MUP_TABLE[layer]) / _TRUNCATED_STD
         init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):

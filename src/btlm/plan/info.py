@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -15,7 +14,7 @@ from btlm.checkpoint.config import load_config
 from btlm.checkpoint.locate import BUNDLED_MODEL
 from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
-from btlm.model.mup import MUP_TABLE, init_std
+from btlm.model.architecture_btlm import VECTOR, Architecture, MupRow
 from btlm.train import load_recipe
 
 # Context of three quarters of BTLM's training, and of the models that it is compared with.
@@ -48,13 +47,13 @@ def model_info(config: BTLMConfig) -> dict[str, Any]:
     """Shape, muP and cost of a model as plain numbers; nothing is allocated.
 
     Returns:
-        ``architecture``; ``mup`` with the rows of :mod:`btlm.model.mup`, ``lr_multiplier`` being what the peak learning
-        rate is multiplied by; ``parameters``; ``flops_per_token`` at two contexts; ``kv_cache_bytes`` in bf16; and
-        ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file.
+        ``architecture``; ``mup`` with the rows of :mod:`btlm.model.architecture_btlm`, where ``lr_multiplier`` is what
+        the peak learning rate is multiplied by; ``parameters``; ``flops_per_token`` at two contexts; ``kv_cache_bytes``
+        in bf16; and ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file.
     """
     contexts = sorted({min(SHORT_CONTEXT, config.n_positions), config.n_positions})
     parameters = config.num_parameters()
-    cached = config.kv_bytes_per_token(torch.bfloat16)
+    cached = config.kv_bytes_per_token()
     return {
         "architecture": {
             "layers": config.n_layer,
@@ -74,7 +73,7 @@ def model_info(config: BTLMConfig) -> dict[str, Any]:
             "embeddings_multiplier": config.mup_embeddings_scale,
             "scores_multiplier": config.attention_scale,
             "logits_multiplier": config.logits_scale,
-            "tensors": _tensors(config),
+            "tensors": _tensors(config.architecture),
         },
         "parameters": {"total": parameters, "without_embeddings": config.num_parameters(embeddings=False)},
         "flops_per_token": [
@@ -87,35 +86,30 @@ def model_info(config: BTLMConfig) -> dict[str, Any]:
         ],
         "kv_cache_bytes": {"per_token": cached, "at_n_positions": cached * config.n_positions},
         "weight_bytes": {
-            "fp32": config.weight_bytes(torch.float32),
-            "bf16": config.weight_bytes(torch.bfloat16),
-            "int8": config.weight_bytes(torch.int8),
-            "int4": (parameters + 1) // 2,
+            "fp32": config.architecture.weight_bytes(32),
+            "bf16": config.architecture.weight_bytes(16),
+            "int8": config.architecture.weight_bytes(8),
+            "int4": config.architecture.weight_bytes(4),
         },
     }
 
 
-def _tensors(config: BTLMConfig) -> list[dict[str, Any]]:
-    """The rows of the muP table that this model has tensors for, tensors of one row together."""
-    present = {
-        "wpe": config.position_embedding_type == "learned",
-        "lm_head": not config.tie_word_embeddings,
-        "c_fc2": config.activation_function == "swiglu",
-    }
-    rows: dict[Any, list[str]] = {}
-    for layer, row in MUP_TABLE.items():
-        if present.get(layer, True):
-            rows.setdefault(row, []).append(layer)
-    matrices = [
+def _tensors(architecture: Architecture) -> list[dict[str, Any]]:
+    """The rows of the muP table that this model has tensors for, and the last parts of the names of their layers."""
+    layers: dict[MupRow, list[str]] = {}
+    for name, tensor in architecture.tensors.items():
+        if tensor.row not in (None, VECTOR) and (layer := name.split(".")[-2]) not in layers.setdefault(tensor.row, []):
+            layers[tensor.row].append(layer)
+    layers[VECTOR] = ["biases", "norms"]
+    return [
         {
-            "layers": layers,
-            "init_std": init_std(layers[0], config),
-            "lr_multiplier": config.mup_width_scale if row.scales_with_width else 1.0,
-            "weight_decay": True,
+            "layers": names,
+            "init_std": architecture.init_std(row),
+            "lr_multiplier": architecture.lr_multiplier(row),
+            "weight_decay": row.decays,
         }
-        for row, layers in rows.items()
+        for row, names in layers.items()
     ]
-    return [*matrices, {"layers": ["biases", "norms"], "init_std": 0.0, "lr_multiplier": 1.0, "weight_decay": False}]
 
 
 # Rendering

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from btlm.model import BTLMConfig
-from btlm.model.configuration_btlm import MUP_KEYS
+from btlm.model.config_keys_btlm import MUP_KEYS
 
 from .recipe import OVERRIDES, Recipe, Stage, length_problems
 
