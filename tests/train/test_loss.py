@@ -37,7 +37,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def test_loss_and_gradients_are_those_of_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, chunk: int, uncounted: str
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", chunk)
     hidden, weight, labels = inputs()
     if uncounted != "some":
         labels = labels.clamp(min=0) if uncounted == "none" else torch.full_like(labels, -100)
@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
 
 
 def test_gradients_are_scaled_by_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 8)
     hidden, weight, labels = inputs()
     expected = torch.autograd.grad(plain(hidden, weight, labels) / 29 * 3, (hidden, weight))
     (linear_cross_entropy(hidden, weight, labels) / 29 * 3).backward()
@@ -75,9 +75,52 @@ def test_large_logits_do_not_overflow() -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(actual, (hidden, weight)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_the_form_for_gpus_never_waits_and_agrees(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float, with_grad: bool
+) -> None:
+    """The large scale makes probabilities of targets too small for their log."""
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 8)
+
+    def compute() -> tuple[Tensor, ...]:
+        hidden, weight, labels = inputs(dtype, scale)
+        with torch.set_grad_enabled(with_grad), Operations() as operations:
+            loss = linear_cross_entropy(hidden, weight, labels)
+            if with_grad:
+                loss.backward()
+        waits.append(bool(WAITING & operations.names))
+        return (loss, hidden.grad, weight.grad) if hidden.grad is not None and weight.grad is not None else (loss,)
+
+    waits: list[bool] = []
+    on_cpu = compute()
+    monkeypatch.setattr(loss_module, "_may_wait_for", lambda device: False)
+    on_gpu = compute()
+    assert waits == [True, False]
+    torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=1e-5 if dtype == torch.float32 else 5e-3, atol=0)
+    torch.testing.assert_close(on_gpu[1:], on_cpu[1:], rtol=0, atol=0)
+
+
+# Operations whose results, or the sizes of them, Python has to know.
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item"}
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("chunk", [512, 8])
 def test_without_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", chunk)
     hidden, weight, labels = inputs()
     with torch.no_grad():
         actual = linear_cross_entropy(hidden, weight, labels)
@@ -87,7 +130,7 @@ def test_without_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
 @pytest.mark.parametrize("chunk", [512, 8])
 def test_bfloat16_is_close(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", chunk)
     hidden, weight, labels = inputs(torch.bfloat16)
     expected = plain(hidden, weight, labels)
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
@@ -114,7 +157,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch, with_grad: bool) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 4)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 4)
     hidden, weight, labels = inputs()
     with LargestTensor() as largest, torch.set_grad_enabled(with_grad):
         loss = linear_cross_entropy(hidden, weight, labels)

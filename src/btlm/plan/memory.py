@@ -192,7 +192,7 @@ def is_target(target: str, name: str) -> bool:
 def _head_bytes(recipe: Recipe, config: BTLMConfig, shards: int, tokens: int) -> int:
     size, weight = _product_bytes(recipe), _weight_bytes(recipe, shards)
     head = config.vocab_size * config.n_embd
-    chunk = min(CHUNK_TOKENS, tokens) * config.vocab_size
+    chunk = min(CHUNK_TOKENS["cuda"], tokens) * config.vocab_size
     # Logits and their probabilities, and a copy of the head in the dtype of products.
     forward, backward = 2 * size * chunk + (head * size if size != weight else 0), 0
     if recipe.lora is None:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of the logits buffers. Their passes are the same for any number; gradients of the head are summed once a chunk.
-CHUNK_TOKENS = 1024
+# Rows of the buffers of logits and probabilities. The gradient of the head is summed once per chunk, in memory, which
+# takes a GPU as long as a product of 1,024 rows.
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}
 # Probabilities are normal numbers of fp32 and bf16 down to here, with all their digits.
 _UNDERFLOW = 1e-30
 
@@ -24,7 +25,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, with_grad: bool) -> Tensor:
         with_weight_grad = with_grad and ctx.needs_input_grad[1]  # Not under adapters.
         head = weight.to(hidden.dtype)
-        rows = min(CHUNK_TOKENS, len(hidden))
+        rows = min(CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cpu"]), len(hidden))
+        may_wait = _may_wait_for(hidden.device)
         logits_buffer = hidden.new_empty(rows, len(head))
         probs_buffer = torch.empty_like(logits_buffer, dtype=None if with_grad else torch.float32)
         row_numbers = torch.arange(rows, device=hidden.device)
@@ -39,21 +41,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted = target != -100
             index = target.clamp(min=0)
             target_probs = probs[row_numbers[: len(part)], index].float()
-            if bool((target_probs < _UNDERFLOW).any()):
+            too_small = target_probs < _UNDERFLOW
+            nats = -target_probs.log()
+            if not may_wait or bool(too_small.any()):
                 # The log of the sum of exponentials, by the largest logit and its probability, which is never small.
                 log_sum = logits.amax(dim=-1).float() - probs.amax(dim=-1).float().log()
-                nats = log_sum - logits[row_numbers[: len(part)], index].float()
-            else:
-                nats = -target_probs.log()
+                from_logits = log_sum - logits[row_numbers[: len(part)], index].float()
+                nats = from_logits if may_wait else torch.where(too_small, from_logits, nats)
             loss += torch.where(counted, nats, 0.0).sum()
             if not with_grad:
                 continue
             # By index: scattering would copy the whole buffer.
             probs[row_numbers[: len(part)], index] = (target_probs - 1).to(probs.dtype)
-            probs.index_fill_(0, (~counted).nonzero()[:, 0], 0.0)
-            torch.mm(probs, head, out=grad_part)
+            # Without the tokens that are not counted. Their rows of the products are narrower than those of `probs`.
+            torch.mm(probs, head, out=grad_part).masked_fill_(~counted[:, None], 0.0)
             if grad_weight_part is not None:
-                torch.mm(probs.T, part, out=grad_weight_part)
+                torch.mm(probs.T, part.masked_fill(~counted[:, None], 0.0), out=grad_weight_part)
                 grad_weight = (
                     grad_weight_part.to(torch.float32, copy=True)
                     if grad_weight is None
@@ -72,6 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
         # The factor in fp32: rounded to bf16 it would scale the gradients of the blocks against those of the head.
         return (grad_hidden.float() * grad_loss).to(grad_hidden.dtype), grad_weight, None, None
+
+
+def _may_wait_for(device: torch.device) -> bool:
+    """Whether values may decide what is computed: on a GPU, Python would wait for them, and the GPU then for Python."""
+    return device.type == "cpu"
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
