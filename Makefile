@@ -41,7 +41,7 @@ check: .venv/.dev  ## check format, lint and types; changes nothing
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:  ## remove .venv, caches and built packages
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

@@ -11,6 +11,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from tiny_inputs import add_smoke
 from torch import Tensor
 
 from btlm.model.alibi import alibi_slopes, attention_bias, fold_attention_bias
@@ -73,7 +74,10 @@ def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.tokens = [32]
     slopes = alibi_slopes(32)[[0, 4, 9, 13, 18, 22, 27, 31]]
     columns = [(tokens, dtype) for tokens in args.tokens for dtype in (torch.float32, torch.bfloat16)]
     errors: dict[str, list[str]] = {name: [] for name in FORMS}

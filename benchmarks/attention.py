@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from tiny_inputs import add_smoke
 
 SHAPE = {
     "n_embd": 2560,
@@ -33,9 +35,10 @@ SHAPE = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+SMOKE_SHAPE = SHAPE | {"n_embd": 128, "n_inner": 256}
 
 
-def measure(form: str, tokens: int, backward: bool) -> dict[str, float]:
+def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any]) -> dict[str, float]:
     """Seconds and peak memory beyond the block's own of one pass in this process, after a short one."""
     from btlm import BTLMConfig
     from btlm.model.alibi import alibi_slopes, attention_bias, fold_attention_bias
@@ -43,7 +46,7 @@ def measure(form: str, tokens: int, backward: bool) -> dict[str, float]:
     from btlm.model.modeling_btlm import BTLMBlock
 
     torch.manual_seed(0)
-    config = BTLMConfig(**SHAPE)
+    config = BTLMConfig(**shape)
     block = BTLMBlock(config, layer_idx=0).to(torch.bfloat16)
     hidden = torch.randn(1, tokens, config.n_embd, dtype=torch.bfloat16, requires_grad=backward)
 
@@ -86,12 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=5)
+    add_smoke(parser)
     parser.add_argument("--one", nargs=3, metavar=("FORM", "TOKENS", "BACKWARD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         form, tokens, backward = args.one
-        print(json.dumps(measure(form, int(tokens), backward == "1")))
+        print(json.dumps(measure(form, int(tokens), backward == "1", SMOKE_SHAPE if args.smoke else SHAPE)))
         return
+    if args.smoke:
+        args.tokens, args.repeats = [128], 1
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16, batch 1, medians of {args.repeats}\n")
     print("| tokens | pass | folded s | mask s | time ratio | folded MB | mask MB |")
     print("|---|---|---|---|---|---|---|")
@@ -101,6 +107,7 @@ def main() -> None:
             for _ in range(args.repeats):
                 for form, results in runs.items():
                     command = [sys.executable, __file__, "--one", form, str(tokens), str(int(backward))]
+                    command += ["--smoke"] if args.smoke else []
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                     results.append(json.loads(done.stdout))
             seconds = {form: statistics.median(r["seconds"] for r in results) for form, results in runs.items()}

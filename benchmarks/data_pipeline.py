@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 
 import psutil
+from tiny_inputs import add_smoke, write_documents
 
 from btlm.data.documents import Document, list_units, read_unit
 from btlm.data.recipe import Read
@@ -94,10 +95,15 @@ def main() -> None:
     parser.add_argument("--copies", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.copies, args.workers, args.repeats = [2], 1, 1
     print("| copies | MB of text | workers | s | MB/s a core | largest worker, MB |\n|---|---|---|---|---|---|")
     for copies in args.copies:
         with tempfile.TemporaryDirectory() as folder:
+            if args.smoke:
+                args.input = [str(write_documents(Path(folder)))]
             size = write_copies(args.input, Path(folder) / "corpus", copies)
             runs = []
             for _ in range(args.repeats):

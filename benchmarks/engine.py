@@ -33,11 +33,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tiny_inputs import SIZES, add_smoke
+
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 32, 2560, 32, 6912, 50257
 FIRST_PROMPT = "the" + 15 * " the"  # 16 tokens
 TOGETHER = 8
 NEW, FULL_NEW, TORCH_NEW = 64, 8, 3
 READ_BYTES = 512 * 2**20
+SMOKE = ("decode-512", "memory-2048", "limit-2.0-at-2048", "eight-512", "first-token-open", "first-token-start")
+SMOKE_PROMPT, SMOKE_NEW, SMOKE_BYTES = 32, 3, 2**20
 
 
 class Measure(NamedTuple):
@@ -277,12 +281,12 @@ def rate(task: dict[str, Any]) -> dict[str, Any]:
     from btlm.kernels import load_kernels
 
     kernels = load_kernels("auto", task["threads"])
-    values, seconds = np.ones(READ_BYTES, np.uint8), []
+    values, seconds = np.ones(task["bytes"], np.uint8), []
     for _ in range(5):
         start = time.perf_counter()
         kernels.sum_bytes(values)
         seconds.append(time.perf_counter() - start)
-    return {"rate": READ_BYTES / statistics.median(seconds), "kernels": kernels.name}
+    return {"rate": values.nbytes / statistics.median(seconds), "kernels": kernels.name}
 
 
 def figures(
@@ -309,6 +313,8 @@ def process(side: str, task: dict[str, Any], args: argparse.Namespace, model: Pa
     environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"]), "OPENBLAS_NUM_THREADS": "1"}
     environment.pop("OMP_WAIT_POLICY", None)  # "passive" would make the barriers of llama.cpp slow
     task = {**task, "model": str(model), "gguf": str(gguf), "layers": args.layers, "flash": args.flash}
+    if args.smoke and "prompt" in task:
+        task |= {"prompt": min(task["prompt"], SMOKE_PROMPT), "new": min(task["new"], SMOKE_NEW)}
     kind, _, how = side.partition("-")
     python = str(args.llama_python) if kind == "peer" else sys.executable
     command = [python, __file__, "--one", kind, json.dumps(task)]
@@ -331,8 +337,10 @@ def process(side: str, task: dict[str, Any], args: argparse.Namespace, model: Pa
 
 def turn(run: str, args: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
     """One turn of a run: each side once, after the memory."""
-    found: dict[str, Any] = process("rate", {"threads": args.threads}, args, model, gguf)
+    found: dict[str, Any] = process("rate", {"threads": args.threads, "bytes": args.read_bytes}, args, model, gguf)
     for side, task in sides(run, args.threads).items():
+        if side.startswith("peer") and args.llama_python is None:
+            continue
         found[side] = process(side, task, args, model, gguf)
         print(f"  {run} {side}: {found[side]}", file=sys.stderr, flush=True)
     if "peer-mapped" in found:
@@ -363,8 +371,10 @@ def missing(args: argparse.Namespace) -> str | None:
     """Why nothing can be measured."""
     from btlm.engine.memory import available_memory
 
+    if importlib.util.find_spec("btlm.kernels._native") is None:
+        return "the native kernels: btlm was installed without a C++ compiler"
     if args.llama_python is None:
-        return "llama.cpp: --llama-python names a Python that has llama-cpp-python and gguf"
+        return None if args.smoke else "llama.cpp: --llama-python names a Python that has llama-cpp-python and gguf"
     code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('llama_cpp', 'gguf', 'numpy'))))"
     try:
         found = subprocess.run([str(args.llama_python), "-c", code], capture_output=True).returncode == 0
@@ -376,8 +386,6 @@ def missing(args: argparse.Namespace) -> str | None:
     available = available_memory()
     if available is not None and available < needed:
         return f"{needed / 1e9:.1f} GB of memory ({available / 1e9:.1f} GB are available)"
-    if importlib.util.find_spec("btlm.kernels._native") is None:
-        return "the native kernels: btlm was installed without a C++ compiler"
     return None
 
 
@@ -389,7 +397,8 @@ def prepare(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     model = folder / "model"
     model.mkdir()
     if args.model is None:
-        write_random_model(model, {**SHAPES["btlm-3b"], "n_layer": args.layers}, "4bit")
+        sizes = SIZES if args.smoke else SHAPES["btlm-3b"]
+        write_random_model(model, {**sizes, "n_layer": args.layers}, "4bit")
     else:
         for path in args.model.resolve().iterdir():
             (model / path.name).symlink_to(path)
@@ -415,11 +424,17 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="keeps all turns as JSON; turns of before count too"
     )
+    add_smoke(parser)
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "TASK"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps({"ours": ours, "peer": peer, "rate": rate}[args.one[0]](json.loads(args.one[1]))))
         return
+    args.read_bytes = READ_BYTES
+    if args.smoke:
+        args.only, args.repeats, args.layers, args.read_bytes = SMOKE, 1, 1, SMOKE_BYTES
+        if args.llama_python is None:
+            print("llama.cpp is left out: --llama-python names a Python that has llama-cpp-python and gguf.\n")
     if reason := missing(args):
         print(f"Nothing is measured without {reason}.")
         return
@@ -433,7 +448,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="btlm-engine-") as name:
         model, gguf = prepare(Path(name), args)
         # Once for nothing: it writes the peer's file, and puts both into the page cache.
-        for side in ("ours", "peer"):
+        for side in ("ours", "peer") if args.llama_python else ("ours",):
             process(side, sides("first-token", args.threads)[side], args, model, gguf)
         for run in dict.fromkeys(MEASURES[measure].run for measure in args.only):
             for _ in range(args.repeats):

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import torch
+from tiny_inputs import SIZES, add_smoke
 
-from btlm import BTLMLMHeadModel
+from btlm import BTLMConfig, BTLMLMHeadModel
 from btlm.train import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "btlm-3b.yaml"
@@ -23,11 +24,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
     parser.add_argument("--new", type=int, default=32, help="generated tokens")
     parser.add_argument("--repeats", type=int, default=3)
+    add_smoke(parser)
     args = parser.parse_args()
+    config = load_recipe(RECIPE).config
+    if args.smoke:
+        config = BTLMConfig(**config.to_dict() | SIZES)
+        args.prompt, args.new, args.repeats = 8, 2, 1
     torch.manual_seed(0)
     started = time.perf_counter()
     with torch.device("meta"):
-        model = BTLMLMHeadModel(load_recipe(RECIPE).config)
+        model = BTLMLMHeadModel(config)
     # The cost does not depend on the values: a cheaper initialization than the truncated normal of training.
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
     model.tie_weights()

@@ -6,8 +6,11 @@
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import torch
+from tiny_inputs import add_smoke, write_shards
 
 from btlm.checkpoint import BUNDLED_MODEL
 from btlm.data import TokenShards
@@ -21,12 +24,23 @@ def main() -> None:
     parser.add_argument("--data", help="folder of token shards")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens of each source, at most")
     parser.add_argument("--context", type=int, default=2048, help="tokens per row")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            args.data, args.tokens, args.context = write_shards(Path(folder)), 64, 32
+            measure(args)
+        return
     if not args.data:
         print("Nothing is measured without documents: give --data.")
         return
+    measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Load each model in turn."""
     shards = TokenShards(args.data)
-    print(f"torch {torch.__version__}, up to {args.tokens:,} tokens a source in rows of {args.context:,}\n")
+    print(f"torch {torch.__version__}, up to {args.tokens:,} tokens per source in rows of {args.context:,}\n")
     for i, name in enumerate(args.models):
         loss = transformers_loss(name, shards, args.context, args.tokens, dtype="auto", compute_dtype=torch.bfloat16)
         result = loss["bits_per_byte"]

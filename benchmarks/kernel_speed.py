@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from tiny_inputs import add_smoke
 
 from btlm.kernels import Kernels, load_kernels
 from btlm.kernels.arrays import DTYPES
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 256], help="tokens per product")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 576, 2048], help="keys per query")
     parser.add_argument("--repeats", type=int, default=5, help="measurements per figure (default: 5)")
-    parser.add_argument("--smoke", action="store_true", help="run everything once, at small sizes, in seconds")
+    add_smoke(parser)
     arguments = parser.parse_args()
     layers, read_bytes = LAYERS, READ_BYTES
     if arguments.smoke:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_inputs import add_smoke, write_documents, write_model
 
 PROMPTS = (
     "She looked at him and",
@@ -47,15 +48,33 @@ def main() -> None:
     )
     parser.add_argument("--cache", choices=("F16", "F32"), default="F16", help="type of llama.cpp's keys and values")
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.tokens, args.new, args.types = 16, 2, ["F16"]
+        with tempfile.TemporaryDirectory() as folder:
+            args.model, args.text = str(write_model(Path(folder))), [str(write_documents(Path(folder)))]
+            compare(args)
+        return
     if not args.text:
         print("Nothing is measured without documents: give --text.")
         return
-    if subprocess.run([args.llama_python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
+    compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the tables; without llama.cpp, say so, and in a smoke run still compute and export ours."""
+    found = not subprocess.run([args.llama_python, "-c", "import llama_cpp"], capture_output=True).returncode
+    if not found:
         print("Nothing is measured without llama.cpp: give --llama-python, with pip install llama-cpp-python there.")
-        return
+        if not args.smoke:
+            return
     with tempfile.TemporaryDirectory() as work:
         texts = ours(args, Path(work))
+        if not found:
+            for kind in args.types:
+                print(f"{kind}: {export(args, Path(work), kind).stat().st_size / 1e6:,.1f} MB")
+            return
         rows = [(kind, *theirs(args, Path(work), kind)) for kind in args.types]
     attention = f"flash attention {'on' if args.flash_attention else 'off'}, {args.cache} cache"
     version = rows[0][2]["version"]
@@ -127,15 +146,21 @@ def first_document(path: str, tokenizer: Any, num_tokens: int) -> tuple[list[int
 
 def theirs(args: argparse.Namespace, work: Path, kind: str) -> tuple[int, dict[str, Any]]:
     """Bytes of the file of a type, and what llama.cpp makes of it."""
-    from btlm.convert.gguf import export_gguf
-
-    file = work / "model.gguf"
-    export_gguf(args.model, file, type=kind)
+    file = export(args, work, kind)
     size = file.stat().st_size
     command = [args.llama_python, __file__, "--worker", str(work)]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     file.unlink()
     return size, json.loads(result.splitlines()[-1])
+
+
+def export(args: argparse.Namespace, work: Path, kind: str) -> Path:
+    """Write the file of a type."""
+    from btlm.convert.gguf import export_gguf
+
+    file = work / "model.gguf"
+    export_gguf(args.model, file, type=kind)
+    return file
 
 
 # In the environment of llama.cpp

@@ -23,6 +23,7 @@ from itertools import islice
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from loguru import logger
+from tiny_inputs import add_smoke
 
 from btlm.data.documents import Document, list_units, read_unit
 from btlm.data.minhash import band_keys, signatures
@@ -57,14 +58,15 @@ def ours(texts: list[str]) -> None:
 
 def with_datatrove(words: bool) -> Callable[[list[str]], None]:
     """datatrove's stage, writing and sorting its signatures as it always does."""
-    from datatrove.data import Document as DatatroveDocument
-    from datatrove.pipeline.dedup import minhash
 
     class Characters:
         def word_tokenize(self, text: str) -> list[str]:
             return list(text)
 
     def run(texts: list[str]) -> None:
+        from datatrove.data import Document as DatatroveDocument
+        from datatrove.pipeline.dedup import minhash
+
         config = minhash.MinhashConfig(n_grams=5 if words else 13, num_buckets=9, hashes_per_bucket=13)
         with tempfile.TemporaryDirectory() as folder:
             if not words:
@@ -94,15 +96,24 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", default=[], help="documents, as for btlm data prepare")
     parser.add_argument("--megabytes", type=float, default=4, help="text for this package; peers get a part of it")
     parser.add_argument("--repeats", type=int, default=3)
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.megabytes, args.repeats = 0.1, 1
     texts = load(args.input, int(args.megabytes * 1e6))
     # The peers' time grows with the text as well: a tenth is enough to tell their rate.
     few = list(islice(texts, 0, None, 10))
     forms: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {"btlm": (ours, texts)}
-    if find_spec("spacy"):
-        forms["datatrove, 5 words"] = (with_datatrove(words=True), few)
-    forms["datatrove, 13 characters"] = (with_datatrove(words=False), few)
-    forms["datasketch, one at a time"] = (datasketch, few)
+    peers = {
+        "datatrove, 5 words": (with_datatrove(words=True), "spacy"),
+        "datatrove, 13 characters": (with_datatrove(words=False), "datatrove"),
+        "datasketch, one at a time": (datasketch, "datasketch"),
+    }
+    for name, (run, package) in peers.items():
+        if find_spec(package):
+            forms[name] = run, few
+        else:
+            print(f"{name}: left out, {package} is not installed")
     rates: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(args.repeats):
         for name, (run, documents) in forms.items():

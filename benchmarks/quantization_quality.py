@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from tiny_inputs import add_smoke, write_model, write_shards
 
 from btlm.convert.calibrate import CALIBRATION_TOKENS
 from btlm.convert.quantize import quantize
@@ -33,13 +34,26 @@ def main() -> None:
     parser.add_argument("--table-bits", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--calibration", metavar="TEXT", help="text for gptq, not held out")
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            args.model, args.data = write_model(Path(folder)), write_shards(Path(folder))
+            args.tokens, args.context, args.calibration_tokens = 64, 32, 256
+            args.group_sizes, args.table_bits = [128], [8]
+            measure(args)
+        return
     if not args.model or not args.data:
         print("Nothing is measured without a model and held-out text: give MODEL and --data.")
         return
+    measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Make and measure each copy in turn."""
     shards = TokenShards(args.data)
     print(
-        f"torch {torch.__version__}, fp32, up to {args.tokens:,} tokens a source in rows of {args.context:,}; "
+        f"torch {torch.__version__}, fp32, up to {args.tokens:,} tokens per source in rows of {args.context:,}; "
         f"{args.calibration_tokens:,} tokens for calibration\n"
     )
     losses = " | ".join(f"{name}: perplexity | change | bits per byte" for name in ENGINES)

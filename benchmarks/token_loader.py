@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tiny_inputs import add_smoke
 from torch import Tensor
 
 from btlm.data.loader import TokenLoader
@@ -89,7 +90,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write the shards for the time of the run")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.tokens, args.lengths, args.repeats = 4 * BATCH_TOKENS, [2048], 1
     torch.set_num_threads(1)
     forms: dict[str, Callable[[Path, int, int], Iterator[Tensor]]] = {
         "loader": loader,

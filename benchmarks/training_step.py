@@ -33,11 +33,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from tiny_inputs import add_smoke
+
 LAYERS, WIDTH, HEADS, VOCABULARY = 8, 256, 4, 50304
 ROWS, LENGTH = 4, 1024
 SWIGLU, GELU = 683, 1024
 LEARNING_RATE = 1e-3
-PACKAGES = ("accelerate", "lightning", "litgpt")
+# What each trainer needs beyond this package's own dependencies.
+PACKAGES = {"btlm": (), "litgpt": ("lightning", "litgpt"), "transformers": ("accelerate",)}
 
 
 def btlm(dtype: str, steps: int) -> dict[str, Any]:
@@ -189,9 +192,16 @@ def resident_mb(field: str) -> float:
     return float(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
+def shrink() -> None:
+    """Sizes for a run of seconds."""
+    global LAYERS, WIDTH, ROWS, LENGTH, SWIGLU, GELU
+    LAYERS, WIDTH, ROWS, LENGTH, SWIGLU, GELU = 1, 32, 2, 32, 43, 64
+
+
 def run(form: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """One process."""
     command = [sys.executable, __file__, "--one", form, dtype, "--steps", str(args.steps)]
+    command += ["--smoke"] if args.smoke else []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -225,23 +235,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
+    add_smoke(parser)
     parser.add_argument("--one", nargs=2, metavar=("FORM", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.smoke:
+        shrink()
+        args.steps, args.repeats, args.dtypes = 1, 1, ["float32"]
     if args.one:
         form, dtype = args.one
         print(json.dumps(FORMS[form](dtype, args.steps + 1)))
         return
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        print(f"Nothing is measured without {', '.join(missing)}: see the first lines of this file.")
-        return
-    names = ("torch", "transformers", "accelerate", "litgpt")
+    forms = []
+    for form, packages in PACKAGES.items():
+        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+            print(f"{form}: left out, {' and '.join(missing)} not installed; the first lines of this file tell how")
+        else:
+            forms.append(form)
+    names = ["torch", "transformers", *(name for form in forms for name in PACKAGES[form])]
     print(", ".join(f"{name} {version(name)}" for name in names), end="")
     print(f"; {args.threads} threads, medians of {args.repeats} turns\n")
     print("| products | trainer | parameters | tokens/s | btlm faster by | peak MB | over btlm's | ", end="")
     print("beyond imports MB | over btlm's |\n|---|---|---|---|---|---|---|---|---|")
     for dtype in args.dtypes:
-        turns = [{form: run(form, dtype, args) for form in FORMS} for _ in range(args.repeats)]
-        for form in FORMS:
+        turns = [{form: run(form, dtype, args) for form in forms} for _ in range(args.repeats)]
+        for form in forms:
             print(table_row(form, dtype, turns), flush=True)
 
 
