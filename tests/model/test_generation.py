@@ -178,7 +178,7 @@ def test_complete_mask_with_a_cache_under_dynamic_interpolation_is_an_error(new:
     visible = torch.ones(LENGTH, LENGTH).tril().bool().expand(3, 1, -1, -1)
     cache, past = DynamicCache(config=model.config), LENGTH - new
     model(input_ids[:, :past], attention_mask=visible[..., :past, :past], past_key_values=cache)
-    with pytest.raises(ValueError, match="attention_mask has rows for the new tokens alone"):
+    with pytest.raises(ValueError, match="attention_mask has rows only for the new tokens"):
         model(input_ids[:, past:], attention_mask=visible[..., past:, :], past_key_values=cache)
     logits = model(input_ids[:, past:], past_key_values=cache).logits  # the error left the cache unchanged
     assert_near(logits, model(input_ids, use_cache=False).logits[:, past:], 2e-5)

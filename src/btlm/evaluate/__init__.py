@@ -1,1 +1,1 @@
-"""A checkpoint to results: loss on held-out text, memory and speed."""
+"""Evaluates checkpoints: loss on held-out text, memory and speed."""

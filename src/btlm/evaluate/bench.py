@@ -1,4 +1,4 @@
-"""`btlm bench`: resident memory and speed of models by dtype and context, as a table and as two plots."""
+"""The command `btlm bench`: resident memory and speed of models by dtype and context, as a table and two plots."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ from btlm.files import write_json
 from .random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
 
 _PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
-_SPARE = 100_000_000  # bytes of a disk that are left
+_SPARE = 100_000_000  # bytes of the disk to leave free
 
 
 def run_bench(
@@ -62,7 +62,7 @@ def run_bench(
         ``model``, ``dtype``, ``context``, ``read_bytes_per_s`` and ``share_of_read_rate``.
 
     Raises:
-        ValueError: One line that says what cannot be measured, and what to do; before the work as far as it is known.
+        ValueError: Something cannot be measured. If this is known beforehand, nothing is measured.
     """
     formats, lengths = _dtypes(dtypes), _contexts(contexts, new_tokens)
     if threads is not None and not 1 <= threads <= 1024:
@@ -110,8 +110,8 @@ def run_bench(
 def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Measurements as a table; memory in powers of 1,000."""
     caption = (
-        "peak: resident memory, everything included; share: of the rate at which the memory was read in that minute, "
-        "what a decoding step reached with the weights and the cache that it reads"
+        "peak: resident memory of the whole process; share: rate at which a decoding step reads weights and cache, "
+        "relative to the rate at which memory could be read in the same minute"
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
     table.add_column("model", min_width=8, overflow="fold")
@@ -205,7 +205,7 @@ def _subjects(model: str, dtypes: Sequence[str]) -> list[_Folder | _RandomModel]
 
 
 def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
-    """Folders of the same name are called as they were given."""
+    """Give folders of the same name the paths that the user gave as names."""
     names = Counter((subject.name, subject.dtype) for subject in subjects)
     for subject in subjects:
         if names[subject.name, subject.dtype] > 1:
@@ -226,7 +226,7 @@ def _check_memory(name: str, dtype: str, weights: int, cache: int, context: int)
 
 
 def _child(task: dict[str, Any], progress: Progress, title: str, total: int) -> dict[str, Any]:
-    """The result of a process of :mod:`btlm.evaluate.bench_child`; it does not outlive this one's interruption."""
+    """Run :mod:`btlm.evaluate.bench_child` in a process, which ends if this one is interrupted; returns its result."""
     command = [sys.executable, "-m", "btlm.evaluate.bench_child", json.dumps(task)]
     shown = progress.add_task(title, total=total)
     told: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """One measurement of :mod:`btlm.evaluate.bench`, as a process of its own: ``python -m btlm.evaluate.bench_child TASK``.
 
-The task is a JSON object; lines of JSON on standard output tell how far it is and what came of it. It imports neither
-torch nor matplotlib, so that its memory is that of the engine.
+The task is a JSON object; lines of JSON on standard output report its progress and its result. The process imports
+neither torch nor matplotlib, so that its memory is that of the engine.
 """
 
 import json
@@ -23,12 +23,12 @@ from btlm.engine.options import GenerationOptions
 def measure(
     folder: Path, context: int, new_tokens: int, threads: int | None, cache_dtype: str = "auto"
 ) -> dict[str, Any]:
-    """Fill a context with a random text, the last tokens of it decoded.
+    """Fill a context with a random prompt and ``new_tokens`` decoded tokens.
 
     Returns:
-        ``open_s``; ``prefill_tokens_per_s`` of ``context - new_tokens`` tokens, whose first pass also reads the weights
-        from the file; ``decode_tokens_per_s``, of the median step; bytes of all weights, of those that a step reads, of
-        the full cache, and of what a step reads of it; and ``peak_bytes``, everything included.
+        ``open_s``; ``prefill_tokens_per_s`` for ``context - new_tokens`` tokens, including the first reading of the
+        weights from the file; ``decode_tokens_per_s`` of the median step; bytes of all weights, and of those that a
+        step reads; bytes of the full cache, and of the part that a step reads; and ``peak_bytes`` of the whole process.
     """
     start = time.perf_counter()
     engine = Engine.open(folder, context=context, cache_dtype=cache_dtype, threads=threads)
@@ -60,7 +60,7 @@ def measure(
 
 
 def _unread(shape: Shape, weights: dict[str, int]) -> int:
-    """Bytes of a token table that is not the head too: a step reads one row of it."""
+    """Bytes of a token table that is not also the head: a step reads only one row of it."""
     if shape.tied:
         return 0
     return sum(size for name, size in weights.items() if name.removeprefix("transformer.").startswith("wte."))
@@ -72,7 +72,7 @@ def _tell(line: dict[str, Any]) -> None:
 
 
 def main(task: dict[str, Any]) -> int:
-    """Do a task: the arguments of :func:`measure`, or only ``threads`` for :func:`read_rate`."""
+    """Run a task: the arguments of :func:`measure`, or only ``threads`` for :func:`read_rate`."""
     try:
         result = measure(Path(task.pop("folder")), **task) if "folder" in task else read_rate(**task)
     except (ValueError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The two plots of `btlm bench`, after figures 1 and 2 of BTLM's model card: memory by format, memory beside speed."""
+"""The two plots of `btlm bench`, like figures 1 and 2 of BTLM's model card: memory by format, memory beside speed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ _FORMATS = {"4bit": "4 bits", "8bit": "8 bits", "bfloat16": "bf16", "float16": "
 
 
 def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """A bar for each measurement: weights, full cache, and what else was resident at the peak.
+    """Plot one bar per measurement: weights, full cache, and the rest of the peak memory.
 
     Args:
-        rows: As :func:`btlm.evaluate.bench.run_bench` returns them.
-        picture: PNG to write.
+        rows: Measurements that :func:`btlm.evaluate.bench.run_bench` returned.
+        picture: PNG file to write.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.3 * len(rows) + 0.15 * len(_groups(rows))), layout="constrained")
     places, labels = _places(rows), [f"{row['context']:,}" for row in rows]
     peaks = [row["peak_bytes"] / 1e9 for row in rows]
-    # A table that is not the head too is hardly touched: what was resident bounds what is shown of the weights.
+    # A token table that is not also the head is hardly read, so at most the peak memory is shown as weights.
     weights = [min(row["weight_bytes"] / 1e9, peak) for row, peak in zip(rows, peaks, strict=True)]
     cache = [min(row["cache_bytes"] / 1e9, peak - w) for row, peak, w in zip(rows, peaks, weights, strict=True)]
     rest = [peak - w - c for peak, w, c in zip(peaks, weights, cache, strict=True)]
@@ -53,7 +53,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Peak memory and decoding speed side by side: groups by context, a color for each model, a shade for each dtype.
+    """Plot peak memory and decoding speed side by side, grouped by context; a color per model, a shade per dtype.
 
     Args:
         rows, picture: As for :func:`plot_memory`.
@@ -97,7 +97,7 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
-    """Indices of the rows of each model and dtype."""
+    """Indices of the rows, by model and dtype."""
     groups: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault((row["model"], row["dtype"]), []).append(i)
@@ -105,7 +105,7 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
 
 
 def _places(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Where the bars are, with gaps between models and dtypes."""
+    """Positions of the bars, with gaps between models and dtypes."""
     return [i + 0.5 * g for g, members in enumerate(_groups(rows).values()) for i in members]
 
 

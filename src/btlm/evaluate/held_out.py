@@ -27,15 +27,15 @@ def transformers_loss(
 
     Args:
         model: Folder of a checkpoint, or its id on the Hugging Face Hub.
-        shards: With held-out documents.
-        context: Rows of at most this many tokens, without overlap.
-        tokens: Held-out tokens of each source, at most.
-        dtype: Of the weights; see :func:`btlm.checkpoint.load_model`.
-        compute_dtype: Of the matrix products.
+        shards: Shards with held-out documents.
+        context: Largest number of tokens per row; rows do not overlap.
+        tokens: Largest number of held-out tokens per source.
+        dtype: Dtype of the weights; see :func:`btlm.checkpoint.load_model`.
+        compute_dtype: Dtype of the matrix products.
 
     Returns:
-        ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty
-        without any held-out text.
+        ``nats_per_token`` and ``bits_per_byte``, each by source and as the mean of the sources (key ``mean``); empty if
+        there is no held-out text.
     """
     loaded, _ = load_model(model, dtype=dtype, device="cpu")
     loss_model = LossModel(loaded, compute_dtype)
@@ -45,14 +45,14 @@ def transformers_loss(
 def engine_loss(
     model: Path | str, shards: TokenShards, context: int, tokens: int, *, cache_dtype: str = "auto"
 ) -> dict[str, dict[str, float]]:
-    """Loss in the engine: 8-bit activations and cache where the weights are quantized, else those of the weights.
+    """Loss in the engine: with 8-bit activations and cache if the weights are quantized, else in their dtype.
 
     Args:
         model, shards, context, tokens: As for :func:`transformers_loss`.
-        cache_dtype: Of keys and values; see :class:`btlm.engine.Engine`.
+        cache_dtype: Dtype of cached keys and values; see :class:`btlm.engine.Engine`.
 
     Returns:
-        As :func:`transformers_loss` does.
+        The same as :func:`transformers_loss`.
     """
     engine = Engine.open(model, context=context, cache_dtype=cache_dtype)
     bytes_of = token_bytes()

@@ -1,4 +1,4 @@
-"""What quantized copies of a model lose on held-out text."""
+"""Compares quantized copies of a model with the original on held-out text."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +15,10 @@ from btlm.model.architecture_btlm import END_OF_TEXT_ID
 
 from .held_out import engine_loss, transformers_loss
 
-# Tokens in a row that calibration takes from one place.
+# Number of consecutive tokens that calibration takes from one place.
 _PIECE = 4096
 
-# What runs a checkpoint.
+# Ways to run a checkpoint, by name.
 ENGINES: dict[str, Callable[[Path | str, TokenShards, int, int], dict[str, dict[str, float]]]] = {
     "transformers": transformers_loss,
     "engine": engine_loss,
@@ -32,7 +32,7 @@ class Quality(NamedTuple):
     perplexity: float
     """Exponential of the nats per token."""
     change: float
-    """Relative, against the perplexity of the original in Transformers."""
+    """Relative difference from the perplexity of the original in Transformers."""
     bits_per_byte: float
 
 
@@ -42,14 +42,14 @@ def compare_copies(
     """Measure a model and then its quantized copies in each of :data:`ENGINES`.
 
     Args:
-        original: Plain folder, or id on the Hugging Face Hub.
-        copies: Folders, each taken when it is its turn, so that it can be made then.
-        shards: With held-out documents.
-        context: Rows of at most this many tokens, without overlap.
-        tokens: Held-out tokens of each source, at most.
+        original: Folder of the original, or its id on the Hugging Face Hub.
+        copies: Folders of the copies. Each is taken from the iterable when it is measured, so that it can be made then.
+        shards: Shards with held-out documents.
+        context: Largest number of tokens per row; rows do not overlap.
+        tokens: Largest number of held-out tokens per source.
 
     Yields:
-        Quality by engine: of the original first, then of each copy.
+        Quality by engine, first of the original, then of each copy.
 
     Raises:
         ValueError: The shards hold no held-out text, or a checkpoint cannot be used.
@@ -68,11 +68,11 @@ def compare_copies(
 
 
 def calibration_text(shards: TokenShards, tokens: int) -> str:
-    """Training text from all over each source, as many tokens of each, for :func:`btlm.convert.quantize.quantize`.
+    """Training text from all parts of all sources in equal shares, for :func:`btlm.convert.quantize.quantize`.
 
     Args:
-        shards: With training documents.
-        tokens: Of all sources together, about.
+        shards: Shards with training documents.
+        tokens: Approximate number of tokens, over all sources.
     """
     texts = []
     for source in shards.sources:

@@ -1,4 +1,4 @@
-"""Checkpoints of known shapes with random weights: they cost what trained ones cost, and say nothing."""
+"""Checkpoints of known shapes with random weights, whose speed and memory are those of trained ones."""
 
 import json
 import math
@@ -15,7 +15,7 @@ DTYPES = ("4bit", "8bit", "bfloat16", "float32")
 
 _ALIGNMENT = 64  # as in the folders of `btlm quantize`: tensors that vector instructions read in place
 _GROUP, _TABLE_BITS = 128, 8
-_POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows are not alike
+_POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows differ
 _ITEM = {"U8": 1, "BF16": 2, "F32": 4}
 
 _COMMON: dict[str, Any] = {
@@ -30,8 +30,8 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.073,
     "alibi_scaling": None,
 }
-# Llama-7B (arXiv 2302.13971) has RMSNorm, rotary positions and no biases; these are BTLM's blocks at its sizes, and the
-# matrices, which are nearly all of the cost, are the same.
+# Llama-7B (arXiv 2302.13971) has RMSNorm, rotary positions and no biases; this shape has BTLM's blocks at Llama's
+# sizes. The matrices, which cause nearly all of the cost, are the same.
 SHAPES: dict[str, dict[str, Any]] = {
     "btlm-3b": {
         "vocab_size": 50257,
@@ -70,8 +70,8 @@ def shape_config(sizes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The ``config.json`` of a shape.
 
     Args:
-        sizes: One of :data:`SHAPES`, or some of its keys changed.
-        dtype: One of :data:`DTYPES`; groups of 128 and tables of eight bits where it is quantized.
+        sizes: Sizes as in :data:`SHAPES`.
+        dtype: One of :data:`DTYPES`; quantized weights have groups of 128 and tables of eight bits.
     """
     config = {**_COMMON, **sizes, "dtype": dtype if dtype in ("bfloat16", "float32") else "float32"}
     if bits := _bits(dtype):
@@ -95,9 +95,9 @@ def write_random_model(
     """Write a checkpoint of a shape with random weights, a few MB in memory at a time.
 
     Args:
-        folder: To write ``config.json`` and ``model.safetensors`` to.
+        folder: Folder that receives ``config.json`` and ``model.safetensors``.
         sizes, dtype: As for :func:`shape_config`.
-        on_bytes: Called with the bytes written so far.
+        on_bytes: Called with the number of bytes written so far.
     """
     (folder / "config.json").write_text(json.dumps(shape_config(sizes, dtype), indent=2) + "\n", encoding="utf-8")
     layout = _layout(sizes, dtype)
@@ -128,7 +128,7 @@ def _bits(dtype: str) -> int | None:
 
 
 def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
-    """The tensors in the order of the file: those whose size keeps the next ones aligned first."""
+    """The tensors in the order of the file: first those whose size keeps the next ones aligned."""
     shape = Shape.from_config(shape_config(sizes, dtype))
     bits, plain = _bits(dtype), "BF16" if dtype == "bfloat16" else "F32"
     width, inner, tensors = shape.n_embd, shape.n_inner, dict[str, _Tensor]()
@@ -169,10 +169,10 @@ def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
 
 
 def _pools(dtype: str) -> dict[tuple[str, str], npt.NDArray[Any]]:
-    """What tensors are filled with, by dtype and role; matrices have a standard deviation of about 0.02."""
+    """Values to fill tensors with, by dtype and role; matrices have a standard deviation of about 0.02."""
     rng = np.random.default_rng(0)
     normal = (0.02 * rng.standard_normal(_POOL, np.float32)).astype(np.float32)
-    scale = np.float32(0.02 / (4.6 if dtype == "4bit" else 74))  # over the deviation of evenly spread q
+    scale = np.float32(0.02 / (4.6 if dtype == "4bit" else 74))  # divided by the standard deviation of uniform q
     few = 65_536
     pools: dict[tuple[str, str], npt.NDArray[Any]] = {
         ("U8", "packed"): rng.integers(1, 256, _POOL, np.uint8),
@@ -187,5 +187,5 @@ def _pools(dtype: str) -> dict[tuple[str, str], npt.NDArray[Any]]:
 
 
 def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Rounded towards zero, which does not matter here."""
+    """Values as bf16 bits, rounded towards zero, which is good enough here."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)

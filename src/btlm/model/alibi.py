@@ -42,7 +42,7 @@ def interpolated_slopes(slopes_H: Tensor, alibi_scaling: dict[str, Any] | None, 
     Args:
         slopes_H: Slopes of the heads, fp32.
         alibi_scaling: A valid value of the configuration key.
-        key_lengths_B: Keys that each sequence attends to, padding not counted, ``[B]`` or ``[1]``.
+        key_lengths_B: Number of keys that each sequence attends to, without padding, ``[B]`` or ``[1]``.
 
     Returns:
         fp32 tensor ``[B, H]`` or ``[1, H]``.
@@ -76,7 +76,7 @@ def attention_bias(
     bias = torch.zeros((), dtype=torch.float32, device=distance_QK.device).expand(1, 1, *distance_QK.shape)
     if slopes_BH is not None:
         bias = -slopes_BH[:, :, None, None] * distance_QK.abs()
-    # Later keys lie below padding, so that a row which sees padding only does not see them instead.
+    # Later keys get a lower value than padding, so that a row that sees only padding does not attend to them.
     lowest = torch.finfo(torch.float32).min
     if key_mask_BK is not None:
         bias = bias.masked_fill(~key_mask_BK[:, None, None, :], lowest / 2)
@@ -95,8 +95,8 @@ def fold_attention_bias(
     """ALiBi and key padding as extra dimensions of queries and keys, so that plain attention computes both.
 
     ``-slope * (i - j)`` is a dot product of ``(slope, -slope * i)`` with ``(j, 1)``, and a padded key gets one feature
-    that drives its score below every other. Any kernel that knows causal attention then knows ALiBi, memory is linear
-    in context, and nothing of it is cached: it is made afresh for the slopes in force.
+    that drives its score below every other. Any kernel for causal attention then computes ALiBi, memory is linear in
+    the context, and the features need no cache: they are made from the current slopes.
 
     Exactness: positions are split in base-256 digits and slopes in a leading part of 8 significant bits and a rest, so
     every product is exact in fp32 even from bf16. The features stand *before* the head's own dimensions, and the row
@@ -109,8 +109,8 @@ def fold_attention_bias(
         query_positions_Q: Slots of the queries among the keys.
         num_keys: Number of keys, at most 2**24.
         key_mask_BK: False where a key is padding.
-        scale: What the attention kernel multiplies scores by.
-        dtype: Of queries and keys.
+        scale: Factor by which the attention kernel multiplies scores.
+        dtype: Dtype of queries and keys.
 
     Returns:
         Query features ``[B or 1, H or 1, Q, F]`` and key features ``[B or 1, 1, K, F]`` in ``dtype``; F is 8 up to
@@ -120,7 +120,7 @@ def fold_attention_bias(
     num_digits = 2 if num_keys <= 2**16 else 3
     positions_K = torch.arange(num_keys, device=device)
     ones_K = torch.ones_like(positions_K)
-    # fp16 ends at 65,504: keys carry at most 255 * 256, queries the rest of the power of 256.
+    # The largest fp16 number is 65,504: keys carry at most 255 * 256, queries the rest of the power of 256.
     digits = [(positions_K >> (8 * n) & 255) * (256 if n else 1) for n in range(num_digits)]
     masked_BK = torch.zeros_like(positions_K)[None] if key_mask_BK is None else (~key_mask_BK).to(positions_K.dtype)
     key_columns = [*digits, 256 * ones_K, 256 * ones_K, 256 * ones_K, *digits]

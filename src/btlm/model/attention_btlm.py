@@ -1,4 +1,4 @@
-"""Attention of BTLM: ALiBi and padding without a bias tensor, whatever is cached.
+"""Attention of BTLM, with ALiBi and padding but without a bias tensor.
 
 Letters: B batch, H heads, Q queries, K keys, D head dimension, C width (``n_embd``), F folded features.
 """
@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from .alibi import alibi_slopes, attention_bias, fold_attention_bias, interpolated_slopes
 from .configuration_btlm import BTLMConfig
 
-# Queries that are attended at once when new tokens follow cached ones: bounds the [queries, keys] causal mask.
+# Number of queries per attention call when new tokens follow cached ones: bounds the [queries, keys] causal mask.
 QUERY_BLOCK = 512
 
 
 class AttentionPlan(NamedTuple):
-    """What every block needs to attend, made once a forward pass: an explicit bias, folded features, or neither."""
+    """What the attention of all blocks shares, made once per forward pass: a bias, folded features, or neither."""
 
     num_keys: int
     query_positions_Q: Tensor
@@ -33,7 +33,7 @@ class AttentionPlan(NamedTuple):
     output_attentions: bool = False
 
     def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Features for queries and keys of ``dtype``; made anew where a block computes in another one."""
+        """Features for queries and keys in ``dtype``; recomputed if a block computes in another dtype than the plan."""
         if self.features is not None and self.features[0].dtype == dtype:
             return self.features
         return fold_attention_bias(
@@ -54,14 +54,14 @@ def plan_attention(
     *,
     output_attentions: bool,
 ) -> AttentionPlan:
-    """The plan of one forward pass.
+    """Make the plan of one forward pass.
 
     Args:
-        config: Of the model.
-        embeds_BQC: What the first block gets; tells number, device and dtype of the queries.
-        cache: Before any block has added to it.
-        attention_mask: ``[B, K]`` or ``[B, 1, Q, K]``, as :class:`btlm.BTLMModel` takes it.
-        output_attentions: Plan for explicit probabilities.
+        config: Configuration of the model.
+        embeds_BQC: Input of the first block; gives the number, device and dtype of the queries.
+        cache: Cache, before any block has added to it.
+        attention_mask: Mask ``[B, K]`` or ``[B, 1, Q, K]``, as :class:`btlm.BTLMModel` takes it.
+        output_attentions: Whether to plan for explicit probabilities.
 
     Raises:
         ValueError: The mask has neither two nor four dimensions, is for another batch, or covers fewer tokens than are
@@ -129,7 +129,7 @@ def plan_attention(
 
 
 class BTLMAttention(nn.Module):
-    """Multi-head attention; ALiBi and padding come folded into head dimensions (see :mod:`btlm.model.alibi`)."""
+    """Multi-head attention, with ALiBi and padding folded into head dimensions (see :mod:`btlm.model.alibi`)."""
 
     def __init__(self, config: BTLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class BTLMAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, plan: AttentionPlan, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
-        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities ``[B, H, Q, K]`` where the plan asks for them."""
+        """Map ``[B, Q, C]`` to ``[B, Q, C]``; also return probabilities ``[B, H, Q, K]`` if the plan asks for them."""
         heads = (*hidden_states.shape[:-1], self.n_head, self.head_dim)
         query, key, value = (x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).chunk(3, dim=-1))
         if self.query_scale != 1.0:
@@ -162,7 +162,7 @@ class BTLMAttention(nn.Module):
     def _attend_with_bias(
         self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor | None]:
-        """Explicit scores: for a single query, where it is the fastest form, and for returned probabilities."""
+        """Attention with explicit scores: the fastest form for a single query, and needed to return probabilities."""
         assert plan.bias is not None
         if query.shape[2] > 1:  # in fp32, except while decoding, where that would copy the whole cache
             query, key = query.float(), key.float()
@@ -178,7 +178,7 @@ class BTLMAttention(nn.Module):
             batch = query.shape[0]
             query_features = query_features.expand(batch, self.n_head, -1, -1)
             key_features = key_features.expand(batch, self.n_head, -1, -1)
-            # Fused kernels want equal head sizes, a multiple of 8, for queries, keys and values.
+            # Fused kernels need the same head size, a multiple of 8, for queries, keys and values.
             width = self.head_dim + query_features.shape[-1]
             padding = -width % 8
             query = F.pad(torch.cat((query_features, query), dim=-1), (0, padding))

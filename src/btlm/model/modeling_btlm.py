@@ -46,7 +46,7 @@ class BTLMMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[B, Q, C]`` to ``[B, Q, C]``."""
+        """Map ``[B, Q, C]`` to ``[B, Q, C]``."""
         if self.swiglu:
             inner = self.c_fc(hidden_states) * self.act(self.c_fc2(hidden_states))
         else:
@@ -68,17 +68,17 @@ class BTLMBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, plan: AttentionPlan, past_key_values: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """``[B, Q, C]`` to ``[B, Q, C]``, and attention probabilities where the plan asks for them."""
+        """Map ``[B, Q, C]`` to ``[B, Q, C]``; also return attention probabilities if the plan asks for them."""
         attended, probabilities = self.attn(self.ln_1(hidden_states), plan, past_key_values)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.ln_2(hidden_states)), probabilities
 
 
 class RelativePositions(nn.Module):
-    """Carries the ALiBi slopes under their released name.
+    """Holds the ALiBi slopes under their name in the released checkpoints.
 
-    Checkpoints store them in bf16, whose rounding moves scores by several tenths at long distance. They follow from the
-    number of heads alone, so attention computes them in fp32 and this copy is only for the original code.
+    Checkpoints store them in bf16, whose rounding moves scores by several tenths at long distance. The slopes depend
+    only on the number of heads, so attention computes them in fp32, and this copy is only for the original code.
     """
 
     slopes: Tensor
@@ -114,14 +114,14 @@ class BTLMPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, save_code: bool = False, **kwargs: Any
     ) -> None:
-        """Write a checkpoint folder that the original code loads too, with the tokenizer where it fits the vocabulary.
+        """Write a checkpoint folder that the original code loads too, with the tokenizer if it fits the vocabulary.
 
         Args:
-            save_directory: The folder.
-            *args: As for :meth:`transformers.PreTrainedModel.save_pretrained`.
-            save_code: Put the network's code beside the weights, so that the folder loads with
+            save_directory: Folder to write.
+            *args: Arguments of :meth:`transformers.PreTrainedModel.save_pretrained`.
+            save_code: Whether to put the network's code beside the weights, so that the folder loads with
                 ``trust_remote_code=True`` where btlm is not installed.
-            **kwargs: As for :meth:`transformers.PreTrainedModel.save_pretrained`.
+            **kwargs: Arguments of :meth:`transformers.PreTrainedModel.save_pretrained`.
         """
         with _carry_code(self) if save_code else nullcontext():
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -136,7 +136,7 @@ class BTLMPreTrainedModel(PreTrainedModel):
 
 
 class BTLMModel(BTLMPreTrainedModel):
-    """Token ids to final hidden states."""
+    """Maps token ids to final hidden states."""
 
     def __init__(self, config: BTLMConfig) -> None:
         config.raise_problems()
@@ -177,17 +177,19 @@ class BTLMModel(BTLMPreTrainedModel):
         """Run the blocks.
 
         Args:
-            input_ids: int64 ``[B, Q]``, the tokens that are not in the cache.
-            past_key_values: Keys and values of the tokens before them.
-            attention_mask: ``[B, K]`` with 0 at padding, anywhere in the row; or ``[B, 1, Q, K]``, boolean or additive,
-                to hide more, for example the other documents of a packed row. Later keys are hidden in any case.
-            position_ids: int64 ``[B, Q]``, used by learned positions. ALiBi is relative to the slots of the tokens.
-            inputs_embeds: ``[B, Q, C]`` instead of ``input_ids``, before the embedding multiplier.
-            use_cache: Return a cache; ``config.use_cache`` by default, never while checkpointing gradients.
-            output_attentions: Return probabilities ``[B, H, Q, K]`` of every block (explicit attention, fp32).
-            output_hidden_states: Return the input of every block and the final output.
-            return_dict: Return a tuple when false.
-            **kwargs: Ignored keys that generation passes along.
+            input_ids: Tokens that are not in the cache, int64 ``[B, Q]``.
+            past_key_values: Cache with the keys and values of the tokens before them.
+            attention_mask: Mask ``[B, K]`` with 0 at padding, anywhere in the row; or ``[B, 1, Q, K]``, boolean or
+                additive, to hide more, for example the other documents of a packed row. Later keys are hidden in any
+                case.
+            position_ids: Positions, int64 ``[B, Q]``, used by learned positions. ALiBi is relative to the slots of the
+                tokens.
+            inputs_embeds: Embeddings ``[B, Q, C]`` instead of ``input_ids``, before the embedding multiplier.
+            use_cache: Whether to return a cache; by default ``config.use_cache``. Gradient checkpointing returns none.
+            output_attentions: Whether to return fp32 probabilities ``[B, H, Q, K]`` per block (explicit attention).
+            output_hidden_states: Whether to return the input of every block and the final output.
+            return_dict: Whether to return an output object, not a tuple.
+            **kwargs: Further arguments that generation passes; they are ignored.
 
         Raises:
             ValueError: Neither or both of ``input_ids`` and ``inputs_embeds`` are given, the mask does not fit, the
@@ -265,7 +267,7 @@ class BTLMModel(BTLMPreTrainedModel):
             The embeddings that the blocks have to process: the new ones, or those of the whole text.
 
         Raises:
-            ValueError: The mask has rows for the new tokens alone.
+            ValueError: The mask has rows only for the new tokens.
         """
         trained = train_seq_len(self.config.alibi_scaling)
         assert trained is not None
@@ -274,7 +276,7 @@ class BTLMModel(BTLMPreTrainedModel):
         replay = past > 0 and total > trained
         if replay and attention_mask is not None and attention_mask.ndim == 4:
             raise ValueError(
-                f"attention_mask has rows for the new tokens alone, but past train_seq_len ({trained}) dynamic "
+                f"attention_mask has rows only for the new tokens, but past train_seq_len ({trained}) dynamic "
                 "interpolation runs over the whole text; give a mask [batch, keys], or no cache."
             )
         layers: list[Any] = cache.layers
@@ -335,15 +337,15 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, and the loss where ``labels`` are given; the other arguments are those of :class:`BTLMModel`.
+        """Compute logits, and the loss if ``labels`` are given; the other arguments are those of :class:`BTLMModel`.
 
         Args:
-            labels: int64 ``[B, Q]``, usually ``input_ids``: they are shifted inside; -100 is not counted.
-            logits_to_keep: Compute logits for the last tokens only (0 for all), or for the given indices.
+            labels: Token ids, int64 ``[B, Q]``, usually ``input_ids``: they are shifted inside, and -100 is ignored.
+            logits_to_keep: Number of last tokens to compute logits for (0 for all), or their indices.
 
         Returns:
             ``logits`` ``[B, Q, vocab_size]`` with the muP output multiplier applied, ``loss`` the mean cross-entropy in
-            nats a token, and what :class:`BTLMModel` returns.
+            nats per token, and what :class:`BTLMModel` returns.
         """
         outputs = self.transformer(
             input_ids,
@@ -380,7 +382,7 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
 
 @contextmanager
 def _carry_code(model: BTLMPreTrainedModel) -> Iterator[None]:
-    """Let the saves inside copy the code: Transformers does so for classes that name their Auto class."""
+    """In this context, saving also copies the code: Transformers does so for classes that name their Auto class."""
     model_class, config_class = type(model), type(model.config)
     before = model_class._auto_class, config_class._auto_class
     model_class._auto_class = "AutoModelForCausalLM" if isinstance(model, GenerationMixin) else "AutoModel"

@@ -17,7 +17,7 @@ _TRUNCATED_STD = 0.8796256610342398
 
 
 def name_layers(model: nn.Module) -> None:
-    """Tell each weight matrix its row: Transformers initializes modules one by one, without their names."""
+    """Store its row on each weight matrix, since Transformers initializes modules without their names."""
     for name, module in model.named_modules():
         layer = name.rpartition(".")[2]
         if layer in MUP_TABLE:
@@ -52,13 +52,13 @@ def mup_param_groups(
     """Parameter groups of the table for a torch optimizer.
 
     Args:
-        named_parameters: Of a BTLM model; a tied tensor once.
-        config: Its configuration.
+        named_parameters: Parameters of a BTLM model by name; a tied tensor once.
+        config: Configuration of the model.
         lr: Learning rate at base width.
         weight_decay: Decay of matrices and embeddings.
-        decoupled_wd: The optimizer multiplies decay by the learning rate of the group alone (``torch.optim.AdamW``).
-            When false, the decay of the matrices is divided by ``mup_width_scale`` so that their learning rate does
-            not scale it.
+        decoupled_wd: Whether the optimizer multiplies decay only by the learning rate of the group
+            (``torch.optim.AdamW``). If false, the decay of the matrices is divided by ``mup_width_scale`` so that their
+            learning rate does not scale it.
 
     Returns:
         The groups ``matrices``, ``embeddings`` and ``biases_and_norms`` (key ``name``), each parameter in one of them.
@@ -95,5 +95,5 @@ def scale_embeddings(inputs_embeds: Tensor, config: BTLMConfig) -> Tensor:
 
 
 def scale_logits(hidden_states: Tensor, config: BTLMConfig) -> Tensor:
-    """The head is linear, so its output multiplier is applied to its far smaller input."""
+    """Apply the output multiplier to the input of the head, which is linear, since its output is far larger."""
     return hidden_states if config.logits_scale == 1.0 else hidden_states * config.logits_scale
