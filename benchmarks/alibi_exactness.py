@@ -1,4 +1,4 @@
-"""Error of ways to compute ALiBi attention, against fp64, by length and dtype.
+"""Errors of several ways to compute ALiBi attention, relative to fp64, by length and dtype.
 
     python benchmarks/alibi_exactness.py [--tokens 512 2048 8192]
 
@@ -22,7 +22,7 @@ ROW_TERM = slice(2, 5)  # columns of the features that hold -slope * i
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
-    """Attention in fp64, a head at a time."""
+    """Attention in fp64, one head at a time."""
     positions = torch.arange(query.shape[2], dtype=torch.float64)
     distance = positions[:, None] - positions
     outputs = []

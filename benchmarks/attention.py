@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--tokens 2048 8192] [--repeats 5]
 
-Both are this package's block; the peer passes ALiBi and causality to the same fused attention as a mask tensor
-``[1, heads, tokens, tokens]`` in bf16, as Transformers' ALiBi models do. Each measurement is a process of its own, in
-turn A B A B, so that peak memory is told apart. Prints medians, ratios and peak resident memory.
+Both are this package's block; the peer passes ALiBi and causality to the same fused attention as a mask tensor ``[1,
+heads, tokens, tokens]`` in bf16, as Transformers' ALiBi models do. Each measurement runs in its own process, in turn A
+B A B, so that peak memories are separate. Prints medians, ratios and peak resident memory.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SMOKE_SHAPE = SHAPE | {"n_embd": 128, "n_inner": 256}
 
 
 def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any]) -> dict[str, float]:
-    """Seconds and peak memory beyond the block's own of one pass in this process, after a short one."""
+    """Seconds and peak memory of one pass in this process, without the block's own memory, after a warm-up."""
     from btlm import BTLMConfig
     from btlm.model.alibi import alibi_slopes, attention_bias, fold_attention_bias
     from btlm.model.attention_btlm import AttentionPlan

@@ -2,7 +2,7 @@
 
 :class:`ByteStream` has the interface of :class:`btlm.data.TokenShards` that training needs. A token is a byte, and
 end-of-text is number 256. Such a vocabulary puts the compute of a small model into its blocks, where muP and ALiBi act,
-instead of into a head of 50,257 rows; and a loss in nats a token is one a byte of text.
+instead of into a head of 50,257 rows; and a loss in nats per token is one in nats per byte of text.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from btlm.data.recipe import Read
 
 END_OF_TEXT = 256
 VOCAB_SIZE = 257
-# One document in this many is held out, and at least one of each source.
+# One document in this many is held out, and at least one per source.
 HELD_OUT_EVERY = 20
 
 
 def token_bytes() -> NDArray[np.int64]:
-    """Bytes of text of every token: 1, and 0 for end-of-text."""
+    """Bytes of text per token: 1, and 0 for end-of-text."""
     return (np.arange(VOCAB_SIZE) != END_OF_TEXT).astype(np.int64)
 
 
@@ -31,8 +31,8 @@ class ByteStream:
 
     Args:
         inputs: Files or folders, as ``btlm data prepare`` takes them.
-        bytes_per_source: Text to read of each source; the document that reaches it is the last.
-        seed: Of the order of the documents, in which those of all sources are mixed.
+        bytes_per_source: Bytes of text to read per source; the document that reaches this number is the last.
+        seed: Seed of the order of the documents, in which all sources are mixed.
 
     Raises:
         ValueError: An input does not exist or is of no known kind, or a source has fewer than two documents.
@@ -68,15 +68,15 @@ class ByteStream:
         return hashlib.sha256(self._stream[split].tobytes()).hexdigest()
 
     def rows(self, split: str, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
-        """Rows of the stream, uint16 ``[rows, length]``, from offsets ``[rows]``; it goes on at its start."""
+        """Rows of the stream, uint16 ``[rows, length]``, from offsets ``[rows]``; it is read cyclically."""
         return self._stream[split][(offsets[:, None] + np.arange(length)) % self.num_tokens(split)]
 
     def tokens(self, split: str, start: int, count: int) -> NDArray[np.uint16]:
-        """``count`` tokens of the stream from ``start``; fewer where it ends before."""
+        """``count`` tokens of the stream from ``start``; fewer if the stream ends before."""
         return self._stream[split][start : start + count]
 
     def document_starts(self, split: str, start: int, count: int) -> NDArray[np.int64]:
-        """Which of ``count`` tokens from ``start`` begin a document: places from 0 to ``count - 1``, ascending."""
+        """Which of ``count`` tokens from ``start`` begin a document: ascending positions from 0 to ``count - 1``."""
         places = (start + np.arange(count)) % self.num_tokens(split)
         return np.flatnonzero(np.isin(places, self._starts[split]))
 
@@ -92,7 +92,7 @@ class ByteStream:
 
 
 def _read(inputs: Iterable[Path | str], bytes_per_source: int) -> dict[str, list[bytes]]:
-    """UTF-8 text of the first documents, by source; of each file no more is read than a source may have."""
+    """UTF-8 text of the first documents, by source; from each file, no more is read than a source may have."""
     read = Read()
     texts: dict[str, list[bytes]] = {}
     sizes: dict[str, int] = {}

@@ -1,9 +1,9 @@
-"""`btlm data prepare` as a whole: text a second a core, and the memory of its largest worker as the corpus grows.
+"""All of `btlm data prepare`: text per second and core, and the memory of its largest worker as the corpus grows.
 
     python benchmarks/data_pipeline.py --input FILE ... [--copies 1 4 16] [--workers 2] [--repeats 1]
 
-A copy of the corpus has every word changed (its letters are shifted in the alphabet), so that no document of it is a
-duplicate of the original. Peak memory is that of each worker alone, as Linux counts it (VmHWM), imports included.
+In a copy of the corpus, every word is changed (its letters are shifted in the alphabet), so that no document is a
+duplicate of the original. Peak memory is that of a single worker, as Linux counts it (VmHWM), including imports.
 Without ``--input`` the corpus is 32 MB of random words.
 """
 
@@ -32,7 +32,7 @@ from btlm.data.recipe import Read
 
 
 def documents(inputs: list[str]) -> Iterator[Document]:
-    """What the corpus is made of."""
+    """The documents of the corpus."""
     if inputs:
         for unit in list_units(inputs, Read())[0]:
             yield from (item for item in read_unit(unit, Read()) if isinstance(item, Document))
@@ -68,7 +68,7 @@ def write_copies(inputs: list[str], folder: Path, copies: int) -> int:
 
 
 def run(corpus: Path, output: Path, workers: int) -> tuple[float, int]:
-    """Seconds, and the peak resident bytes of the largest process but the first."""
+    """Seconds, and peak resident bytes of the largest worker process."""
     command = [sys.executable, "-m", "btlm", "data", "prepare", str(corpus), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.copies, args.workers, args.repeats = [2], 1, 1
-    print("| copies | MB of text | workers | s | MB/s a core | largest worker, MB |\n|---|---|---|---|---|---|")
+    print("| copies | MB of text | workers | s | MB/s per core | largest worker, MB |\n|---|---|---|---|---|---|")
     for copies in args.copies:
         with tempfile.TemporaryDirectory() as folder:
             if args.smoke:

@@ -1,22 +1,23 @@
 """The engine against llama.cpp at BTLM-3B's shape, in turn (A B A B), on the same threads.
 
-    pip install llama-cpp-python gguf   (compiles for minutes; into an environment of its own, to be named here)
+    pip install llama-cpp-python gguf   (compiles for minutes; use a separate environment)
     python benchmarks/engine.py --llama-python PYTHON [--only decode-512 prefill-512] [--repeats 3] [--output FILE]
 
-llama.cpp has no BTLM. Its architecture `jais` has the same mathematics, so that random weights of BTLM's shape cost
-there what BTLM would: all matrices in Q4_0, both tables too, feed-forward layers of 6,912 instead of 6,826, without
-which it could not quantize them. It is called through its C interface, without the copies and buffers of its Python
-class: batches of 512, cache in fp16 (it has no eight-bit one for heads of 80), no flash attention, which decodes
-a third slower here (`--flash`). Ours has 4-bit blocks of groups of 128, an 8-bit table, and the int8 cache of the
-engine's default, or an int4 one where it is named; no tokens are guessed. The tokens are random.
+llama.cpp has no BTLM, but its architecture `jais` has the same mathematics, so that random weights of BTLM's shape cost
+there what BTLM would. All its matrices, including both tables, are in Q4_0; its feed-forward layers are 6,912 wide
+instead of 6,826, which it could not quantize. It is called through its C interface, without the copies and buffers of
+its Python class: batches of 512, cache in fp16 (it has no 8-bit cache for heads of 80), no flash attention, which
+decodes a third slower here (`--flash`). Our model has 4-bit blocks in groups of 128, an 8-bit table, and the engine's
+default int8 cache, or an int4 cache where the table says so; speculation is off. The tokens are random.
 
-Each figure is of a process of its own; speed, after 32 tokens to warm up. Speed of decoding is that of the median
-step; memory is VmHWM, everything included, mapped files too, and the peer's is measured with and without mapping, of
-which the smaller counts. The limits are RLIMIT_AS: address space, the whole mapped file included, which is stricter
-than a limit of resident memory. First tokens come with the file in the page cache: from opening the model in a
-running process; and the whole command `btlm generate`, against a Python process that loads llama.cpp and its model
-and evaluates as many tokens. How fast the memory can be read is measured before every turn. `--output` keeps every
-turn and the next call adds to it, so that long sections can be run in pieces. Linux.
+Each figure comes from a process of its own. Speed is measured after 32 tokens of warm-up; the speed of decoding is that
+of the median step. Memory is VmHWM of the whole process, including mapped files; the peer's is measured with and
+without mapping, and the smaller one counts. The limits are RLIMIT_AS: they limit the address space, including the whole
+mapped file, which is stricter than a limit on resident memory. The time to the first token is measured with the file in
+the page cache: from opening the model in a running process; and for the whole command `btlm generate`, against a Python
+process that loads llama.cpp and its model and evaluates as many tokens. The read rate of the memory is measured before
+every turn. `--output` keeps every turn and the next call adds to it, so that long sections can be run in pieces. Needs
+Linux.
 """
 
 import argparse
@@ -45,7 +46,7 @@ SMOKE_PROMPT, SMOKE_NEW, SMOKE_BYTES = 32, 3, 2**20
 
 
 class Measure(NamedTuple):
-    """A row of the table: a value of each side of a run, in units of ``scale``, or ``over`` that of one text."""
+    """A row of the table: a value per side of a run in units of ``scale``; if ``over``, divided by that of one text."""
 
     run: str
     value: str
@@ -84,7 +85,7 @@ MEASURES = {
 
 
 def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
-    """The processes of one turn of a run, in their order, and what each is asked."""
+    """The processes of one turn of a run, in their order, and the task of each."""
     if run.startswith("int4-"):
         of_run = sides(run.removeprefix("int4-"), threads)
         return {side: {**task, "cache": "int4"} for side, task in of_run.items()}
@@ -115,7 +116,7 @@ def sides(run: str, threads: int) -> dict[str, dict[str, Any]]:
     return {"ours": {**task, "prompt": 16, "new": TORCH_NEW, "warm": False, "kernels": "torch"}}
 
 
-# In processes of their own
+# Run in separate processes
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
     batch = c.llama_batch_init(512, 0, 1)
 
     def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
-        """Tokens with their position and text, and whether logits are wanted."""
+        """Decode tokens, given with position, text, and whether logits are wanted."""
         for i, (token, position, text, wanted) in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, position
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, text
@@ -217,7 +218,7 @@ def peer(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_gguf(path: Path, layers: int) -> None:
-    """Random Q4_0 blocks in the architecture `jais`, in a file that is whole when it has its name."""
+    """Random Q4_0 blocks in the architecture `jais`, in a file that gets its name when it is complete."""
     import gguf
     import numpy as np
 
@@ -275,7 +276,7 @@ def write_gguf(path: Path, layers: int) -> None:
 
 
 def rate(task: dict[str, Any]) -> dict[str, Any]:
-    """How fast the memory is read, bytes/s: the median of five passes."""
+    """Read rate of the memory in bytes/s: the median of five passes."""
     import numpy as np
 
     from btlm.kernels import load_kernels
@@ -309,7 +310,7 @@ def figures(
 
 
 def process(side: str, task: dict[str, Any], args: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
-    """What one side of a turn measures; an ``error`` where it was limited and failed."""
+    """Measurements of one side of a turn; an ``error`` if its memory was limited and it failed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"]), "OPENBLAS_NUM_THREADS": "1"}
     environment.pop("OMP_WAIT_POLICY", None)  # "passive" would make the barriers of llama.cpp slow
     task = {**task, "model": str(model), "gguf": str(gguf), "layers": args.layers, "flash": args.flash}
@@ -336,7 +337,7 @@ def process(side: str, task: dict[str, Any], args: argparse.Namespace, model: Pa
 
 
 def turn(run: str, args: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
-    """One turn of a run: each side once, after the memory."""
+    """One turn of a run: the read rate of the memory, then each side once."""
     found: dict[str, Any] = process("rate", {"threads": args.threads, "bytes": args.read_bytes}, args, model, gguf)
     for side, task in sides(run, args.threads).items():
         if side.startswith("peer") and args.llama_python is None:
@@ -349,7 +350,7 @@ def turn(run: str, args: argparse.Namespace, model: Path, gguf: Path) -> dict[st
 
 
 def row(name: str, turns: list[dict[str, Any]]) -> str:
-    """Medians of a measure over the turns, and of its ratio."""
+    """Table row with the medians of a measure and of its ratio over the turns."""
     measure = MEASURES[name]
     memory = statistics.median(found["rate"] for found in turns) / 1e9
 
@@ -368,7 +369,7 @@ def row(name: str, turns: list[dict[str, Any]]) -> str:
 
 
 def missing(args: argparse.Namespace) -> str | None:
-    """Why nothing can be measured."""
+    """Reason why nothing can be measured, or ``None``."""
     from btlm.engine.memory import available_memory
 
     if importlib.util.find_spec("btlm.kernels._native") is None:
@@ -390,7 +391,7 @@ def missing(args: argparse.Namespace) -> str | None:
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder of our model, with a tokenizer, and the file of the peer's; random ones where none are given."""
+    """The folder of our model, with a tokenizer, and the file of the peer's model; random unless they are given."""
     from btlm.checkpoint import BUNDLED_MODEL
     from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
 
@@ -409,20 +410,22 @@ def prepare(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    """Run what is wanted in turn and print a Markdown table."""
+    """Run the chosen measurements in turn and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-python", type=Path, metavar="PYTHON", help="that has llama-cpp-python and gguf")
+    parser.add_argument(
+        "--llama-python", type=Path, metavar="PYTHON", help="a Python that has llama-cpp-python and gguf"
+    )
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--flash", choices=("auto", "off", "on"), default="off", help="attention of llama.cpp")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer to try this file")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="number of layers; fewer to try this file")
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="a 4-bit folder of BTLM-3B's shape, not a random one"
+        "--model", type=Path, metavar="FOLDER", help="a 4-bit folder of BTLM-3B's shape, instead of a random one"
     )
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the peer's model; written where it is missing")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the peer's model; written if it is missing")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="keeps all turns as JSON; turns of before count too"
+        "--output", type=Path, metavar="FILE", help="keeps all turns as JSON; turns of earlier calls count, too"
     )
     add_smoke(parser)
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "TASK"), help=argparse.SUPPRESS)
@@ -447,7 +450,7 @@ def main() -> None:
             sys.exit(f"{args.output} has turns of other settings; give another file.")
     with tempfile.TemporaryDirectory(prefix="btlm-engine-") as name:
         model, gguf = prepare(Path(name), args)
-        # Once for nothing: it writes the peer's file, and puts both into the page cache.
+        # One run that is not counted: it writes the peer's file, and puts both files into the page cache.
         for side in ("ours", "peer") if args.llama_python else ("ours",):
             process(side, sides("first-token", args.threads)[side], args, model, gguf)
         for run in dict.fromkeys(MEASURES[measure].run for measure in args.only):
@@ -457,7 +460,7 @@ def main() -> None:
                     partial = args.output.with_name(f"{args.output.name}.partial")
                     partial.write_text(json.dumps(kept, indent=1) + "\n")
                     partial.rename(args.output)
-    print(f"{args.layers} layers, {args.threads} threads, medians; ratio: ours over the peer's, of each turn\n")
+    print(f"{args.layers} layers, {args.threads} threads, medians; ratio: ours over the peer's, per turn\n")
     print("| measure | unit | ours | llama.cpp | ratio | memory GB/s | turns |\n|---|---|---|---|---|---|---|")
     for measure in args.only:
         print(row(measure, kept["turns"][MEASURES[measure].run]), flush=True)

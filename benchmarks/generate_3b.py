@@ -1,4 +1,4 @@
-"""BTLM-3B-8k itself, random weights in bf16, generating on this machine: speed and peak memory.
+"""Speed and peak memory of generating with BTLM-3B-8k's shape, with random weights in bf16, on this machine.
 
 python benchmarks/generate_3b.py [--prompt 512] [--new 32] [--repeats 3]
 """
@@ -34,7 +34,7 @@ def main() -> None:
     started = time.perf_counter()
     with torch.device("meta"):
         model = BTLMLMHeadModel(config)
-    # The cost does not depend on the values: a cheaper initialization than the truncated normal of training.
+    # The cost does not depend on the values, so the initialization is cheaper than the truncated normal of training.
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
     model.tie_weights()
     for parameter in model.parameters():

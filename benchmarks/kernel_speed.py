@@ -25,7 +25,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", default="native", help="native, torch, or an instruction set (default: native)")
-    parser.add_argument("--threads", type=int, help="number of threads (default: one per processor)")
+    parser.add_argument("--threads", type=int, help="number of threads (default: one per core)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 256], help="tokens per product")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 576, 2048], help="keys per query")
     parser.add_argument("--repeats", type=int, default=5, help="measurements per figure (default: 5)")

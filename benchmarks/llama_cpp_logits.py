@@ -2,7 +2,7 @@
 
     python benchmarks/llama_cpp_logits.py [MODEL] --text FILE ... [--llama-python PYTHON] [--types F16 Q8_0 Q4_0]
 
-Of every file or folder of documents (JSON lines, Parquet, text), the first document that is long enough is used. Needs
+From each file or folder of documents (JSON lines, Parquet, text), the first document that is long enough is used. Needs
 llama-cpp-python, here or in the environment of ``--llama-python``; the model itself is computed in fp32.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
         "--flash-attention",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="as llama.cpp by default on a CPU",
+        help="use flash attention, as llama.cpp does by default on a CPU",
     )
     parser.add_argument("--cache", choices=("F16", "F32"), default="F16", help="type of llama.cpp's keys and values")
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
@@ -82,7 +82,8 @@ def compare(args: argparse.Namespace) -> None:
     same = sum(row["same_tokens"] for row in rows[0][2]["texts"])
     print(f"\nllama.cpp gives our tokens for {same} of {len(texts)} texts.\n")
     print(
-        "| type | MB | logits: largest difference | mean | KL, nats a token | same first token | loss, nats a token |"
+        "| type | MB | logits: largest difference | mean | KL, nats per token | same first token | "
+        "loss, nats per token |"
     )
     print("|---|---|---|---|---|---|---|")
     for kind, size, result in rows:
@@ -131,7 +132,7 @@ def ours(args: argparse.Namespace, work: Path) -> list[str]:
 
 
 def first_document(path: str, tokenizer: Any, num_tokens: int) -> tuple[list[int], str]:
-    """Tokens and text of the start of the first document that has as many tokens."""
+    """Tokens and text of the start of the first document that has at least ``num_tokens`` tokens."""
     from btlm.data.documents import list_units, read_unit
     from btlm.data.recipe import Read
 
@@ -145,7 +146,7 @@ def first_document(path: str, tokenizer: Any, num_tokens: int) -> tuple[list[int
 
 
 def theirs(args: argparse.Namespace, work: Path, kind: str) -> tuple[int, dict[str, Any]]:
-    """Bytes of the file of a type, and what llama.cpp makes of it."""
+    """Size in bytes of the file of a type, and llama.cpp's results with it."""
     file = export(args, work, kind)
     size = file.stat().st_size
     command = [args.llama_python, __file__, "--worker", str(work)]
@@ -163,11 +164,11 @@ def export(args: argparse.Namespace, work: Path, kind: str) -> Path:
     return file
 
 
-# In the environment of llama.cpp
+# Run in the environment of llama.cpp
 
 
 def worker(work: Path) -> dict[str, Any]:
-    """Compare ``model.gguf`` with what is in ``work``."""
+    """Compare ``model.gguf`` with the model's results in ``work``."""
     import llama_cpp
 
     asked = json.loads((work / "asked.json").read_text())
@@ -208,7 +209,7 @@ def worker(work: Path) -> dict[str, Any]:
 
 
 def first_difference(llama: Any, prompt: str, tokens: list[int], margins: list[float]) -> tuple[int, float] | None:
-    """The first of the new tokens that llama.cpp would not choose: its number, and by how much it is our best."""
+    """The first new token that llama.cpp would not choose: its number, and the margin by which it is our best."""
     llama.reset()
     llama.eval(llama.tokenize(prompt.encode(), special=True))
     for i, (token, margin) in enumerate(zip(tokens, margins, strict=True)):
@@ -219,7 +220,7 @@ def first_difference(llama: Any, prompt: str, tokens: list[int], margins: list[f
 
 
 def log_softmax(logits: Any) -> Any:
-    """In fp64, over the last dimension."""
+    """Log-softmax in fp64 over the last dimension."""
     shifted = np.asarray(logits, np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

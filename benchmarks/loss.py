@@ -3,14 +3,14 @@
     python benchmarks/loss.py [--tokens 4096] [--repeats 5] [--dtypes float32]
 
 The shape is that of `training_step.py`: width 256, a vocabulary of 50,304, and 4 rows of 1,024 tokens; weights are in
-fp32, hidden states in the dtype of the products, one label in 16 is not counted. A pass is the sum of the loss forward
-and backward, into the hidden states and the weights. torch's function needs weights in the dtype of the hidden states,
-so that in bf16 the copy is part of the pass. Its forms: whole, the reference with all logits; and chunked, with each
-policy for the sums of the gradients that it has.
+fp32, hidden states in the dtype of the products, and one label in 16 is ignored. A pass is the summed loss forward, and
+backward into the hidden states and the weights. torch's function needs weights in the dtype of the hidden states, so
+that in bf16 the copy is part of the pass. It is measured with all logits at once, as the reference, and in chunks, with
+each of its policies for summing gradients.
 
-Each measurement is a process of its own, in turn A B C A B C: the time is the median of its passes after one to warm
-up, the memory its peak (VmHWM) beyond what was resident before. The error is that of the gradient against fp64, the
-norm of the difference over the norm. Prints medians of the turns, and of their ratios to btlm. Linux.
+Each measurement has its own process, in turn A B C A B C: the time is the median of its passes after a warm-up, the
+memory is its peak (VmHWM) minus the memory that was resident before. The error of a gradient is relative to fp64: the
+norm of the difference divided by the norm. Prints medians of the turns, and of their ratios to btlm. Linux.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def of_torch(hidden: Tensor, weight: Tensor, labels: Tensor, policy: str | None)
 
 
 def forms() -> dict[str, Loss]:
-    """What is compared."""
+    """The functions to compare, by name."""
     from btlm.train.loss import linear_cross_entropy
 
     policies = ("accurate", "balanced", "compact")
@@ -53,7 +53,7 @@ def forms() -> dict[str, Loss]:
 
 
 def inputs(args: argparse.Namespace, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and weights as they are early in training, and random labels."""
+    """Hidden states and weights of the sizes that they have early in training, and random labels."""
     torch.manual_seed(0)
     width, vocabulary = (SMOKE_WIDTH, SMOKE_VOCABULARY) if args.smoke else (WIDTH, VOCABULARY)
     hidden = torch.randn(args.tokens, width).to(getattr(torch, dtype)).requires_grad_()
@@ -103,7 +103,7 @@ def resident_mb(field: str) -> float:
 
 
 def child(task: str, dtype: str, args: argparse.Namespace) -> Any:
-    """What a process of its own tells; in a smoke run, this one."""
+    """Result of a task in a separate process, or in a smoke run in this one."""
     if args.smoke:
         return run(task, dtype, args)
     command = [sys.executable, __file__, "--one", task, dtype, f"--tokens={args.tokens}"]
@@ -115,14 +115,14 @@ def child(task: str, dtype: str, args: argparse.Namespace) -> Any:
 
 
 def run(task: str, dtype: str, args: argparse.Namespace) -> Any:
-    """One form's time and memory, or everyone's errors."""
+    """Time and memory of one form, or the errors of all."""
     return errors(dtype, args) if task == "errors" else measure(task, dtype, args)
 
 
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a pass")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per pass")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--threads", type=int, default=2)

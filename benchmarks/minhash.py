@@ -2,10 +2,10 @@
 
     python benchmarks/minhash.py [--input FILE ...] [--megabytes 4] [--repeats 3]
 
-All compute signatures of the same documents with 128 permutations (datatrove: 9 x 13), in one process, on one thread,
+Each computes signatures of the same documents with 128 permutations (datatrove: 9 x 13), in one process, on one thread,
 in turn A B C A B C. datatrove runs twice: with its 5-grams of words, which are a sixth as many as shingles of
-characters and need `pip install spacy`, and with 13-character shingles as here. datasketch gets one shingle at a time,
-as in `to_hash.py` of Cerebras modelzoo. Without ``--input`` the documents are random words.
+characters, and which need `pip install spacy`, and with 13-character shingles as here. datasketch gets one shingle at a
+time, as in `to_hash.py` of Cerebras modelzoo. Without ``--input`` the documents are random words.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from btlm.data.recipe import Dedup, Read
 
 
 def load(inputs: list[str], size: int) -> list[str]:
-    """Documents of all files in turn, about ``size`` bytes."""
+    """About ``size`` bytes of documents, in equal parts from all files."""
     rng = random.Random(0)
     if not inputs:
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(20_000)]
@@ -50,7 +50,7 @@ def load(inputs: list[str], size: int) -> list[str]:
 
 
 def ours(texts: list[str]) -> None:
-    """The stage's own step, without reading and writing."""
+    """This package's computation, without reading and writing."""
     for start in range(0, len(texts), 256):
         signature, _ = signatures(texts[start : start + 256], Dedup())
         band_keys(signature, 9, 13)
@@ -78,7 +78,7 @@ def with_datatrove(words: bool) -> Callable[[list[str]], None]:
 
 
 def datasketch(texts: list[str]) -> None:
-    """One update a shingle."""
+    """Datasketch, with one update per shingle."""
     from datasketch import MinHash
 
     for text in texts:
@@ -101,7 +101,7 @@ def main() -> None:
     if args.smoke:
         args.megabytes, args.repeats = 0.1, 1
     texts = load(args.input, int(args.megabytes * 1e6))
-    # The peers' time grows with the text as well: a tenth is enough to tell their rate.
+    # The peers' time, too, is proportional to the text, so a tenth of it is enough to measure their rate.
     few = list(islice(texts, 0, None, 10))
     forms: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {"btlm": (ours, texts)}
     peers = {
@@ -122,7 +122,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             rates[name].append(sum(len(text.encode()) for text in documents) / 1e6 / seconds)
     print(f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB\n")
-    print("| | MB/s a core | btlm is faster by |\n|---|---|---|")
+    print("| | MB/s per core | btlm is faster by |\n|---|---|---|")
     for name, values in rates.items():
         ratios = [mine / other for mine, other in zip(rates["btlm"], values, strict=True)]
         print(f"| {name} | {statistics.median(values):.2f} | {statistics.median(ratios):.1f} |")

@@ -1,10 +1,11 @@
-"""Perplexity on held-out text of a model and of its quantized copies, and what they take.
+"""Perplexity of a model and of its quantized copies on held-out text, and their sizes.
 
     python benchmarks/quantization_quality.py MODEL --data shards/ [--tokens 16384] [--context 2048]
         [--methods nearest gptq] [--group-sizes 64 128] [--table-bits 8 4] [--calibration TEXT]
 
-``MODEL`` is a plain folder, and ``--data`` the shards that ``btlm data prepare`` wrote: the loss is of their held-out
-text, every source the same in the mean, in fp32. The text for calibration is of their training text if none is given.
+``MODEL`` is a plain folder, and ``--data`` the shards that ``btlm data prepare`` wrote: the loss is that of their
+held-out text, in fp32, and every source has the same weight in the mean. The text for calibration comes from their
+training text if none is given.
 """
 
 import argparse
@@ -27,12 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="plain folder, or id on the Hugging Face Hub")
     parser.add_argument("--data", help="folder of token shards")
-    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens of each source, at most")
+    parser.add_argument("--tokens", type=int, default=16384, help="largest number of held-out tokens per source")
     parser.add_argument("--context", type=int, default=2048, help="tokens per row")
     parser.add_argument("--methods", nargs="+", choices=("nearest", "gptq"), default=["nearest", "gptq"])
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--table-bits", nargs="+", type=int, default=[8, 4])
-    parser.add_argument("--calibration", metavar="TEXT", help="text for gptq, not held out")
+    parser.add_argument("--calibration", metavar="TEXT", help="text for gptq; must not be held-out text")
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     add_smoke(parser)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Why interpolation hurts a model, and how much context it uses: two looks at the models of ``variable_length.py``.
+"""Why interpolation hurts a model, and how much context it uses, measured on the models of ``variable_length.py``.
 
     python benchmarks/slopes_and_context.py runs/variable_length/long/model --input corpus/book.jsonl.zst
 
-Loss of the same held-out bytes with the slopes of all heads, or of one, divided by two, at a length inside that of
-training; and with more and more bytes before them.
+Prints the loss of the same held-out bytes with the slopes of all heads, or of one head, divided by two, at a length
+below the training length; and the loss with more and more bytes before them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder of a model that reads bytes")
     parser.add_argument("--input", nargs="+", help="files or folders of long documents")
-    parser.add_argument("--megabytes", type=float, default=40, help="text of each source")
+    parser.add_argument("--megabytes", type=float, default=40, help="megabytes of text per source")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 bytes")
     args = parser.parse_args()
     if not args.model or not args.input:
@@ -35,7 +35,7 @@ def main() -> None:
     model = BTLMLMHeadModel.from_pretrained(args.model).eval()
     windows = held_out_windows(stream, max(LENGTHS), args.windows)
     heads = model.config.n_head
-    print("| slopes divided by 2 | nats a byte at 512, the last 128 |\n|---|---|")
+    print("| slopes divided by 2 | nats per byte of the last 128 of 512 |\n|---|---|")
     settings = {"none": torch.ones(heads), "all": torch.full((heads,), 2.0)}
     for head in range(heads):
         settings[f"head {head + 1}, steepest first"] = torch.ones(heads).index_fill(0, torch.tensor(head), 2.0)
@@ -46,7 +46,7 @@ def main() -> None:
 
         with patch.object(attention_btlm, "interpolated_slopes", divided):
             print(f"| {name} | {float(loss_at_end(model, windows, 512, 128).mean()):.3f} |", flush=True)
-    print("\n| bytes of context | nats a byte of the last 8 |\n|---|---|")
+    print("\n| bytes of context | nats per byte of the last 8 |\n|---|---|")
     for length in LENGTHS:
         print(f"| {length} | {float(loss_at_end(model, windows, length, 8).mean()):.3f} |", flush=True)
 

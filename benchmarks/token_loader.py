@@ -6,7 +6,7 @@ Writes four shards of random documents of 1,000 tokens on average, and reads all
 one thread from files in the page cache:
 
 - loader: :class:`btlm.data.loader.TokenLoader`; and with document ids;
-- memmap: ``get_batch`` of nanoGPT, rows at random offsets of one memory-mapped file, without its targets;
+- memmap: ``get_batch`` of nanoGPT without its targets: rows at random offsets of one memory-mapped file;
 - datatrove: ``DatatroveFolderDataset`` in torch's ``DataLoader`` with ``shuffle=True``, in this process.
 
 All take turns, A B C D A B C D. Prints medians, and the medians of the ratios of each turn.
@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 
 def write(folder: Path, num_tokens: int) -> None:
-    """Four shards of documents whose lengths have an exponential distribution."""
+    """Write four shards of documents whose lengths have an exponential distribution."""
     rng = np.random.default_rng(0)
 
     def documents() -> Iterator[tuple[np.ndarray, int, int]]:
@@ -59,14 +59,14 @@ def write(folder: Path, num_tokens: int) -> None:
 
 
 def loader(folder: Path, length: int, num_tokens: int, document_ids: bool = False) -> Iterator[Tensor]:
-    """This package."""
+    """Batches of this package's loader."""
     stages = [Stage(length, BATCH_TOKENS, num_tokens)]
     for batch in TokenLoader(TokenShards(folder, verify=False), stages, seed=1, document_ids=document_ids):
         yield torch.from_numpy(batch.input_ids)
 
 
 def memmap(folder: Path, length: int, num_tokens: int) -> Iterator[Tensor]:
-    """As nanoGPT's ``train.py`` does."""
+    """Batches as nanoGPT's ``train.py`` reads them."""
     for _ in range(num_tokens // BATCH_TOKENS):
         data = np.memmap(folder / "joined", dtype=np.uint16, mode="r")
         ix = torch.randint(len(data) - length, (BATCH_TOKENS // length,))
@@ -74,7 +74,7 @@ def memmap(folder: Path, length: int, num_tokens: int) -> Iterator[Tensor]:
 
 
 def datatrove(folder: Path, length: int, num_tokens: int) -> Iterator[Tensor]:
-    """As a data set of torch; a row is one token longer than asked for."""
+    """Batches from datatrove's data set for torch, whose rows are one token longer than asked for."""
     from datatrove.utils.dataset import DatatroveFolderDataset
 
     rows = DatatroveFolderDataset(str(folder), length - 1, "*.bin")
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64_000_000)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where to write the shards for the time of the run")
+    parser.add_argument("--folder", type=Path, help="where to write the shards during the run")
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
@@ -103,10 +103,10 @@ def main() -> None:
     }
     print(f"torch {torch.__version__}, NumPy {np.__version__}, datatrove {version('datatrove')}, ", end="")
     print(f"{args.tokens:,} tokens, medians of {args.repeats}\n")
-    print("| tokens a row | read by | M tokens/s | time to the loader's |\n|---|---|---|---|")
+    print("| tokens per row | read by | M tokens/s | time to the loader's |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         write(Path(name), args.tokens)
-        # What is left of the last batches stays unread, which datatrove's cut of each file needs.
+        # The last batch is not read, since datatrove drops the remainder of each file.
         num_tokens = (args.tokens // BATCH_TOKENS - 1) * BATCH_TOKENS
         for length in args.lengths:
             seconds: dict[str, list[float]] = {form: [] for form in forms}

@@ -1,17 +1,17 @@
-"""BTLM-3B's blocks in training on one GPU: the share of the machine's matrix rate that they reach (MFU).
+"""BTLM-3B's blocks in training on one GPU: the share of the GPU's matrix rate that they reach (MFU).
 
     python benchmarks/training_gpu.py [--contexts 2048 8192] [--tokens 8192] [--blocks 4 8] [--repeats 5]
 
 Forward, loss and backward of the trainer (:class:`btlm.train.step.LossModel`: fp32 weights, bf16 products) for models
-of BTLM-3B's width with few blocks, so that they fit one GPU. Two of them tell a block from the rest: a block takes the
-difference of both over the blocks between them, and embeddings, head and loss take what is left. From these follows the
-time of all 32 blocks, an estimate. The optimizer and communication are not in it.
+of BTLM-3B's width with few blocks, so that they fit one GPU. Two models of different depth give the time of a block:
+the difference of their times divided by the difference of their numbers of blocks. Embeddings, head and loss take the
+remaining time. The time of all 32 blocks is estimated from both, without the optimizer and communication.
 
 FLOPs are those of the model (``BTLMConfig.flops_per_token`` in training, attention counted causal); recomputation by
 activation checkpointing counts as time, not as FLOPs. MFU is over the rate of a bf16 product of 8,192 x 8,192 matrices
 measured in the same run, before and after; TFLOP/s are printed for other denominators. Also prints which kernel torch
-takes for attention at 88 dimensions a head (80, and 8 that carry ALiBi), and how long each kernel that can takes.
-Without a GPU it says so and measures nothing.
+takes for attention with 88 dimensions per head (80, and 8 that carry ALiBi), and the time of each kernel that supports
+this shape. Without a GPU, nothing is measured.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from btlm.train.step import LossModel
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "btlm-3b.yaml"
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-# A shape that shows on any CPU that the program runs.
+# A tiny shape, to try this program on any CPU.
 SMOKE = {"vocab_size": 512, "n_positions": 256, "n_embd": 80, "n_layer": 4, "n_head": 1, "n_inner": 216}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row of the table is about."""
+    """The settings of a row of the table."""
 
     context: int
     checkpointing: bool
@@ -79,7 +79,7 @@ def measure(
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of some runs after two that warm up and compile."""
+    """Median seconds of some runs, after two that warm up and compile."""
     taken = []
     for _ in range(repeats + 2):
         wait(device)
@@ -91,13 +91,13 @@ def median_seconds(work: Callable[[], object], repeats: int, device: torch.devic
 
 
 def wait(device: torch.device) -> None:
-    """Until the GPU has done all it was given."""
+    """Wait until the GPU has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def attention_kernel(recipe: Recipe, context: int, device: torch.device) -> str:
-    """The operator that a forward pass of one block calls for attention, and its kernels on the GPU."""
+    """The attention operator that a forward pass of one block calls, and its kernels on the GPU."""
     model = trainer(recipe, 1, Setting(context, checkpointing=False, compiled=False), device)
     input_ids = torch.zeros(1, context, dtype=torch.int64, device=device)
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -112,7 +112,7 @@ def attention_kernel(recipe: Recipe, context: int, device: torch.device) -> str:
 
 
 def attention_rows(config: BTLMConfig, args: argparse.Namespace, device: torch.device) -> list[str]:
-    """A line of the second table for each length and each kernel that takes the shape."""
+    """Lines of the second table, one per length and kernel."""
     rows = []
     width = config.head_dim + 8
     for context in args.contexts:
@@ -131,7 +131,7 @@ def attention_rows(config: BTLMConfig, args: argparse.Namespace, device: torch.d
             try:
                 with sdpa_kernel(kernel):
                     seconds = median_seconds(step, args.repeats, device)
-            except RuntimeError:  # torch says no more than that it has no kernel
+            except RuntimeError:  # torch only says that it has no kernel
                 rows.append(f"| {context:,} | {kernel.name} | not for this shape or device | |")
                 continue
             rows.append(f"| {context:,} | {kernel.name} | {1e3 * seconds:,.2f} | {flops / seconds / 1e12:,.1f} |")
@@ -169,8 +169,8 @@ def table_row(recipe: Recipe, setting: Setting, rate: float, args: argparse.Name
 def main() -> None:
     """Print two Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192], help="tokens of a row")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a forward pass, in rows of each length")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192], help="tokens per row")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per forward pass, in rows of each length")
     parser.add_argument("--blocks", type=int, nargs=2, default=[4, 8], metavar=("FEW", "MANY"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -187,7 +187,7 @@ def main() -> None:
     torch.manual_seed(0)
     rate = matrix_rate(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}; {args.tokens:,} tokens a pass, ", end="")
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}; {args.tokens:,} tokens per pass, ", end="")
     print(f"{args.blocks[0]} and {args.blocks[1]} blocks, medians of {args.repeats}")
     for context in args.contexts:
         print(f"attention at {context:,} tokens: {attention_kernel(recipe, context, device)}")

@@ -12,10 +12,10 @@ on 4 rows of 1,024 random tokens in one pass, with fp32 weights and products in 
   them, but without Fabric, whose bf16 would copy the logits to fp32, and with the fused optimizer;
 - transformers: GPT-2 (GELU of 1,024, learned positions, SDPA) under ``transformers.Trainer`` on rows in memory.
 
-Each run is a process of its own, in turn A B C A B C, so that peak resident memory (VmHWM) is told apart; it takes one
-step to warm up and the median of ``--steps`` more. "Beyond imports" leaves out what is resident before the model is
-built. Prints medians, and the medians of the ratios of each turn. litgpt is installed without its dependencies, which
-would replace installed versions. Linux.
+Each run has its own process, in turn A B C A B C, so that peak resident memories (VmHWM) are separate. It takes one
+step to warm up, and reports the median of ``--steps`` more. "Beyond imports" subtracts the memory that is resident
+before the model is built. Prints medians, and the medians of the ratios of each turn. litgpt is installed without its
+dependencies, which would replace installed versions. Linux.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PACKAGES = {"btlm": (), "litgpt": ("lightning", "litgpt"), "transformers": ("acc
 
 
 def btlm(dtype: str, steps: int) -> dict[str, Any]:
-    """The loop of ``btlm train``, left before its last step, which evaluates and saves."""
+    """The loop of ``btlm train``, without its last step, which evaluates and saves."""
     import numpy as np
 
     from btlm.data.shards import TokenShards, write_manifest, write_shard
@@ -174,7 +174,7 @@ FORMS: dict[str, Callable[[str, int], dict[str, Any]]] = {"btlm": btlm, "litgpt"
 
 
 def result(num_parameters: int, ends: list[tuple[float, float]], base: float) -> dict[str, Any]:
-    """What one process tells: the first of its steps, which end at these times with these losses, was a warm-up."""
+    """The result of one process, from the times and losses at the ends of its steps; the first step was a warm-up."""
     seconds = statistics.median(after - before for (before, _), (after, _) in pairwise(ends))
     peak = resident_mb("VmHWM")
     return {
@@ -199,7 +199,7 @@ def shrink() -> None:
 
 
 def run(form: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One process."""
+    """Run one form in a process; returns its result."""
     command = [sys.executable, __file__, "--one", form, dtype, "--steps", str(args.steps)]
     command += ["--smoke"] if args.smoke else []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -232,7 +232,7 @@ def main() -> None:
     """Run all in turn and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps per process")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     add_smoke(parser)
