@@ -293,8 +293,8 @@ def rate(task: dict[str, Any]) -> dict[str, Any]:
 def figures(
     begun: float, opened: float, started: float, ends: list[float], tokens: int, texts: int
 ) -> dict[str, float]:
-    """What a process tells: times when it began, had opened the model, got prompts of so many tokens, and had the
-    first token of all texts and then each further one."""
+    """Result of a process, from the times when it began, had opened the model, got prompts of ``tokens`` tokens, and
+    had the first and each further token of all texts."""
     steps = [after - before for before, after in pairwise(ends)]
     status = Path("/proc/self/status").read_text().splitlines()
     found = {

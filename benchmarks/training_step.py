@@ -39,7 +39,7 @@ LAYERS, WIDTH, HEADS, VOCABULARY = 8, 256, 4, 50304
 ROWS, LENGTH = 4, 1024
 SWIGLU, GELU = 683, 1024
 LEARNING_RATE = 1e-3
-# What each trainer needs beyond this package's own dependencies.
+# Packages that each trainer needs besides this package's own dependencies.
 PACKAGES = {"btlm": (), "litgpt": ("lightning", "litgpt"), "transformers": ("accelerate",)}
 
 

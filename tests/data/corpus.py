@@ -25,14 +25,15 @@ def text(rng: random.Random, num_words: int = 120) -> str:
 
 
 def edited(original: str, rng: random.Random, share: float) -> str:
-    """A text in which a share of the words is another one."""
+    """The text with a share of its words replaced."""
     return " ".join(rng.choice(WORDS) if rng.random() < share else word for word in original.split())
 
 
 def write_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
     """JSON lines in SlimPajama's schema, plain, gzip and Zstandard.
 
-    Of each ten documents one is short, one an exact copy of one of another source and one nearly so.
+    Among every ten documents, one is short, one is an exact copy of a document of another source, and one is a
+    near-copy.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)

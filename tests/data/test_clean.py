@@ -78,7 +78,7 @@ def test_the_limit_counts_all_files_together(tmp_path):
         with pytest.raises(ValueError, match="4 bad documents"):
             clean_documents(inputs, folder, Read(max_bad_documents=3), Clean(), run)
         assert not (folder / "stage.json").exists()
-        # The limit is nothing that the result depends on: with a higher one the same command goes on.
+        # The result does not depend on the limit, so with a higher limit the same command continues.
         stage = clean_documents(inputs, folder, Read(max_bad_documents=4), Clean(), run)
     assert len(stage["parts"]) == 2
 

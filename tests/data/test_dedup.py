@@ -21,7 +21,7 @@ from tests.data.test_minhash import plain_shingles, planted_pairs, random_text
 
 
 def deduplicated(folder, rows, settings=None, read=None):
-    """Run the stage on ``(text, id, source)``; returns the stage and the documents that are kept."""
+    """Run the stage on ``(text, id, source)``; returns its result and the kept documents."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text, "id": id_, "source": source}) + "\n" for text, id_, source in rows]
     (folder / "in.jsonl").write_text("".join(lines))
@@ -75,11 +75,11 @@ def test_nothing_below_half_is_removed(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "kept"),
     [
-        # The longest is kept, ...
+        # The longest is kept;
         (("a {x} b", "2", "B"), ("a {x}", "1", "A"), "2"),
-        # of equals the first source, ...
+        # among equally long ones, the one with the first source;
         (("{x}", "2", "A"), ("{x}", "1", "B"), "2"),
-        # and of the same text in the same source the first id.
+        # and among equal texts of one source, the one with the first id.
         (("{x}", "1", "A"), ("{x}", "2", "A"), "1"),
     ],
 )
@@ -120,7 +120,7 @@ def test_components_are_networkxs(tmp_path, seed):
     rng = np.random.default_rng(seed)
     nodes, edges = 400, [30, 200, 390, 800][seed]
     documents = [Document("", f"{i:03d}", "s") for i in range(nodes)]
-    # All are equally long and of one source: the one with the first SHA-256 is kept.
+    # All are equally long and from one source, so the one with the first SHA-256 is kept.
     hashes = [f"{value:03d}" for value in rng.permutation(nodes)]
     write_part(
         tmp_path / "documents", "000000-0000.parquet", table_of(list(zip(documents, [1] * nodes, hashes, strict=True)))

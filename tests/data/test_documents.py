@@ -144,7 +144,7 @@ def test_the_output_of_a_stage_is_no_folder_of_documents(tmp_path):
 
 
 def test_what_is_well_compressed_is_read_in_pieces(tmp_path):
-    """A line of 300 MB in 10 kB takes no more memory than one of its size that is refused."""
+    """A line of 300 MB, compressed to 10 kB, is refused without being held in memory."""
     raw = b'{"text": "' + b"x" * 300_000_000 + b'"}\n' + jsonl({"text": "after"})
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(raw))
     del raw

@@ -41,7 +41,7 @@ def flat(batches: list[Batch]) -> NDArray[np.int64]:
 
 
 def read(loader: TokenLoader, tokens: int) -> list[Batch]:
-    """Batches until that many tokens have been read."""
+    """Batches until ``tokens`` tokens have been read."""
     batches = []
     while loader.tokens < tokens:
         batches.append(next(loader))
@@ -77,7 +77,8 @@ def test_an_index_is_taken_alone_to_where_it_is_taken_with_others(size: int) -> 
 def test_every_order_is_as_likely_as_another() -> None:
     orders = Counter(tuple(permute(np.arange(4), 4, (1, key)).tolist()) for key in range(2400))
     assert set(orders) == set(permutations(range(4)))
-    # Each has 100 +- 10; the sum has a chi-squared distribution with 23 degrees of freedom: below 50 but once in 1000.
+    # Each order occurs 100 +- 10 times. The sum has a chi-squared distribution with 23 degrees of freedom, which
+    # exceeds 50 once in 1000 times.
     assert sum((count - 100) ** 2 / 100 for count in orders.values()) < 50
 
 
@@ -86,7 +87,7 @@ def test_a_permutation_looks_random(size: int) -> None:
     indices = np.arange(size)
     one, other = permute(indices, size, (1,)), permute(indices, size, (2,))
     for taken in (one, other):
-        assert (np.abs(np.diff(taken)) == 1).mean() < 0.01, "neighbours part; 2 / size of them stay by chance"
+        assert (np.abs(np.diff(taken)) == 1).mean() < 0.01, "neighbours are separated; 2 / size of them stay by chance"
         assert abs(np.corrcoef(indices, taken)[0, 1]) < 0.1
         assert abs(np.corrcoef(taken[1:], taken[:-1])[0, 1]) < 0.1
     assert (one == other).mean() < 0.01
@@ -94,7 +95,7 @@ def test_a_permutation_looks_random(size: int) -> None:
 
 def test_golden_permutation() -> None:
     assert permute(np.arange(10), 10, (1, 2)).tolist() == [9, 0, 7, 2, 1, 4, 3, 6, 5, 8], (
-        "The order of the data has changed; runs in progress will not go on as before."
+        "The order of the data has changed; runs in progress will not continue as before."
     )
 
 
@@ -118,7 +119,7 @@ def test_every_token_once_in_an_epoch(tmp_path: Path, total: int, stages: list[S
     assert loader.epoch_tokens == size
     tokens = flat(read(loader, 5 * size))
     for epoch in range(5):
-        # The stream goes round and round, and what an epoch leaves opens the next one.
+        # The stream is read cyclically, and the remainder of an epoch starts the next one.
         expected = np.arange(epoch * size, (epoch + 1) * size) % total
         assert len(set(expected.tolist())) == size
         np.testing.assert_array_equal(np.sort(tokens[epoch * size : (epoch + 1) * size]), np.sort(expected))
@@ -167,7 +168,7 @@ def test_seeds_and_epochs_have_orders_of_their_own(tmp_path: Path, length: int) 
     for a, b in ((first, second), (first, other), (second, other), (first, np.sort(first))):
         assert sorted(a) == sorted(b)
         assert (a == b).mean() < 0.02
-    # Of neighbouring rows, 1 / num_rows are neighbours in the stream by chance.
+    # By chance, 1 / num_rows of neighbouring rows are neighbours in the stream.
     assert (np.diff(first) == length).mean() < 5 / num_rows
 
 
@@ -176,7 +177,7 @@ def test_epochs_have_other_units_and_cut_them_otherwise(tmp_path: Path) -> None:
     halves = [Stage(length, 960, 4800) for length in (4, 32, 4, 32)]
     units = [set(half.tolist()) for half in np.split(flat(list(TokenLoader(shards, halves, seed=3))) // 32, 4)]
     assert [len(half) for half in units] == [150] * 4
-    assert 50 < len(units[0] & units[2]) < 100, "half of the half, where the first epoch does not foretell the second"
+    assert 50 < len(units[0] & units[2]) < 100, "half of the half, since the two epochs are independent"
 
     stages = [Stage(4, 960, 19200), Stage(32, 64)]
     unit_of = np.split(np.array(starts_of(shards, stages, 19200)) // 32, 2)
@@ -189,7 +190,7 @@ def test_a_batch_of_short_rows_does_not_hold_neighbours(tmp_path: Path) -> None:
     stages = [Stage(4, 64, 6400), Stage(32, 64)]
     starts = np.array(starts_of(shards, stages, 6400)).reshape(-1, 16)
     assert (np.abs(np.diff(np.sort(starts))) == 4).mean() < 0.05
-    # The 75% of the units that the stage reads are from all of the stream.
+    # The stage reads 75% of the units, from all parts of the stream.
     assert len(set((starts.reshape(-1) // 960).tolist())) == 10
 
 
@@ -277,7 +278,7 @@ def test_a_place_after_the_end_is_an_error(uneven: TokenShards) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 32, 320, 960, 1024, 1600, 1632])
 def test_a_state_goes_on_where_it_was_saved(uneven: TokenShards, tokens: int) -> None:
-    """Within a stage, between two, and around the end of the first epoch, 992."""
+    """The states lie within a stage, between two stages, and around the end of the first epoch at 992 tokens."""
     first = TokenLoader(uneven, PLACES, seed=3)
     read(first, tokens)
     state = json.loads(json.dumps(first.state_dict()))

@@ -22,7 +22,7 @@ UNICODE = "  Ärger\u00a0— \u2028ÉCOLE,\t\tİstanbul\x1c «x»  ...!  (naïve
 
 
 def plain_normal_form(text):
-    """The formula of the original: lower case, no punctuation, one space for each run of white space."""
+    """SlimPajama's formula: lower case, no punctuation, one space per run of white space."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\s+", " ", text.strip())
 
@@ -36,12 +36,12 @@ def plain_shingles(text, kind="characters", size=13):
 
 
 def plain_document(text, kind, size):
-    """The shingles of a document: one that is shorter than a shingle is one itself."""
+    """The shingles of a document; a document shorter than a shingle is one shingle itself."""
     return plain_shingles(text, kind, size) or [normal for normal in [plain_normal_form(text)] if normal]
 
 
 def plain_hash(shingle):
-    """The docstring of the module, in Python's integers."""
+    """The formula in the module's docstring, with Python's integers."""
     value = sum(ord(c) * pow(0x9E3779B97F4A7C15, k, 2**64) for k, c in enumerate(shingle)) % 2**64
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         value = (value ^ (value >> 33)) * factor % 2**64
@@ -142,7 +142,7 @@ def test_band_keys_depend_on_the_order_of_the_values():
 
 
 def planted_pairs(rng, jaccard, number, letters=500):
-    """Pairs of texts with a common beginning; their exact Jaccard similarity of 13-character shingles."""
+    """Pairs of texts with a common beginning, and their exact Jaccard similarity of 13-character shingles."""
     shingles = letters - 12
     common = round(2 * shingles * jaccard / (1 + jaccard)) + 12
     pairs = []
@@ -157,13 +157,13 @@ def planted_pairs(rng, jaccard, number, letters=500):
 def test_planted_pairs_meet_with_the_probability_of_the_formula(jaccard):
     number = 1000
     pairs, exact = planted_pairs(random.Random(7), jaccard, number)
-    # Letters may go on agreeing by chance where the common beginning ends: two shingles of 488.
+    # After the common beginning, letters may agree by chance, which makes up to two of 488 shingles equal.
     assert exact == pytest.approx(jaccard, abs=0.004)
     signature, _ = signatures(pairs, Dedup())
     keys = band_keys(signature, 9, 13).reshape(number, 2, 9)
     met = (keys[:, 0] == keys[:, 1]).any(axis=1).mean()
     expected = pair_probability(exact, 9, 13)
-    # 99.9% of the samples of a fair coin of this probability lie within.
+    # 99.9% of the samples of a coin with this probability lie within the bounds.
     assert abs(met - expected) <= 3.3 * math.sqrt(expected * (1 - expected) / number) + 0.5 / number
 
 
@@ -173,5 +173,5 @@ def test_signatures_agree_with_the_probability_of_the_similarity(jaccard):
     signature, _ = signatures(pairs, Dedup())
     agree = (signature[::2] == signature[1::2]).mean(axis=1)
     assert agree.mean() == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / agree.size / 128))
-    # Permutations are as good as independent: pairs vary as those of 128 coins do.
+    # The permutations are practically independent, so the agreement varies like that of 128 coins.
     assert agree.std() == pytest.approx(math.sqrt(exact * (1 - exact) / 128), rel=0.2)

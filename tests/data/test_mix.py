@@ -15,7 +15,7 @@ from tests.data.corpus import text
 
 
 def mixed(folder, rows, settings=None, read=None, workers=1):
-    """Run the stage on ``(text, source)``; returns the stage and the ids of each split in their order."""
+    """Run the stage on ``(text, source)``; returns its result and the ids of each split in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text, "source": source, "id": text[:12]}) + "\n" for text, source in rows]
     (folder / "in.jsonl").write_text("".join(lines))
@@ -42,7 +42,7 @@ def test_every_document_is_in_one_split_once(tmp_path):
     rows = documents(400)
     stage, splits = mixed(tmp_path, rows, Mix(holdout=0.1))
     assert sorted(everything(splits)) == sorted(text for text, _ in rows)
-    # 0.1 of each source, in turn for validation and test.
+    # 0.1 of each source is held out, alternately for validation and test.
     counts = stage["sources"]
     assert {s: (c["validation_documents"], c["test_documents"]) for s, c in counts.items()} == {
         "a": (10, 10),
@@ -89,7 +89,7 @@ def test_the_order_is_that_of_a_shuffle(tmp_path):
     rows = documents(2000, words=3)
     _, splits = mixed(tmp_path, rows, Mix(holdout=0))
     places = np.array([int(text[:4]) for text in splits["train"]])
-    # Correlations of a random order have a standard deviation of 1 / sqrt(n).
+    # The correlation of a random order has a standard deviation of 1 / sqrt(n).
     assert abs(np.corrcoef(places, np.arange(2000))[0, 1]) < 4 / np.sqrt(2000)
     assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 4 / np.sqrt(2000)
 
@@ -108,13 +108,13 @@ def test_weights_repeat_and_thin_out_training_documents(tmp_path):
     assert set(copies.values()) == {0, 2, 3}
     assert abs(sum(copies.values()) - 285 * 2.25) < 4 * np.sqrt(285 * 0.25 * 0.75)
     assert stage["sources"]["most"]["train_documents"] == sum(copies.values())
-    # Copies are shuffled apart: side by side they would be 285 times.
+    # Copies are shuffled separately; otherwise, all 285 would be side by side.
     pairs = zip(splits["train"], splits["train"][1:], strict=False)
     assert sum(first == second for first, second in pairs) < 10
 
 
 def test_a_copy_of_a_held_out_document_is_not_trained_on(tmp_path):
-    # Copies are next to each other in the order in which documents are held out: the third leaves its copy behind.
+    # Copies are neighbours in the order in which documents are held out, so the third document's copy is not held out.
     stage, splits = mixed(tmp_path, documents(20, ["a"]) * 2, Mix(holdout=3 / 40))
     held_out = splits["validation"] + splits["test"]
     assert len(held_out) == 3
@@ -133,7 +133,7 @@ def test_documents_that_share_an_ngram_with_an_evaluation_set_are_dropped(tmp_pa
     stage, splits = mixed(tmp_path / "13", rows, settings)
     assert {text for text, _ in rows} - set(everything(splits)) == {rows[7][0], rows[11][0]}
     assert stage["sources"]["a"]["contaminated_documents"] == 2
-    # One word less is no 13-gram.
+    # With one word less, there is no 13-gram.
     (tmp_path / "eval.jsonl").write_text(json.dumps({"q": " ".join(question[:-1])}))
     assert len(everything(mixed(tmp_path / "12", rows, settings)[1])) == 60
 

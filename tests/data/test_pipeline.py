@@ -26,7 +26,7 @@ OPTIONS = ["--read.part_bytes=30000", "--mix.holdout=0.05", "--mix.partition_byt
 
 
 def shard_bytes(folder):
-    """What the pipeline promises to be the same: shards and manifest."""
+    """The files that the pipeline promises to reproduce exactly: shards and manifest."""
     files = [path for path in Path(folder).iterdir() if path.suffix in {".bin", ".npy"} or path.name == "manifest.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
@@ -63,7 +63,7 @@ def test_the_shards_hold_the_documents(prepared):
 
 
 def test_the_result_does_not_depend_on_workers_or_the_order_of_files(corpus, prepared, tmp_path):
-    # Another folder, the files given one by one and in another order, other times of change.
+    # The corpus is in another folder, its files are given one by one in another order, and have other times of change.
     files = [tmp_path / "copy" / path.name for path in sorted(corpus.iterdir(), reverse=True)]
     files[0].parent.mkdir()
     for file in files:
@@ -88,7 +88,7 @@ def test_a_stage_alone_on_raw_documents(corpus, tmp_path):
     assert report["all"]["documents"] == 120
     assert report["all"]["kept_documents"] + report["all"]["duplicate_documents"] == 120
     assert "short_documents" not in report["all"]
-    # Other settings start this stage over, and not the reading.
+    # Other settings start only this stage over, not the reading.
     with pytest.raises(ValueError, match=r"dedup.bands was 9, is 3"):
         run_dedup([corpus], tmp_path / "out", Read(), Dedup(bands=3), Execution(workers=1))
     run_dedup([corpus], tmp_path / "out", Read(), Dedup(bands=3), Execution(workers=1, force=True))
@@ -187,7 +187,7 @@ def command(corpus, output, *options):
 
 
 def killed(argv, is_time):
-    """Run a command, and kill it and all its workers when it is time; whether it was still running then."""
+    """Run a command, and kill it and all its workers when ``is_time()``; returns whether it was still running then."""
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None:
         if is_time():
@@ -242,7 +242,7 @@ def test_killed_at_twenty_random_moments_it_writes_the_same_bytes(tmp_path):
     rng = random.Random(1)
     kills = fresh = 0
     while kills < 20:
-        # A run that comes to its end leaves nothing to kill: the next one is a new run.
+        # After a run that has ended, the next one starts anew.
         output = tmp_path / f"killed{fresh}"
         moment = time.monotonic() + rng.uniform(0, seconds)
         if killed(command(corpus, output, "--workers=2"), lambda: time.monotonic() > moment):  # noqa: B023
@@ -257,7 +257,7 @@ def test_killed_at_twenty_random_moments_it_writes_the_same_bytes(tmp_path):
 
 def test_a_disk_that_is_full_is_one_line_and_then_goes_on(corpus, prepared, tmp_path):
     def limit():
-        # No file can grow beyond this, as on a disk with so much space left.
+        # No file can grow beyond this size, as on a disk that is nearly full.
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     failed = subprocess.run(command(corpus, tmp_path / "out", "--workers=1"), preexec_fn=limit, capture_output=True)
@@ -280,7 +280,7 @@ def test_ray_writes_the_same_bytes(tmp_path):
     assert shard_bytes(tmp_path / "ray/shards") == shard_bytes(tmp_path / "local/shards")
 
 
-# Stand-ins for the commands of a Slurm cluster of this machine alone: the jobs of an array run one after the other.
+# Stand-ins for the commands of a Slurm cluster that is only this machine; the jobs of an array run one after the other.
 SLURM = {
     "sbatch": """#!{python}
 import os, re, subprocess, sys
@@ -351,7 +351,7 @@ def test_a_recipe_sets_everything(corpus, tmp_path):
     assert settings["read"]["part_bytes"] == 30000
     assert settings["clean"]["min_characters"] == 0
     assert settings["mix"]["weights"] == {"Web": 1.5}
-    # A flag after the file counts.
+    # A flag after the file overrides it.
     assert (settings["dedup"]["threshold"], settings["dedup"]["rows"]) == (0.5, 5)
 
 

@@ -48,7 +48,7 @@ def test_a_shard_holds_its_documents(tmp_path: Path) -> None:
             "0": {"documents": 2, "bytes": 90, "tokens": 11},
         },
     }
-    assert json.loads(json.dumps(entry)) == entry, "what a stage keeps as JSON is the entry still"
+    assert json.loads(json.dumps(entry)) == entry, "the entry survives being stored as JSON"
     (tmp_path / "again").mkdir()
     assert write_shard(tmp_path / "again", "train-00003", iter(DOCUMENTS)) == entry
 
@@ -112,7 +112,7 @@ def write_all(folder: Path) -> dict[str, Any]:
 def test_the_manifest_sums_what_is_there(tmp_path: Path) -> None:
     manifest = write_all(tmp_path / "shards")
     assert json.loads((tmp_path / "shards/manifest.json").read_text()) == manifest
-    assert len(list((tmp_path / "shards").iterdir())) == 10, "nothing is left over"
+    assert len(list((tmp_path / "shards").iterdir())) == 10, "no other file is left"
     train = manifest["splits"]["train"]
     assert {key: train[key] for key in ("documents", "bytes", "tokens", "sources")} == {
         "documents": 6,
@@ -226,7 +226,7 @@ def test_more_shards_than_may_be_open(
     read = TokenShards(tmp_path / "shards")
     for _ in range(2):
         np.testing.assert_array_equal(read.tokens("train", 0, 1000), stream_of(random_shards[1]))
-    assert len(opened) == 8, "4 shards with tokens, and none of them is still open when it comes again"
+    assert len(opened) == 8, "each of the 4 shards with tokens has been closed before it is needed again"
 
 
 def test_the_fingerprint_tells_streams_apart(tmp_path: Path) -> None:

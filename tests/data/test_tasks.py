@@ -89,7 +89,7 @@ def test_output_that_another_command_works_in(tmp_path):
     refused = []
 
     def other():
-        # The lock is one of the process: another process is asked.
+        # The lock belongs to the process, so another process has to try it.
         pid = os.fork()
         if pid == 0:
             try:
@@ -120,7 +120,7 @@ def test_a_stage_of_other_settings_is_refused_or_started_over(tmp_path):
         assert not begin(folder, "clean", {"clean": {"size": 1, "kind": "a"}}, run)
         (folder / "documents").mkdir()
         (folder / "documents/x").touch()
-        # The same goes on.
+        # The same settings continue.
         assert not begin(folder, "clean", {"clean": {"size": 1, "kind": "a"}}, run)
         finish(folder, {"parts": []})
         assert begin(folder, "clean", {"clean": {"size": 1, "kind": "a"}}, run)

@@ -46,5 +46,5 @@ def test_decoding_gives_the_text_back():
 def test_a_run_of_a_million_characters(run):
     tokens = encode(run)
     assert decode(tokens) == run
-    # The start of the run alone takes the other way through the code.
+    # The first part of the run by itself is short enough for tiktoken.
     assert tokens[:20].tolist() == encode(run[:3000])[:20].tolist()

@@ -16,7 +16,7 @@ TOKENIZER = Path(__file__).parents[2] / "src/btlm/model/tokenizer"
 
 
 def write_documents(folder: Path, splits: Mapping[str, Sequence[Sequence[tuple[str, ArrayLike]]]]) -> TokenShards:
-    """Shards of the documents given by split, shard and place: their source, and their tokens as they are on disk."""
+    """Write shards of documents, given by split and shard as a source and tokens; returns the opened shards."""
     folder.mkdir(parents=True)
     sources = sorted({source for shards in splits.values() for shard in shards for source, _ in shard})
     manifest: dict[str, Any] = {
@@ -42,7 +42,7 @@ def write_documents(folder: Path, splits: Mapping[str, Sequence[Sequence[tuple[s
 
 
 def write_streams(folder: Path, streams: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> TokenShards:
-    """A training and a held-out document for each source, a shard each."""
+    """Write one training and one held-out document per source, each in its own shard."""
     splits: dict[str, list[list[tuple[str, ArrayLike]]]] = {}
     for source, documents in streams.items():
         for split, document in zip(("train", "validation"), documents, strict=True):
@@ -51,7 +51,7 @@ def write_streams(folder: Path, streams: Mapping[str, tuple[ArrayLike, ArrayLike
 
 
 def vocabulary_files() -> list[Path]:
-    """What the tokenizer of shards is told by."""
+    """The files that identify the tokenizer of shards."""
     return [TOKENIZER / "vocab.json", TOKENIZER / "merges.txt"]
 
 

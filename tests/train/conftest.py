@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Runs that are compared bit for bit use the same number; for tensors this small one is also the fastest."""
+    """Runs that are compared bit for bit need the same number of threads; one is fastest for tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What each rank of tests/train/test_distributed.py runs: a tiny run, ended after some steps."""
+"""The program of each rank in tests/train/test_distributed.py: a tiny run that ends after some steps."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.train.tiny import TOKEN_BYTES, tiny_recipe
 
 
 def recipe_for_ranks(replicate: int = 1, documents: bool = False) -> Recipe:
-    """In fp32, so that one process and several differ by the order of their sums alone."""
+    """The run is in fp32, so that one process and several differ only by the order of their sums."""
     return tiny_recipe(
         precision=Precision("float32"),
         parallelism=Parallelism(replicate),

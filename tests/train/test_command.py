@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
-    """One whole call, without a terminal; not to be changed."""
+    """A complete run without a terminal, which tests must not change."""
     folder = tmp_path_factory.mktemp("finished")
     recipe, output = write_recipe(folder), folder / "new" / "[run]"
     with redirect_stderr(io.StringIO()) as told:
@@ -87,7 +87,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """Every file of a run but those that each call writes anew."""
+    """All files of a run except those that every call rewrites."""
     files = [path for path in output.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
     return {str(path.relative_to(output)): path.read_bytes() for path in files if path.name != "loss.png"}
 
@@ -140,7 +140,7 @@ def test_a_run_that_nobody_watches_tells_itself_line_by_line(finished: Run) -> N
 
 def test_a_second_call_has_nothing_to_do(copied: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(copied)
-    # From the recipe in its own output folder, with the paths as texts.
+    # The recipe is the one in the output folder, and the paths are strings.
     run_training(str(copied / "recipe.yaml"), str(data), str(copied), "cpu")
     assert content(copied) == before
     assert sorted(path.name for path in copied.iterdir()) == NAMES
@@ -234,7 +234,7 @@ def test_a_recipe_may_be_corrected_before_there_is_a_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             run_training(write_recipe(tmp_path, seed=seed), data, output, "cpu")
         assert load_recipe(output / "recipe.yaml").seed == seed
-    # In its own output folder, too.
+    # This also holds for the recipe in the output folder.
     with pytest.raises(KeyboardInterrupt):
         run_training(write_recipe(tmp_path, seed=5).rename(output / "recipe.yaml"), data, output, "cpu")
     assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
@@ -263,11 +263,11 @@ def test_what_cannot_be_used_is_an_error_that_leaves_no_folder(tmp_path: Path, d
 LONG = dict.fromkeys(RAW["stages"][0], 2**16)
 
 
-# What is told on the way
+# Messages during a run
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, steps: list[int], **values: Any) -> None:
-    """Instead of training: the records of these steps of 64 tokens, at 64 tokens per second."""
+    """Replaces training by the records of the given steps of 64 tokens, at 64 tokens per second."""
 
     def train(recipe: Any, *_: object, **__: object) -> Iterator[dict[str, Any]]:
         for step in steps:
@@ -289,7 +289,7 @@ def test_two_hundred_lines_of_a_long_run(
     run_training(write_recipe(tmp_path, stages=one_stage(1000)), data, tmp_path / "run", "cpu")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split("/")[0] for line in lines] == [f"step {n}" for n in (*range(1, 11), *range(15, 1001, 5))]
-    # 980 steps of a second.
+    # 980 steps remain, each of one second.
     assert lines[12] == ("step 25/1000  loss 1.500  lr 1.00e-02  |g| 0.25  64 tok/s  MFU 50%  ETA 0:16:15  rows 16")
 
 
@@ -299,8 +299,8 @@ def test_time_that_is_left_counts_longer_rows_as_dearer(
     pretend(monkeypatch, [1, 2, 3, 4], tokens_per_s=0.0064)
     run_training(write_recipe(tmp_path, model=RAW["model"] | {"vocab_size": 50257}), data, tmp_path / "run", "cpu")
     found = [line.partition("ETA ")[2].split("  ")[0] for line in capsys.readouterr().err.splitlines()[1:5]]
-    # 10,000 seconds a step. Two operations a weight: 4 * 8 * 8 of attention, 3 * 8 * 8 of the feed-forward layer and
-    # 50,257 * 8 of the head; and 4 * 8 for each of the (L + 1) / 2 keys that a token sees.
+    # A step takes 10,000 seconds. There are two operations per weight: 4 * 8 * 8 weights of attention, 3 * 8 * 8 of the
+    # feed-forward layer and 50,257 * 8 of the head; and 4 * 8 operations per key, of which a token sees (L + 1) / 2.
     short, long = (2 * (448 + 50_257 * 8) + 32 * (length + 1) / 2 for length in (16, 32))
     expected = [10_000 * (1 + 2 * long / short), 10_000 * 2 * long / short, 10_000, 0]
     assert [round(seconds) for seconds in expected] == [30_006, 20_006, 10_000, 0]
@@ -337,7 +337,7 @@ def test_adapters_take_two_passes_of_three(
 
 
 def terminate_after(step: int) -> Callable[..., str]:
-    """For `status`: a real SIGTERM while the record of a step is shown."""
+    """Replaces `status`: sends a real SIGTERM while the record of a step is shown."""
     original = btlm.train.command.status
 
     def status(recipe: Any, config: Any, record: dict[str, Any]) -> str:
@@ -365,7 +365,7 @@ def test_sigterm_ends_with_a_checkpoint(
     assert "btlm: Stopping after this step (SIGTERM); a second signal stops at once." in told
     assert told[-1] == "Stopped after step 3 with a checkpoint; the same command continues from there."
 
-    # Another recipe is refused, and the same goes on to the same end.
+    # Another recipe is refused; the same recipe continues to the same result.
     with pytest.raises(ValueError, match="seed is 1 there, 2 here"):
         run_training(finished.recipe, data, output, "cpu", {"seed": 2})
     run_training(finished.recipe, data, output, "cpu", {"checkpoints.keep_last": 1})
@@ -438,9 +438,9 @@ def test_bytes_of_tokens() -> None:
     tokenizer = load_tokenizer()
     assert sizes.dtype == np.int64
     assert sizes.shape == (50257,)
-    assert sizes[50256] == 0, "end-of-text is no text"
+    assert sizes[50256] == 0, "end-of-text stands for no text"
     texts = tokenizer.batch_decode([[i] for i in range(50256)], clean_up_tokenization_spaces=False)
-    # A token that is no valid UTF-8 by itself decodes with the replacement character.
+    # A token that is not valid UTF-8 by itself decodes to the replacement character.
     valid = [i for i, text in enumerate(texts) if "\ufffd" not in text]
     assert len(valid) > 49_000
     assert [len(texts[i].encode()) for i in valid] == sizes[valid].tolist()

@@ -48,7 +48,7 @@ def test_plot(tmp_path: Path, num: int, evaluated: bool, stages: bool) -> None:
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     height, width = picture.shape[:2]
     assert height > 300
-    assert width > (2.5 if evaluated else 1.3) * height, "a panel each for training and held-out loss"
+    assert width > (2.5 if evaluated else 1.3) * height, "one panel for training loss, and one for held-out loss"
     for panel in np.array_split(picture[..., :3].mean(-1), 2 if evaluated else 1, axis=1):
         assert (panel < 0.9).mean() > 0.01, "something is drawn in it"
 

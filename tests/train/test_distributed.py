@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process."""
+    """The run in one process."""
     output = tmp_path_factory.mktemp("alone") / "run"
     list(train(recipe_for_ranks(), TokenShards(data), output, TOKEN_BYTES))
     return output
@@ -40,7 +40,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two."""
+    """The run on two ranks."""
     output = tmp_path_factory.mktemp("together") / "run"
     run_ranks(data, output)
     return output
@@ -71,7 +71,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def assert_close(output: Path, expected: Path, rel: float) -> None:
-    """The same numbers but for rounding: losses, gradient norms, held-out loss, weights."""
+    """Compares losses, gradient norms, held-out losses and weights, up to rounding."""
     assert [record["step"] for record in records(output)] == [1, 2, 3, 4, 5, 6, 7]
     for actual, wanted in zip(records(output), records(expected), strict=True):
         for key in ("loss", "grad_norm", "lr"):
@@ -82,7 +82,8 @@ def assert_close(output: Path, expected: Path, rel: float) -> None:
     weights, wanted_weights = (load_file(folder / "model/model.safetensors") for folder in (output, expected))
     assert weights.keys() == wanted_weights.keys()
     for name, tensor in weights.items():
-        if not name.endswith("c_attn.bias"):  # Keys' biases have no gradient but rounding, which Adam blows up.
+        # The biases of keys have only rounding errors as gradient, which Adam amplifies.
+        if not name.endswith("c_attn.bias"):
             torch.testing.assert_close(tensor, wanted_weights[name], rtol=100 * rel, atol=100 * rel)
 
 
@@ -100,7 +101,7 @@ def test_ranks_hold_parts_of_the_state(together: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_checkpoint_of_two_ranks_is_resumed(data: Path, together: Path, tmp_path: Path, world_size: int) -> None:
-    """On two ranks bit for bit, on one but for the order of sums."""
+    """The runs are bit-identical on two ranks, and on one rank up to the order of sums."""
     run_ranks(data, tmp_path / "run", steps=4)
     assert (tmp_path / "run/checkpoints/step-00000004").exists()
     if world_size == 2:
@@ -127,7 +128,7 @@ def test_replicas_compute_what_one_process_does(data: Path, alone: Path, tmp_pat
 
 @pytest.mark.slow
 def test_ranks_with_different_numbers_of_valid_tokens(tmp_path: Path) -> None:
-    """With documents kept apart, rows differ in how many tokens they predict; the loss is over all of them."""
+    """With documents kept apart, rows predict different numbers of tokens; the loss is the mean over all tokens."""
     documents = [("a", [*(i % 150 + 1 for i in range(3 + n * 7 % 40)), 199]) for n in range(40)]
     write_documents(tmp_path / "shards", {"train": [documents], "validation": [[("a", [1, 2, 3, 4])]]})
     output = tmp_path / "alone"
@@ -137,7 +138,7 @@ def test_ranks_with_different_numbers_of_valid_tokens(tmp_path: Path) -> None:
     assert_close(tmp_path / "together", output, rel=2e-6)
 
 
-# Ranks alone
+# Ranks without a run
 
 
 def test_a_single_process_shares_with_itself() -> None:

@@ -25,10 +25,10 @@ def test_held_out_loss(shards: TokenShards, rows_per_pass: int) -> None:
     torch.manual_seed(0)
     model = BTLMLMHeadModel(tiny_recipe({"resid_pdrop": 0.5}).config).train()
     actual = evaluate_held_out(LossModel(model, torch.bfloat16), shards, 32, 100, TOKEN_BYTES, ALONE, rows_per_pass)
-    assert model.training, "left as it was"
+    assert model.training, "training mode is restored"
     model.eval()
     expected: dict[str, dict[str, float]] = {"nats_per_token": {}, "bits_per_byte": {}}
-    # Of books 100 of 150 tokens: rows of 32, 32, 32 and 4; of code all 70: rows of 32, 32 and 6.
+    # Books give 100 of 150 tokens, in rows of 32, 32, 32 and 4; code gives all 70, in rows of 32, 32 and 6.
     for source, lengths in (("books", (32, 32, 32, 4)), ("code", (32, 32, 6))):
         stream, nats, size = shards.source_tokens("validation", source, 1000).tolist(), 0.0, 0
         for length in lengths:

@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 
 def run(recipe: Recipe, shards: TokenShards, output: Path, steps: int | None = None) -> list[dict[str, Any]]:
-    """Records of a call that is left after some steps, as an interruption leaves it."""
+    """Records of a call that ends after some steps, like an interrupted one."""
     records = []
     for record in train(recipe, shards, output, TOKEN_BYTES):
         records.append(record)
@@ -51,7 +51,7 @@ def run(recipe: Recipe, shards: TokenShards, output: Path, steps: int | None = N
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """Records on disk without the values that no two runs share."""
+    """Records on disk without the values that differ in every run."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "mfu")} for record in records]
 
@@ -61,7 +61,7 @@ def weights(output: Path) -> dict[str, Tensor]:
 
 
 def checkpoints(output: Path) -> list[int]:
-    """Steps of the checkpoints that are there."""
+    """Steps of the existing checkpoints."""
     return sorted(int(folder.name.removeprefix("step-")) for folder in (output / "checkpoints").iterdir())
 
 
@@ -90,13 +90,13 @@ def trained(output: Path) -> dict[str, Tensor]:
 
 
 def assert_same_run(output: Path, expected: Path) -> None:
-    """Bit for bit the same weights, optimizer, random numbers and metrics, and nothing left over."""
+    """Asserts that weights, optimizer, random numbers and metrics are bit-identical, and that no other file is left."""
     assert metrics(output) == metrics(expected)
     for actual, wanted in ((weights(output), weights(expected)), (state(output), state(expected))):
         assert actual.keys() == wanted.keys()
         for name in wanted:
             assert torch.equal(actual[name], wanted[name]), name
-    assert "weights/lm_head.weight" not in state(output), "a tied tensor is there once"
+    assert "weights/lm_head.weight" not in state(output), "a tied tensor is stored once"
     assert all(marker(output)[key] == marker(expected)[key] for key in ("step", "loader"))
     assert checkpoints(output) == checkpoints(expected)
     assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
@@ -115,7 +115,7 @@ def test_records_of_a_run(tmp_path: Path, shards: TokenShards) -> None:
     assert [record["sequence_length"] for record in records] == [16] * 4 + [32] * 3
     factors = [0.5, 1.0, *(1 - 0.9 * i / 5 for i in range(1, 6))]
     assert [record["lr"] for record in records] == pytest.approx([0.02 * factor for factor in factors])
-    # After every 192 tokens, and at the end.
+    # Held-out loss is measured after every 192 tokens, and at the end.
     assert [record["step"] for record in records if "bits_per_byte" in record] == [3, 6, 7]
     assert all(list(record["bits_per_byte"]) == ["books", "code", "mean"] for record in (records[2], records[6]))
     assert all(record["tokens_per_s"] > 0 for record in records)
@@ -125,7 +125,9 @@ def test_records_of_a_run(tmp_path: Path, shards: TokenShards) -> None:
 def test_the_model_learns(tmp_path: Path, shards: TokenShards) -> None:
     records = run(tiny_recipe(stages=[Stage(16, 64, 1280)]), shards, tmp_path)
     assert records[0]["loss"] > math.log(VOCAB_SIZE) - 0.1
-    assert records[-1]["loss"] < records[0]["loss"] - 0.3, "the entropy of the tokens is 4.5 nats, of equal ones 5.3"
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3, (
+        "the entropy of the tokens is 4.5 nats; for equal frequencies it would be 5.3"
+    )
 
 
 def test_the_model_is_saved_as_it_was_trained(tmp_path: Path, shards: TokenShards) -> None:
@@ -176,7 +178,7 @@ def test_a_run_without_held_out_text_has_no_bits_per_byte(tmp_path: Path) -> Non
     assert not any("bits_per_byte" in record for record in records)
 
 
-# One step, worked out plainly
+# One step, compared with a plain implementation
 
 
 def batches(recipe: Recipe, shards: TokenShards) -> Iterator[Tensor]:
@@ -229,8 +231,8 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in BTLMLMHeadModel(recipe.config).named_parameters()}
 
 
-# A decay that shows in one step, and an eps that keeps Adam from blowing up what rounding in bf16 leaves of gradients
-# that are zero, such as those of the biases of keys.
+# The decay is large enough to show in one step. The eps keeps Adam from amplifying rounding errors of gradients that
+# should be zero, such as those of the biases of keys.
 PLAIN = Optimizer(lr=0.02, clip_norm=0.5, weight_decay=2.0, betas=(0.6, 0.7), eps=1e-3)
 EVERY_STEP = Checkpoints(every_steps=1)
 
@@ -253,7 +255,7 @@ GOLDEN = {"loss": 5.5643, "grad_rms": 0.007261, "update_rms": 0.004279, "paramet
 
 
 def test_golden_step(tmp_path: Path, shards: TokenShards) -> None:
-    """Loss and root mean squares of one step: of the plain implementation, and those that they have been since."""
+    """Loss and root mean squares of one step, compared with the plain implementation and with recorded values."""
     recipe = tiny_recipe(optimizer=PLAIN, checkpoints=EVERY_STEP)
     before = initial_weights(recipe)
     count = sum(tensor.numel() for tensor in before.values())
@@ -309,7 +311,7 @@ DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
 
 @pytest.fixture(scope="module")
 def uninterrupted(shards: TokenShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with dropout, so that the state of the random numbers matters."""
+    """A run with dropout, so that the state of the random number generator matters."""
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert len(run(tiny_recipe(DROPOUT), shards, output)) == 7
     return output
@@ -364,7 +366,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, shards: Token
         ValueError, match=r"step-00000002 belongs to another recipe \(optimizer\.lr is 0\.02 there, 0\.03 here\)"
     ):
         run(other, shards, tmp_path)
-    # How it is executed may change.
+    # Settings that only concern the execution may change.
     run(tiny_recipe(micro_batch_tokens=64, checkpoints=Checkpoints(every_steps=3)), shards, tmp_path)
     assert checkpoints(tmp_path) == [6, 7]
 
@@ -420,8 +422,8 @@ def test_a_model_that_was_not_saved_is_saved_by_the_next_call(
     assert_same_run(tmp_path, uninterrupted)
 
 
-# Trains in children that kill themselves at a random touch of a file in the output folder; a run that got to its end is
-# followed by another, until there were 20 kills and the last run has got to its end too.
+# Trains in child processes that kill themselves at a random access to a file in the output folder. A completed run is
+# followed by another one, until there were 20 kills and the last run is complete, too.
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path
@@ -473,7 +475,7 @@ def test_killed_runs_end_like_one_that_was_not(tmp_path: Path, uninterrupted: Pa
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" -9") >= 20, result.stdout
-    assert ".partial" in result.stdout, "one died while it wrote a checkpoint"
+    assert ".partial" in result.stdout, "one was killed while it wrote a checkpoint"
     runs = sorted(tmp_path.glob("run-*"))
     assert len(runs) > 1
     for output in runs:
@@ -531,12 +533,12 @@ def test_a_number_that_is_not_finite_stops_before_the_update(
     ((first, second),) = told["loss_of_micro_batches_by_rank"]
     if where == "loss":
         assert [math.isfinite(first), math.isfinite(second)] == [at % 2 == 0, at % 2 == 1]
-    # A loader that goes there reads the batch again.
+    # After ``seek``, the loader reads the batch again.
     loader = TokenLoader(shards, recipe.stages, seed=recipe.seed)
     loader.seek(told["tokens_before"])
     assert next(loader).tokens == 64 * step
 
-    # The cause gone, the same call goes on.
+    # Without the cause, the same call continues.
     monkeypatch.setattr(LossModel, "forward", original)
     (tmp_path / "not_finite.json").unlink()
     run(recipe, shards, tmp_path)
@@ -551,7 +553,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     tmp_path: Path, shards: TokenShards, uninterrupted: Path, name: str
 ) -> None:
     recipe = tiny_recipe(DROPOUT)
-    before = signal.default_int_handler  # Who runs the tests in the background ignores SIGINT.
+    before = signal.default_int_handler  # Tests that run in the background ignore SIGINT.
     previous = signal.signal(signal.Signals[name], before)
     records = []
     for record in train(recipe, shards, tmp_path, TOKEN_BYTES):
@@ -623,7 +625,9 @@ def test_a_checkpoint_before_a_damaged_one_is_not_taken_for_an_old_one(
     assert len(run(tiny_recipe(DROPOUT), shards, tmp_path / "other", steps=3)) == 3
     shutil.copytree(tmp_path / "other/checkpoints/step-00000002", tmp_path / "checkpoints/step-00000002")
     run(recipe, shards, tmp_path, steps=1)
-    assert checkpoints(tmp_path) == [2, 3, 7], "those that were just written stay, whatever is damaged beyond them"
+    assert checkpoints(tmp_path) == [2, 3, 7], (
+        "checkpoints that were just written are kept, even if later ones are damaged"
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(
@@ -664,7 +668,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over_by_itself(tmp_path
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, shards: TokenShards) -> None:
     run(tiny_recipe(), shards, tmp_path, steps=2)
-    # As where the folder of start.model was replaced: the recipe is the same.
+    # The recipe is the same, as if only the folder of start.model had been replaced.
     marked = marker(tmp_path)
     marked["recipe"]["model"]["n_inner"] = 48
     (last_checkpoint(tmp_path) / "checkpoint.json").write_text(json.dumps(marked))
@@ -724,5 +728,5 @@ def test_precision_and_checkpointing_change_no_more_than_rounding(
     for name, chosen in (("plain", Precision(precision.dtype)), ("other", precision), ("bf16", Precision())):
         run(tiny_recipe(DROPOUT, precision=chosen), shards, tmp_path / name)
     losses = {name: [record["loss"] for record in metrics(tmp_path / name)] for name in ("plain", "other", "bf16")}
-    assert losses["other"] == losses["plain"], "the same products, computed once more"
+    assert losses["other"] == losses["plain"], "the same products are recomputed"
     assert losses["other"] == pytest.approx(losses["bf16"], rel=3e-3)

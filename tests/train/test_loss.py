@@ -19,7 +19,7 @@ def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tens
     weight = torch.randn(VOCAB, WIDTH, generator=generator).requires_grad_()
     labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
     labels[::5] = -100
-    labels[8:16] = -100  # for chunks of eight, one of which nothing is counted
+    labels[8:16] = -100  # so that one of the chunks of eight has no label that counts
     return hidden, weight, labels
 
 
@@ -31,7 +31,8 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected).norm() / expected.norm())
 
 
-# 37 tokens: one chunk, one of exactly all tokens, even ones of one token, and ragged last chunks of 5, 1 and 17.
+# Chunk sizes for 37 tokens: more than all tokens, exactly all tokens, one token, and sizes that leave last chunks of 5,
+# 1 and 17.
 @pytest.mark.parametrize("chunk", [512, 37, 1, 8, 12, 20])
 @pytest.mark.parametrize("uncounted", ["none", "some", "all"])
 def test_loss_and_gradients_are_those_of_cross_entropy(
@@ -144,7 +145,7 @@ def test_bfloat16_is_close(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Most numbers that any operation returned."""
+    """Largest number of elements that any operation returned."""
 
     numel = 0
 
@@ -166,7 +167,7 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch, with_grad: bo
     assert largest.numel == VOCAB * WIDTH, "the gradient of the weight, or the weight"
     with LargestTensor() as largest:
         plain(hidden, weight, labels)
-    assert largest.numel == TOKENS * VOCAB, "what is avoided would have been seen"
+    assert largest.numel == TOKENS * VOCAB, "the test would have noticed the full logits"
 
 
 def test_labels_are_the_next_tokens_of_each_row() -> None:

@@ -39,7 +39,7 @@ def test_a_spike_is_told_by_its_deviations() -> None:
     monitor = SpikeMonitor(6.0, STEADY)
     assert monitor.check(3.59) is None
     assert SpikeMonitor(6.0, STEADY).check(3.7) == pytest.approx(7.0)
-    assert SpikeMonitor(6.0, STEADY).check(1.0) is None, "a loss that falls is no spike"
+    assert SpikeMonitor(6.0, STEADY).check(1.0) is None, "a falling loss is not a spike"
 
 
 def test_a_spike_does_not_hide_the_next() -> None:

@@ -23,14 +23,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 @pytest.fixture(scope="module")
 def base(shards: TokenShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model, as a Hugging Face folder."""
+    """Hugging Face folder of a trained model."""
     output = tmp_path_factory.mktemp("base") / "run"
     list(train(tiny_recipe(), shards, output, TOKEN_BYTES))
     return output / "model"
 
 
 def tiny_from(base: Path, model: dict[str, Any] | None = None, **overrides: Any) -> Recipe:
-    """The tiny run with the model of a folder, and changes of its configuration."""
+    """The tiny run with the model of a folder and changes to its configuration."""
     return replace(tiny_recipe(start=Start(str(base)), **overrides), model=model or {})
 
 
@@ -40,7 +40,7 @@ def tiny_from(base: Path, model: dict[str, Any] | None = None, **overrides: Any)
 def test_training_goes_on_from_a_folder(shards: TokenShards, base: Path, tmp_path: Path) -> None:
     records = list(train(tiny_from(base), shards, tmp_path, TOKEN_BYTES))
     scratch = list(train(tiny_recipe(), shards, tmp_path / "scratch", TOKEN_BYTES))
-    assert records[0]["loss"] < scratch[0]["loss"] - 0.3, "it begins where the other run ended"
+    assert records[0]["loss"] < scratch[0]["loss"] - 0.3, "it starts with the loss at which the other run ended"
     model = BTLMLMHeadModel.from_pretrained(tmp_path / "model")
     assert model.config.mup_width_scale == 0.5
 
@@ -143,7 +143,8 @@ def test_layers_that_are_not_there_are_an_error(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks, and hides the warning
+# torch's compiler reads the attribute, and hides the warning.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_blocks_compute_the_same(
     shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

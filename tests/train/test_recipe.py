@@ -47,7 +47,7 @@ def write(folder: Path, raw: object) -> Path:
 
 
 def problems(folder: Path, raw: object, changes: dict[str, Any] | None = None) -> list[str]:
-    """What load_recipe finds, without the name of the file and the full stop."""
+    """The problems that load_recipe reports, without the name of the file and the full stop."""
     path = write(folder, raw)
     with pytest.raises(ValueError, match=rf"^{path}: ") as caught:
         load_recipe(path, changes)
@@ -57,9 +57,9 @@ def problems(folder: Path, raw: object, changes: dict[str, Any] | None = None) -
     return message.removeprefix(f"{path}: ")[:-1].split("; ")
 
 
-# What a recipe says
+# Reading a recipe
 
-# Every key, and none with its default.
+# Every key is set, and none to its default.
 EVERY_KEY: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "betas": [0.8, 0.99], "eps": 1e-12, "weight_decay": 0.0, "clip_norm": 2},
     "schedule": {"warmup_tokens": 64, "final_lr_ratio": 1e-22, "decay": "cosine", "start_tokens": 7},
@@ -122,7 +122,7 @@ def test_what_the_shipped_recipes_are_for() -> None:
     assert {name for name, recipe in recipes.items() if recipe.start} == {"continue", "finetune-32k", "lora"}
     assert {name for name, recipe in recipes.items() if recipe.lora} == {"lora"}
     long = recipes["finetune-32k"]
-    # The factor of position interpolation is the new context over that of training, 8,192 (model card).
+    # The factor of position interpolation is the new context divided by the training context of 8,192 (model card).
     assert long.model["alibi_scaling"] == {"type": "linear", "factor": 32_768 / 8192}
     assert long.model["n_positions"] == long.stages[0].sequence_length == 32_768
     for name in ("btlm-tiny", "btlm-proxy-40m"):
@@ -197,7 +197,7 @@ def test_schedule_of_btlm_3b() -> None:
     recipe = load_recipe(ROOT / "recipes/btlm-3b.yaml")
     for step in (1, 2, 50, 94, 95):
         assert recipe.lr_factor(step * 3_932_160) == pytest.approx(step / 95)
-    # 159,541 steps down in one line; 119,727 is the last at 2,048 tokens per row.
+    # The learning rate falls linearly over 159,541 steps; step 119,727 is the last one with 2,048 tokens per row.
     for step in (95, 96, 10_000, 119_726, 119_727, 119_728, 159_635, 159_636):
         assert recipe.lr_factor(step * 3_932_160) == pytest.approx(1 - (1 - 0.0085) * (step - 95) / 159_541)
 
@@ -239,7 +239,8 @@ def test_schedule_without_warm_up_and_of_warm_up_alone() -> None:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        # A model has seen 1,280 tokens and sees 640 more. Resumed, the line goes from 128 to 1,920: 1,792 tokens.
+        # A model has seen 1,280 tokens and sees 640 more. If the schedule is resumed, its line goes from 128 to 1,920
+        # tokens.
         (Schedule(128, 0.0, start_tokens=1280), [1 - 1216 / 1792, 1 - 1472 / 1792, 0.0]),
         (Schedule(128, 0.0, "cosine", 1280), [(1 + math.cos(math.pi * t / 1792)) / 2 for t in (1216, 1472, 1792)]),
         (Schedule(128, 0.0, "constant", 1280), [1.0, 1.0, 1.0]),
@@ -262,7 +263,7 @@ NO_SCALE = {key: value for key, value in MODEL.items() if key != "mup_width_scal
 def test_width_scale_is_base_width_over_width(tmp_path: Path, base: int, width_scale: float) -> None:
     recipe = load_recipe(write(tmp_path, RAW | {"model": NO_SCALE, "mup_base_width": base}))
     assert recipe.config.mup_width_scale == width_scale
-    assert "mup_width_scale" not in recipe.model, "what the file says is kept as it is"
+    assert "mup_width_scale" not in recipe.model, "the content of the file is not changed"
     assert recipe == load_recipe(write(tmp_path, as_dict(recipe)))
 
 
@@ -364,7 +365,7 @@ def test_a_change_that_cannot_be(tmp_path: Path, key: str, value: object, proble
     assert found.startswith(problem)
 
 
-# A model to go on from
+# A model to continue from
 
 
 def started(folder: Path, **model: Any) -> Recipe:
@@ -573,7 +574,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("stages", [], "stages is [], not a list of stages"),
     ("stages", {"tokens": 1}, "stages is {'tokens': 1}, not a list of stages"),
     ("stages.0", "long", "stages[0] is 'long', not a mapping"),
-    # What does not go together
+    # Settings that contradict each other
     ("stages.0.tokens", 63, "stages[0].batch_tokens (64) is more than its tokens (63)"),
     ("stages.1.batch_tokens", 144, "stages[1].batch_tokens (144) is no multiple of sequence_length (32)"),
     ("micro_batch_tokens", 96, "stages[1].batch_tokens (128) is no multiple of micro_batch_tokens (96)"),
@@ -632,7 +633,7 @@ def test_rows_have_to_fit_learned_positions(tmp_path: Path) -> None:
 
 def test_warm_up_may_end_with_the_run(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, changed("schedule.warmup_tokens", 1280))).lr_factor(1280) == 1.0
-    # What came before counts: the warm-up of a schedule that is resumed lies behind.
+    # Earlier tokens count, so the warm-up of a resumed schedule is over.
     load_recipe(write(tmp_path, changed("schedule", {"warmup_tokens": 1281, "start_tokens": 1})))
 
 

@@ -24,7 +24,7 @@ def network() -> BTLMLMHeadModel:
 
 
 def batch(rows: int, documents: bool = False) -> Batch:
-    """Rows whose documents have lengths of their own, so that they predict different numbers of tokens."""
+    """Rows with documents of different lengths, which therefore predict different numbers of tokens."""
     rng = np.random.default_rng(1)
     input_ids = rng.integers(0, VOCAB_SIZE, (rows, LENGTH))
     ids = np.stack([np.sort(rng.integers(0, 1 + 3 * row, LENGTH)) for row in range(rows)]).astype(np.int32)
@@ -32,7 +32,7 @@ def batch(rows: int, documents: bool = False) -> Batch:
 
 
 def plain_loss(model: BTLMLMHeadModel, data: Batch) -> Tensor:
-    """The mean over the predicted tokens of the whole batch; each document by itself where they are kept apart."""
+    """Mean loss over the predicted tokens of the whole batch, document by document if they are kept apart."""
     nats, count = torch.zeros((), dtype=torch.float64), 0
     for row, ids in enumerate(torch.from_numpy(data.input_ids)):
         documents = [ids]
@@ -47,7 +47,7 @@ def plain_loss(model: BTLMLMHeadModel, data: Batch) -> Tensor:
 
 
 def step(model: BTLMLMHeadModel, data: Batch, micro_batch_rows: int) -> tuple[Any, dict[str, Tensor]]:
-    """The result of a step by plain gradient descent, and the gradient that it must have followed."""
+    """The result of a step of plain gradient descent, and the gradient computed from the change of the weights."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     result = take_step(LossModel(model, torch.float32), optimizer, data, micro_batch_rows * LENGTH, 1e9, ALONE)
@@ -74,7 +74,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(documents: bool, mic
 
 
 def test_the_mean_of_micro_batches_would_be_something_else() -> None:
-    """The rows above do differ in how many tokens they predict."""
+    """The rows above predict different numbers of tokens."""
     data = batch(6, documents=True)
     assert data.document_ids is not None
     parts = [Batch(data.input_ids[i : i + 1], data.document_ids[i : i + 1], 0) for i in range(6)]

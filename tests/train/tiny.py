@@ -1,4 +1,4 @@
-"""A run that takes a second: shards of random tokens and a recipe of two stages with everything in it."""
+"""A run that takes a second: shards of random tokens, and a recipe of two stages with all features."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Recipe, Schedu
 from tests.data.tiny import write_streams
 
 VOCAB_SIZE = 200
-# Bytes of every token, as a vocabulary might have them; the last one is its end-of-text.
+# Bytes of text per token of an imaginary vocabulary; the last token is end-of-text.
 TOKEN_BYTES = np.array([*(np.arange(VOCAB_SIZE - 1) % 7 + 1), 0])
 
 MODEL: dict[str, Any] = {
@@ -52,7 +52,7 @@ def tiny_recipe(model: dict[str, Any] | None = None, **overrides: Any) -> Recipe
 
 
 def tiny_shards(folder: Path) -> TokenShards:
-    """Two sources whose tokens are likelier the smaller they are, so that there is something to learn."""
+    """Shards of two sources, in which smaller token ids are more frequent, so that there is something to learn."""
     rng = np.random.default_rng(0)
 
     def stream(size: int) -> Any:

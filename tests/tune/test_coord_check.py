@@ -20,9 +20,9 @@ from tests.train.tiny import tiny_recipe, tiny_shards
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = CoordCheck(widths=(32, 64, 128), steps=2, seeds=2)
 
-# The activations that tell each missing row, with the moment, and by how much their slope leaves its prediction in the
-# limit: 1/2 where the size of a sum of random terms is off, 1 where that of a sum of like terms is (arXiv 2203.03466,
-# appendix J). The tests ask for half of it.
+# For each ablation: the activations that reveal it, the moment, and the distance of their slope from the prediction in
+# the limit of infinite width. It is 1/2 if a sum of random terms has the wrong size, and 1 if a sum of aligned terms
+# has (arXiv 2203.03466, appendix J). The tests require half of it.
 TOLD_BY = {
     "hidden-init": [("queries, keys, values", "initial", 0.5), ("MLP inner", "initial", 0.5)],
     "residual-init": [("attention output", "initial", 0.5), ("MLP output", "initial", 0.5)],
@@ -37,14 +37,14 @@ TOLD_BY = {
 
 
 def slopes_of(check, config=None, optimizer=None):
-    """By quantity and moment."""
+    """Slopes by quantity and moment."""
     config = config or BTLMConfig(**coord_check._BTLM)
     slopes = fit_slopes(check, measure(check, config, optimizer or Optimizer(lr=0.012), draw_batches(check), "cpu"))
     return {(slope.quantity, slope.moment): slope for slope in slopes}
 
 
 def excess(slope):
-    """By how much a slope leaves its prediction, with its sign."""
+    """Signed distance of a slope from its predicted range."""
     low, high = slope.predicted
     return slope.value - min(max(slope.value, low), high)
 
@@ -71,7 +71,7 @@ def test_every_missing_row_fails_where_it_acts(ablate):
 def test_standard_parametrization_fails():
     standard = BTLMConfig(n_embd=256, n_head=4, initializer_range=0.02)
     assert len(failures(slopes_of(SMALL, standard, Optimizer(lr=3e-3)))) > 10
-    # It is muP without all of what scales with the width.
+    # It is muP without everything that scales with the width.
     assert len(failures(slopes_of(replace(SMALL, ablate="all")))) > 10
 
 
@@ -133,7 +133,7 @@ def test_sizes_at_initialization_are_those_of_the_table():
         assert initial["embeddings"][i, 0] == pytest.approx(14.6 * 0.073, rel=0.05)
         assert initial["c_attn, c_fc, c_fc2"][i, 0] == pytest.approx(std, rel=0.03)
         assert initial["c_proj"][i, 0] == pytest.approx(std / 2, rel=0.03)  # sqrt(2 n_layer) = 2
-        # LayerNorm's output has the size 1.
+        # LayerNorm's output has a root mean square of 1.
         assert initial["queries, keys, values"][i, 0] == pytest.approx(std * math.sqrt(width), rel=0.05)
 
 
@@ -156,7 +156,8 @@ def test_scores_are_those_that_attention_takes():
 def test_changes_are_against_initialization():
     check = CoordCheck(widths=(32, 64), steps=3, seeds=1)
     change = measure(check, BTLMConfig(**coord_check._BTLM), Optimizer(lr=0.01, weight_decay=0.0), draw_batches(check))
-    # Adam's first step is the learning rate, a tenth of the recipe's, whatever the gradient; the next go the same way.
+    # Adam's first step has the size of the learning rate, a tenth of the recipe's, for any gradient; the next steps
+    # have the same direction.
     first, _, third = change.change["embedding weights"][0, 0]
     assert first == pytest.approx(0.001, rel=0.02)
     assert 0.002 < third < 0.003
@@ -174,8 +175,8 @@ def test_the_random_state_stays():
 def test_slopes_are_powers_of_the_width():
     check = CoordCheck(widths=(10, 100, 1000), seeds=3, steps=2)
     widths = np.array(check.widths, dtype=float)[:, None]
-    noise = np.array([1.0, 2.0, 4.0])  # A factor changes no slope,
-    tilt = widths ** np.array([-0.1, 0.0, 0.1])  # and seeds of other slopes give the error: 0.1 / sqrt(3).
+    noise = np.array([1.0, 2.0, 4.0])  # A factor per seed does not change slopes,
+    tilt = widths ** np.array([-0.1, 0.0, 0.1])  # and different slopes per seed give the error 0.1 / sqrt(3).
     initial = dict.fromkeys(PREDICTIONS, 3 * widths**-0.5 * noise * tilt)
     change = dict.fromkeys(PREDICTIONS, np.stack([widths**0.2 * noise, 7 * widths**0.4 * noise], axis=2))
     slopes = {(s.quantity, s.moment): s for s in fit_slopes(check, Coordinates(initial, change))}

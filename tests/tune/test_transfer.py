@@ -27,7 +27,7 @@ SPACE = SearchSpace(lr=(3e-3, 3e-2))
 
 
 class Killed(BaseException):
-    """Leaves everything as it is, like a signal that cannot be caught: no code handles it."""
+    """An exception that no code handles: everything stays as it is, as after a signal that cannot be caught."""
 
 
 def proxy_recipe(**overrides) -> Recipe:
@@ -38,7 +38,7 @@ def proxy_recipe(**overrides) -> Recipe:
 
 @pytest.fixture
 def files(tmp_path):
-    """The proxy, the shards, and the output folder that does not exist yet."""
+    """The proxy's recipe, the shards, and an output folder that does not exist yet."""
     tiny_shards(tmp_path / "shards")
     (tmp_path / "proxy.yaml").write_text(dump_recipe(proxy_recipe()))
     return tmp_path / "proxy.yaml", tmp_path / "shards", tmp_path / "out"
@@ -64,7 +64,7 @@ def states_in(output: Path) -> list[str]:
 
 
 def watch_training(monkeypatch) -> list[Recipe]:
-    """The recipes that are trained from now on."""
+    """List of the recipes that are trained from now on."""
     original, recipes = loop.train, []
 
     def watched(recipe, *rest):
@@ -81,7 +81,8 @@ def test_values_are_log_uniform_and_follow_from_seed_and_number():
     assert draws[:3] == [SearchSpace().draw(1, number) for number in range(3)]
     assert draws[0] != draws[1]
     assert space.draw(2, 0) != draws[0]
-    # Uniform on [0, 1]: mean 1/2, standard deviation 1/sqrt(12), no correlation; within 4 standard errors.
+    # The values are uniform on [0, 1], with mean 1/2, standard deviation 1/sqrt(12) and no correlation, within 4
+    # standard errors.
     unit = np.array(
         [
             [math.log(draw[name] / low) / math.log(high / low) for name, (low, high) in space.ranges.items()]
@@ -154,7 +155,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_with_the_same_values(files, 
     assert not (files[2] / RESULT).exists()
 
     with (files[2] / JOURNAL).open("a") as journal:
-        journal.write('{"op_code": 4, "wor')  # as a kill in the middle of a line leaves it
+        journal.write('{"op_code": 4, "wor')  # like a kill in the middle of a line
     steps = []
 
     def watched(*arguments):
@@ -164,7 +165,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_with_the_same_values(files, 
 
     monkeypatch.setattr(loop, "train", watched)
     run(files, 2)
-    assert steps == [3], "the trial did not go on from its checkpoint"
+    assert steps == [3], "the trial did not continue from its checkpoint"
     states = states_in(files[2])
     assert states == ["COMPLETE", "FAIL", "COMPLETE"]
     losses = [[trial.value for trial in trials_of(folder).values()] for folder in (files[2], tmp_path / "reference")]
@@ -265,7 +266,7 @@ def test_two_workers_find_what_one_finds(files, tmp_path):
     assert list(two) == [0, 1, 2, 3]
     for number in two:
         assert two[number].params == one[number].params
-        assert two[number].value == pytest.approx(one[number].value, rel=1e-3)  # by the number of threads
+        assert two[number].value == pytest.approx(one[number].value, rel=1e-3)  # they differ by the number of threads
     assert load_recipe(files[2] / RESULT) == load_recipe(tmp_path / "one" / RESULT)
 
 
@@ -322,7 +323,7 @@ def test_a_killed_worker_is_told(tmp_path):
 
 
 class KillsItself:
-    """In place of a job: the process that is sent it ends."""
+    """Stands in for a job: the process that receives it ends."""
 
     number = 5
 

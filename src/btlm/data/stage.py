@@ -140,7 +140,7 @@ def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) 
 
 
 def load_stage(folder: Path) -> dict[str, Any]:
-    """What a complete stage recorded: its ``key`` and its result.
+    """The record of a complete stage: its ``key`` and its result.
 
     Raises:
         ValueError: The stage is not complete.

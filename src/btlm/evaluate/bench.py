@@ -138,7 +138,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-# What is measured
+# Models to measure
 
 
 class _Folder:
