@@ -18,7 +18,7 @@ def info_of(capsys, model):
 
 def test_numbers_of_btlm_3b(capsys):
     info = info_of(capsys, BTLM_3B)
-    # The released configuration, its tensors counted, and its cache by hand.
+    # Counted from the tensors of the released configuration; the cache is computed by hand.
     assert info["parameters"] == {"total": 2_646_255_744, "without_embeddings": 2_517_597_824}
     assert info["architecture"] == {
         "layers": 32,
@@ -53,7 +53,7 @@ def test_training_compute_of_btlm_3b(capsys):
     at_2048, at_8192 = info_of(capsys, BTLM_3B)["flops_per_token"]
     assert (at_2048["context"], at_8192["context"]) == (2048, 8192)
     assert at_2048["training"] == 3 * at_2048["forward"]
-    # 470.8 and 156.9 billion tokens; 9.97e21 by 6 N D, and attention on top.
+    # 470.8 and 156.9 billion tokens: 9.97e21 FLOPs by 6 N D, plus attention.
     total = 470.8e9 * at_2048["training"] + 156.9e9 * at_8192["training"]
     assert total == pytest.approx(1.11e22, rel=0.005)
 

@@ -15,13 +15,13 @@ LORA = Lora(rank=4)
 DOCUMENTS = Data(mask_documents=True)
 WIDE = {"n_embd": 256, "n_inner": 700}
 
-# By hand: 23,856 parameters, of which 8,696 are in each of two blocks (8,320 in matrices) and 6,464 outside
+# Counted by hand: 23,856 parameters, of which 8,696 are in each of two blocks (8,320 in matrices) and 6,464 outside
 
 
 def test_memory_of_a_single_device() -> None:
     row = memory_per_device(tiny_recipe(), 1)
-    # A block keeps for a token: norms 2 x (4 x 32 + 8); queries, keys, values and output of four heads of 8 + 8
-    # dimensions, and a sum a head; three inner vectors; inputs of five matrices.
+    # A block keeps per token: norms 2 x (4 x 32 + 8); queries, keys, values and output of four heads of 8 + 8
+    # dimensions, and a sum per head; three inner vectors; inputs of five matrices.
     block = 272 + 4 * 2 * 64 + 16 + 3 * 2 * 44 + 2 * (4 * 32 + 44)
     assert block == 1408
     assert row == {
@@ -49,10 +49,10 @@ def test_memory_of_shards_with_checkpointing() -> None:
         "weights": 2 * 23_856,
         "gradients": 2 * 23_856,
         "optimizer": 4 * 23_856,
-        # Weights and gradient outside; two blocks, and the gradient of one in bf16 and fp32.
+        # Weights and gradient outside the blocks; two blocks, and the gradient of one in bf16 and fp32.
         "gathered": 2 * 2 * 6_464 + 2 * 2 * 8_696 + (2 + 4) * 8_696,
-        # Two inputs of 32 in fp32 and the rest of a block; gradients of 32 in fp32 and bf16, and of 44 in bf16; that
-        # of the last matrix in fp32, which is more than another of 44.
+        # Two inputs of 32 in fp32 and the rest of a block; gradients of 32 in fp32 and bf16, and of 44 in bf16; the
+        # gradient of the last matrix in fp32, which is more than another of 44.
         "activations": 32 * (2 * 128 + (1408 - 128) + 128 + 64 + 88) + 4 * 44 * 32,
         "head": 0,
         "total": 367_408,
@@ -60,18 +60,18 @@ def test_memory_of_shards_with_checkpointing() -> None:
 
 
 def test_fp32_weights_are_gathered_whole() -> None:
-    # No copies for fp32 products, and no gathering by a single process.
+    # There are no copies for fp32 products, and a single process gathers nothing.
     assert memory_per_device(tiny_recipe(precision=Precision("float32")), 1)["gathered"] == 0
     row = memory_per_device(tiny_recipe(precision=Precision("float32")), 2)
     assert (row["moment"], row["gathered"]) == ("backward", 4 * 2 * 6_464 + 4 * 2 * 8_696 + (4 + 4) * 8_696)
-    # For bf16 products, copies of the matrices of both blocks on top: the graph holds them.
+    # For bf16 products, the graph also holds copies of the matrices of both blocks.
     row = memory_per_device(tiny_recipe(), 2)
     assert row["gathered"] == 4 * 2 * 6_464 + 4 * 2 * 8_696 + (4 + 4) * 8_696 + 2 * 2 * 8_320
 
 
 def test_masks_of_documents_take_memory() -> None:
     without, masked = (memory_per_device(tiny_recipe(data=Data(documents)), 1) for documents in (False, True))
-    # Of 32 keys a token: one byte twice, and two bytes in each block.
+    # A mask over 32 keys per token: one byte twice, and two bytes in each block.
     assert masked["activations"] - without["activations"] == 32 * (2 * 32 + 2 * 2 * 32)
 
 
@@ -82,7 +82,7 @@ def test_adapters_leave_out_the_gradient_of_the_head() -> None:
     assert row["head"] == 32 * 200 * (2 + 2) + 200 * 32 * 2 + 2 * 2 * 32 * 32
 
 
-# Measured
+# Compared with measured memory
 
 VARIANTS: list[tuple[dict[str, Any], Lora | None, bool]] = [
     ({}, None, False),
@@ -113,7 +113,7 @@ def network_of(recipe: Recipe) -> BTLMLMHeadModel:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("model", "lora", "documents"), VARIANTS)
 def test_what_a_block_keeps(dtype: Any, model: dict[str, Any], lora: Lora | None, documents: bool) -> None:
-    """Unique storages that autograd saves in a block, weights and their casts left out; 1% for what kernels add."""
+    """Compare with the storages that autograd saves in a block, without weights and their casts; kernels may add 1%."""
     rows, length = 3, 24
     recipe = tiny_recipe(
         model | {"n_embd": 48, "n_head": 6},
@@ -151,7 +151,7 @@ def test_what_a_block_keeps(dtype: Any, model: dict[str, Any], lora: Lora | None
 
 
 def peak_bytes(recipe: Recipe) -> int:
-    """The most that torch allocates in a forward and backward pass, on top of weights and their gradients."""
+    """Peak memory that torch allocates in a forward and backward pass, without weights and their gradients."""
     model = LossModel(network_of(recipe), getattr(torch, recipe.precision.dtype))
     length = recipe.stages[0].sequence_length
     ids = torch.randint(0, recipe.config.vocab_size, (recipe.micro_batch_tokens // length, length))
@@ -178,7 +178,7 @@ def peak_bytes(recipe: Recipe) -> int:
         ("backward", {}, 1024, Precision(activation_checkpointing=True), {"data": DOCUMENTS}),
         ("backward", {}, 2048, Precision("float32"), {}),
         ("backward", {}, 1024, Precision(activation_checkpointing=True), {}),
-        # Copies and gradients of weights are most.
+        # Copies and gradients of weights take most of the memory.
         ("backward", WIDE, 64, Precision(), {}),
         ("backward", WIDE | {"vocab_size": 1000}, 64, Precision(activation_checkpointing=True), {}),
         ("backward", WIDE, 64, Precision("float32", activation_checkpointing=True), {}),
@@ -187,7 +187,7 @@ def peak_bytes(recipe: Recipe) -> int:
 def test_peak_of_a_device(
     moment: str, model: dict[str, Any], tokens: int, precision: Precision, others: dict[str, Any]
 ) -> None:
-    """The allocator's own account; 4%, since workspaces and small temporaries are not counted."""
+    """Compare with the allocator's own count, within 4%, since workspaces and small temporaries are not counted."""
     length = min(tokens, 512)
     shape = {"n_positions": 512, "n_embd": 128, "n_layer": 6, "n_inner": 340}
     recipe = tiny_recipe(

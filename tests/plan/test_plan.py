@@ -22,7 +22,7 @@ BTLM_3B = ROOT / "recipes/btlm-3b.yaml"
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "head")
 LORA = Lora(rank=4)
 
-# BTLM-3B-8k: the paper, its recipes and the model card; FLOPs and days worked by hand
+# BTLM-3B-8k: figures of the paper, its recipes and the model card; FLOPs and days computed by hand
 
 
 def test_btlm_3b() -> None:
@@ -40,12 +40,12 @@ def test_btlm_3b() -> None:
     assert numbers["flops_by_parameters"] == pytest.approx(9.97e21, rel=1e-3)
     assert numbers["flops"] == pytest.approx(1.11e22, rel=5e-3)
     assert numbers["flops"] == sum(stage["flops"] for stage in numbers["stages"])
-    # 1.11e22 FLOPs by 8 x 989e12 x 0.4 a second are 40.6 days.
+    # 1.11e22 FLOPs at 8 x 989e12 x 0.4 per second take 40.6 days.
     days = {row["devices"]: row["days"] for row in numbers["days"]}
     assert days[8] == pytest.approx(40.6, rel=5e-3)
     assert days[480] == pytest.approx(days[8] / 60)
     by_shards = {row["shards"]: row for row in numbers["memory"]}
-    # 4, 4 and 8 bytes a parameter for weights, gradients and moments.
+    # 4, 4 and 8 bytes per parameter for weights, gradients and moments.
     assert [by_shards[1][part] for part in PARTS[:3]] == [10_585_022_976, 10_585_022_976, 21_170_045_952]
     # A single device casts the matrices of one block, and keeps the gradient of the head of 50,257 x 2,560.
     matrices = 4 * 2560 * 2560 + 3 * 2560 * 6826
@@ -63,7 +63,7 @@ def test_days_follow_the_assumptions() -> None:
 
 def test_lora_trains_adapters_alone() -> None:
     recipe = tiny_recipe(lora=LORA)
-    # Two blocks, rank 4: 32 + 96, 32 + 32, 32 + 44 twice, and 44 + 32.
+    # Two blocks, rank 4: matrices of 32 + 96, 32 + 32, twice 32 + 44, and 44 + 32.
     adapters = 2 * 4 * (128 + 64 + 76 + 76 + 76)
     numbers = plan(recipe)
     assert numbers["parameters"] == {
@@ -75,7 +75,7 @@ def test_lora_trains_adapters_alone() -> None:
     row = numbers["memory"][0]
     assert [row[part] for part in PARTS[:3]] == [4 * (23_856 + adapters), 4 * adapters, 8 * adapters]
     assert numbers["flops_by_parameters"] == (4 * 23_856 + 6 * adapters) * 448
-    # Two products with each of 2 x 8,320 and 6,400 weights, two operations each; causal attention three times.
+    # Two products with each of 2 x 8,320 and 6,400 weights, two operations each; three passes of causal attention.
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 44) + 200 * 32
     attention = 2 * 4 * 32 * 17 / 2
     assert numbers["stages"][0]["flops"] == (4 * weights + 3 * attention + 6 * adapters) * 256
@@ -89,7 +89,7 @@ def test_more_shards_until_they_make_little_difference() -> None:
     assert following["total"] > 0.95 * memory[-1]["total"]
     for row in memory:
         assert row["total"] == sum(row[part] for part in PARTS)
-    # Four rows a step, then two: no more than two devices can share them.
+    # Four rows per step, then two: at most two devices can share them.
     assert [row["shards"] for row in plan(tiny_recipe())["memory"]] == [1, 2]
 
 
@@ -108,7 +108,7 @@ def test_a_device_with_less_than_a_micro_batch_needs_less() -> None:
     assert row["memory"] == memory_per_device(dataclasses.replace(recipe, micro_batch_tokens=16), 4)["total"]
 
 
-# What a plan needs
+# Inputs of a plan
 
 
 def test_nothing_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def rendered(name: str, numbers: dict[str, Any]) -> str:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_tables_of_shipped_recipes_fit_80_columns(path: Path) -> None:
     recipe = load_recipe(path)
-    if recipe.start is not None:  # of a model that is not in the repository
+    if recipe.start is not None:  # its model is not in the repository
         fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
         recipe = Recipe(**fields | {"start": None, "model": load_recipe(BTLM_3B).model | recipe.model})
     text = rendered(path.name, plan(recipe))
