@@ -1,6 +1,6 @@
 """Reading documents: JSON lines (plain, gzip, Zstandard), Parquet, text files and Hugging Face data sets.
 
-In place of a document that cannot be read comes a :class:`Problem`, so that the caller decides how many are too many.
+A document that cannot be read is returned as a :class:`Problem`, so that the caller decides how many are too many.
 """
 
 import gzip
@@ -251,7 +251,7 @@ def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
         advance(file.tell() - position)
 
 
-# The other kinds
+# Text files, Parquet and data sets
 
 
 def _text_records(name: str, path: Path, read: Read) -> Iterator[_Record | Problem]:

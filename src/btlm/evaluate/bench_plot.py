@@ -6,7 +6,7 @@ from typing import Any
 
 from btlm.plots import pyplot, save_figure
 
-PHONE = 3.0  # GB: what the card's figure 1 marks as the memory of small devices
+PHONE = 3.0  # GB: the memory of small devices that figure 1 of the card marks
 _FORMATS = {"4bit": "4 bits", "8bit": "8 bits", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -110,7 +110,7 @@ def _places(rows: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _shade(color: str, share: float) -> tuple[float, ...]:
-    """A color with a share of white, at most two thirds."""
+    """A color lightened towards white by four fifths of ``share``, which is from 0 to 1."""
     from matplotlib.colors import to_rgb
 
     return tuple(part + (1 - part) * share * 0.8 for part in to_rgb(color))

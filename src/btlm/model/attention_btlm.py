@@ -19,7 +19,7 @@ QUERY_BLOCK = 512
 
 
 class AttentionPlan(NamedTuple):
-    """What the attention of all blocks shares, made once per forward pass: a bias, folded features, or neither."""
+    """Inputs that the attention of all blocks shares, made once per pass: a bias, folded features, or neither."""
 
     num_keys: int
     query_positions_Q: Tensor

@@ -37,7 +37,7 @@ def run_training(
     device: str = "auto",
     changes: dict[str, Any] | None = None,
 ) -> None:
-    """Train on token shards by a recipe; the same call continues an interrupted run.
+    """Train on token shards as a recipe describes; the same call continues an interrupted run.
 
     Args:
         recipe_path: YAML file of the recipe; a copy is kept in ``output``.
@@ -119,7 +119,7 @@ def _say(console: Console, line: str) -> None:
 def _progress(
     recipe: Recipe, config: BTLMConfig, console: Console
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-    """Yield a function that shows a record, as a bar on a terminal or else in some lines, and one that prints a line.
+    """Yield a function that shows a record, as a bar or as occasional lines, and one that prints a line.
 
     Warnings of the trainer are printed as lines too.
     """

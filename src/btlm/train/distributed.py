@@ -1,4 +1,4 @@
-"""The ranks that ``torchrun`` starts, and how they share one model: FSDP2, with several replicas hybrid."""
+"""The ranks that ``torchrun`` starts, and how they share one model: FSDP2, or hybrid with several replicas."""
 
 import os
 from dataclasses import dataclass

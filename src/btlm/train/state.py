@@ -274,7 +274,7 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
 
 @contextmanager
 def _writing(final: Path) -> Iterator[None]:
-    """Turn an error into one line that says why the checkpoint could not be written."""
+    """Turn any error of writing into one line that says why the checkpoint could not be written."""
     try:
         yield
     except (CheckpointException, OSError, RuntimeError, SafetensorError) as error:
