@@ -162,7 +162,12 @@ def test_missing_keys_have_the_defaults_of_the_configuration_class() -> None:
 
 
 def test_older_and_common_spellings() -> None:
-    older = {"width_scale": 0.5, "embeddings_scale": 3.0, "output_logits_scale": 0.6, "scale_qk_dot_by_d": True}
+    older: dict[str, Any] = {
+        "width_scale": 0.5,
+        "embeddings_scale": 3.0,
+        "output_logits_scale": 0.6,
+        "scale_qk_dot_by_d": True,
+    }
     older |= {"hidden_size": 48, "num_attention_heads": 12, "num_hidden_layers": 3, "max_position_embeddings": 64}
     kept = {key: value for key, value in TINY.items() if not key.startswith("mup_")}
     for key in ("n_embd", "n_head", "n_layer", "n_positions"):

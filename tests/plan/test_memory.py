@@ -5,8 +5,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from btlm.model import BTLMLMHeadModel
-from btlm.plan.memory import block_bytes_per_token, memory_per_device, num_adapter_parameters
+from btlm.plan.memory import block_bytes_per_token, memory_per_device
 from btlm.train import Recipe
+from btlm.train.cost import num_adapter_parameters
 from btlm.train.recipe import Data, Lora, Parallelism, Precision, Stage
 from btlm.train.step import LossModel
 from tests.train.tiny import tiny_recipe

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from io import StringIO
 from itertools import pairwise
@@ -10,12 +11,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from btlm.model import BTLMConfig
+from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.plan.info import run_info
 from btlm.plan.memory import memory_per_device
 from btlm.plan.plan import plan, render, run_plan
 from btlm.train import Recipe, load_recipe
+from btlm.train.loop import train
 from btlm.train.recipe import Lora, Parallelism, Precision, Stage, Start
-from tests.train.tiny import MODEL, tiny_recipe
+from btlm.train.recipe_file import dump_recipe
+from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
 
 ROOT = Path(__file__).parents[2]
 BTLM_3B = ROOT / "recipes/btlm-3b.yaml"
@@ -236,3 +240,28 @@ def test_tables_of_variants() -> None:
         assert part in text
     assert "recomputed" not in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_training_plan_and_info_count_the_same_flops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lora: Lora | None
+) -> None:
+    monkeypatch.setattr("btlm.train.loop.matrix_rate", lambda *_: 1.0)  # so that MFU is FLOPs over seconds
+    values: dict[str, Any] = {"stages": [Stage(16, 64, 64), Stage(32, 64, 64)]}
+    if lora is not None:
+        BTLMLMHeadModel(BTLMConfig(**MODEL)).save_pretrained(tmp_path / "base")
+        values |= {"model": {}, "start": Start(str(tmp_path / "base")), "lora": lora}
+    recipe = dataclasses.replace(tiny_recipe(), **values)
+    records = list(train(recipe, tiny_shards(tmp_path / "shards"), tmp_path / "run", TOKEN_BYTES))
+    by_training = [record["mfu"] / record["tokens_per_s"] for record in records]
+    by_plan = [stage["flops"] / stage["tokens"] for stage in plan(recipe)["stages"]]
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    run_info(tmp_path / "recipe.yaml", as_json=True)
+    info = json.loads(capsys.readouterr().out)["flops_per_token"][-1]  # at the whole context, 32 tokens
+    assert by_training == pytest.approx(by_plan)
+    assert info["training"] == by_plan[-1]
+    # By hand: six operations per trained weight, four per frozen one, and causal attention three times.
+    weights, attention = 2 * (4 * 32 * 32 + 3 * 32 * 44) + 200 * 32, 2 * 4 * 32 * 33 / 2
+    adapters = 2 * 4 * (128 + 64 + 76 + 76 + 76)
+    expected = 6 * weights if lora is None else 4 * weights + 6 * adapters
+    assert by_plan[-1] == expected + 3 * attention

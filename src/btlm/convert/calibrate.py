@@ -19,6 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 from btlm.checkpoint.tensors import Weights
 from btlm.model import BTLMConfig
+from btlm.model.architecture_btlm import (
+    ATTENTION_OUTPUT,
+    DOWN,
+    GATE,
+    POSITION_TABLE,
+    QUERY_KEY_VALUE,
+    UP,
+    block_name,
+)
 from btlm.model.attention_btlm import BTLMAttention, plan_attention
 from btlm.model.modeling_btlm import BTLMMLP, BTLMBlock
 from btlm.model.mup import scale_embeddings
@@ -111,26 +120,26 @@ def round_blocks(
     """
     hidden_BQC = scale_embeddings(embeds_BQC, config)
     if config.position_embedding_type == "learned":
-        hidden_BQC = hidden_BQC + weights.read("transformer.wpe.weight").float()[: hidden_BQC.shape[1]]
+        hidden_BQC = hidden_BQC + weights.read(f"{POSITION_TABLE}.weight").float()[: hidden_BQC.shape[1]]
     rows = hidden_BQC.split(1)  # views, which take what the blocks add
     plan = plan_attention(config, rows[0], None, None, output_attentions=False)
     for layer in range(config.n_layer):
-        name = f"transformer.h.{layer}"
+        name = block_name(layer)
         block = _read_block(config, weights, layer)
-        moments = _moments(matrices[f"{name}.attn.c_attn"], (block.ln_1(row) for row in rows))
-        yield from _round(name, block, ("attn.c_attn",), moments, matrices)
+        moments = _moments(matrices[f"{name}.{QUERY_KEY_VALUE}"], (block.ln_1(row) for row in rows))
+        yield from _round(name, block, (QUERY_KEY_VALUE,), moments, matrices)
         with _without_projection(block.attn):
             attended_BQC = torch.cat([block.attn(block.ln_1(row), plan, None)[0] for row in rows])
-        moments = _moments(matrices[f"{name}.attn.c_proj"], attended_BQC)
-        yield from _round(name, block, ("attn.c_proj",), moments, matrices)
+        moments = _moments(matrices[f"{name}.{ATTENTION_OUTPUT}"], attended_BQC)
+        yield from _round(name, block, (ATTENTION_OUTPUT,), moments, matrices)
         for row, attended in zip(rows, attended_BQC.split(1), strict=True):
             row += block.attn.c_proj(attended)
         del attended, attended_BQC
-        moments = _moments(matrices[f"{name}.mlp.c_fc"], (block.ln_2(row) for row in rows))
-        yield from _round(name, block, ("mlp.c_fc", "mlp.c_fc2"), moments, matrices)
+        moments = _moments(matrices[f"{name}.{UP}"], (block.ln_2(row) for row in rows))
+        yield from _round(name, block, (UP, GATE), moments, matrices)
         with _without_projection(block.mlp):
-            moments = _moments(matrices[f"{name}.mlp.c_proj"], (block.mlp(block.ln_2(row)) for row in rows))
-        yield from _round(name, block, ("mlp.c_proj",), moments, matrices)
+            moments = _moments(matrices[f"{name}.{DOWN}"], (block.mlp(block.ln_2(row)) for row in rows))
+        yield from _round(name, block, (DOWN,), moments, matrices)
         for row in rows:
             row += block.mlp(block.ln_2(row))
 
@@ -138,7 +147,7 @@ def round_blocks(
 def _read_block(config: BTLMConfig, weights: Weights, layer: int) -> BTLMBlock:
     with torch.device("meta"):
         block = BTLMBlock(config, layer)
-    state = {key: weights.read(f"transformer.h.{layer}.{key}").float() for key in block.state_dict()}
+    state = {key: weights.read(f"{block_name(layer)}.{key}").float() for key in block.state_dict()}
     block.load_state_dict(state, assign=True)
     block.eval()
     return block
@@ -170,7 +179,7 @@ def _round(
     factor_KK, damping = inverse_factor(hessian_KK)
     for name in names:
         matrix = matrices.get(f"{block_name}.{name}")
-        if matrix is None:  # c_fc2 without SwiGLU
+        if matrix is None:  # the gate without SwiGLU
             continue
         module = block.get_submodule(name)
         assert isinstance(module, Conv1D)

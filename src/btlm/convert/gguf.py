@@ -28,6 +28,17 @@ from btlm.console import note, progress_bars
 from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_file
 from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.model.architecture_btlm import (
+    ATTENTION_OUTPUT,
+    DOWN,
+    FINAL_NORM,
+    GATE,
+    HEAD,
+    QUERY_KEY_VALUE,
+    TOKEN_TABLE,
+    UP,
+    block_name,
+)
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -42,7 +53,7 @@ BLOCK = 32
 # Weights of a block of the K types, which `llama-quantize` makes of an F16 file.
 K_BLOCK = 256
 
-_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_TABLE, _HEAD = f"{TOKEN_TABLE}.weight", f"{HEAD}.weight"
 # Bytes that a token and its merge may take in the file, generously: for the check of disk space alone.
 _TOKEN_BYTES = 100
 
@@ -181,19 +192,19 @@ def _targets(config: BTLMConfig) -> Iterator[_Target]:
 
     yield _Target("token_embd.weight", _TABLE, (vocabulary, width), times(config.mup_embeddings_scale))
     # The head is linear, so that the scale of logits can stand before it, where it is exact in any type.
-    yield from norm("output_norm", "transformer.ln_f", config.logits_scale)
+    yield from norm("output_norm", FINAL_NORM, config.logits_scale)
     yield _Target("output.weight", _HEAD, (vocabulary, width), same)
     for i in range(config.n_layer):
-        block, source = f"blk.{i}", f"transformer.h.{i}"
+        block, source = f"blk.{i}", block_name(i)
         depth = i + 1 if config.scale_attn_by_inverse_layer_idx else 1
         yield from norm(f"{block}.attn_norm", f"{source}.ln_1")
         score_factor = config.attention_scale * config.head_dim / depth  # jais divides scores by the head dimension
-        yield from layer(f"{block}.attn_qkv", f"{source}.attn.c_attn", 3 * width, width, query(score_factor))
-        yield from layer(f"{block}.attn_output", f"{source}.attn.c_proj", width, width, same)
+        yield from layer(f"{block}.attn_qkv", f"{source}.{QUERY_KEY_VALUE}", 3 * width, width, query(score_factor))
+        yield from layer(f"{block}.attn_output", f"{source}.{ATTENTION_OUTPUT}", width, width, same)
         yield from norm(f"{block}.ffn_norm", f"{source}.ln_2")
-        yield from layer(f"{block}.ffn_up", f"{source}.mlp.c_fc", inner, width, pad)
-        yield from layer(f"{block}.ffn_gate", f"{source}.mlp.c_fc2", inner, width, pad)
-        down, bias = layer(f"{block}.ffn_down", f"{source}.mlp.c_proj", width, inner, same)
+        yield from layer(f"{block}.ffn_up", f"{source}.{UP}", inner, width, pad)
+        yield from layer(f"{block}.ffn_gate", f"{source}.{GATE}", inner, width, pad)
+        down, bias = layer(f"{block}.ffn_down", f"{source}.{DOWN}", width, inner, same)
         yield down._replace(convert=lambda tensor: pad(tensor).T)
         yield bias
 

@@ -16,6 +16,7 @@ from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import VECTOR, Architecture, MupRow
 from btlm.train import load_recipe
+from btlm.train.cost import num_adapter_parameters
 
 # Context of three quarters of BTLM's training, and of the models that it is compared with.
 SHORT_CONTEXT = 2048
@@ -34,8 +35,10 @@ def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> Non
     path = Path(model)
     is_recipe = path.suffix in {".yaml", ".yml"} and not path.is_dir()
     with plain_messages():
-        config = load_recipe(path).config if is_recipe else load_config(model)
-    info = model_info(config)
+        recipe = load_recipe(path) if is_recipe else None
+        config = load_config(model) if recipe is None else recipe.config
+    adapters = None if recipe is None or recipe.lora is None else num_adapter_parameters(recipe, config)
+    info = model_info(config, adapters)
     if as_json:
         sys.stdout.write(json.dumps(info, indent=2) + "\n")
     else:
@@ -43,8 +46,12 @@ def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> Non
         Console().print(render(name, info))
 
 
-def model_info(config: BTLMConfig) -> dict[str, Any]:
+def model_info(config: BTLMConfig, adapters: int | None = None) -> dict[str, Any]:
     """Shape, muP and cost of a model as plain numbers; nothing is allocated.
+
+    Args:
+        config: Configuration of the model.
+        adapters: Number of parameters in low-rank adapters, which are trained instead of the weights; None without.
 
     Returns:
         ``architecture``; ``mup`` with the rows of :mod:`btlm.model.architecture_btlm`, where ``lr_multiplier`` is what
@@ -79,8 +86,8 @@ def model_info(config: BTLMConfig) -> dict[str, Any]:
         "flops_per_token": [
             {
                 "context": context,
-                "forward": config.flops_per_token(context),
-                "training": config.flops_per_token(context, training=True),
+                "forward": config.flops_per_token(context, adapters=adapters),
+                "training": config.flops_per_token(context, training=True, adapters=adapters),
             }
             for context in contexts
         ],

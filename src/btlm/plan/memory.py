@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 from btlm.model import BTLMConfig
+from btlm.model.architecture_btlm import ATTENTION_OUTPUT, DOWN, GATE, UP
+from btlm.train.cost import num_adapter_parameters
 from btlm.train.loss import CHUNK_TOKENS
 from btlm.train.recipe import Recipe
 
@@ -72,9 +74,8 @@ def _gathered_bytes(recipe: Recipe, config: BTLMConfig, shards: int) -> dict[str
     """
     layers, size, products = config.n_layer, _weight_bytes(recipe, shards), _product_bytes(recipe)
     adapters = num_adapter_parameters(recipe, config) // layers
-    matrices = block_matrices(config).values()
-    weights, biases = sum(rows * columns for rows, columns in matrices), sum(columns for _, columns in matrices)
-    block = weights + biases + 4 * config.n_embd
+    weights = sum(math.prod(matrix) for matrix in config.architecture.matrices.values())
+    block = sum(math.prod(tensor.shape) for tensor in config.architecture.block_tensors.values())
     outside = config.num_parameters() - layers * block
 
     one_block = products * weights if products < size else 0
@@ -112,7 +113,7 @@ def _activation_bytes(recipe: Recipe, config: BTLMConfig, tokens: int) -> dict[s
     # of what it takes, or of the last matrix.
     at_once = tokens * (_FP32 * width + size * width + size * inner)
     at_once += max(tokens * size * inner, _FP32 * width * inner if recipe.lora is None else 0)
-    if recipe.lora is not None and size != _FP32 and "mlp.c_proj" in adapted_matrices(recipe, config):
+    if recipe.lora is not None and size != _FP32 and DOWN in adapted_matrices(recipe, config):
         # PEFT casts the input of this matrix to fp32: beside it, its output twice, and what the norm gave, while the
         # gradient of the residual stream waits.
         at_once = max(at_once, tokens * (2 * _FP32 * width + 2 * size * width + (size + _FP32) * inner))
@@ -143,50 +144,24 @@ def block_bytes_per_token(recipe: Recipe, config: BTLMConfig) -> int:
     kept += 2 * width if config.resid_pdrop else 0
     kept += size * _longest(recipe) if recipe.data.mask_documents else 0
 
-    matrices = block_matrices(config)
+    matrices = config.architecture.matrices
     used = list(matrices) if lora is None else adapted_matrices(recipe, config)
     # An input that is kept already: fp32 products read what the norm wrote, and some layers what the one before keeps.
     # Adapters cast theirs twice, to fp32 and back, or drop some of it: a copy of its own.
     kept_already = set()
     if lora is None or (size == _FP32 and not lora.dropout):
-        kept_already |= {"mlp.c_fc2"} if size == _FP32 and "mlp.c_fc" in used else set()
-        kept_already |= set() if alibi else {"attn.c_proj"}
-        kept_already |= {"mlp.c_proj"} if config.activation_function == "relu" else set()
+        kept_already |= {GATE} if size == _FP32 and UP in used else set()
+        kept_already |= set() if alibi else {ATTENTION_OUTPUT}
+        kept_already |= {DOWN} if config.activation_function == "relu" else set()
     kept += sum(size * matrices[name][0] for name in used if name not in kept_already)
     if lora is not None:
         kept += sum(size * lora.rank + (matrices[name][0] if lora.dropout else 0) for name in used)
     return kept
 
 
-def block_matrices(config: BTLMConfig) -> dict[str, tuple[int, int]]:
-    """Input and output width of every matrix of a block, by its name."""
-    width, inner = config.n_embd, config.inner_dim
-    return {
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, inner),
-        **({"mlp.c_fc2": (width, inner)} if config.activation_function == "swiglu" else {}),
-        "mlp.c_proj": (inner, width),
-    }
-
-
-def num_adapter_parameters(recipe: Recipe, config: BTLMConfig) -> int:
-    """Parameters of the adapters: ``rank * (in + out)`` for each adapted matrix (arXiv 2106.09685); 0 without LoRA."""
-    if recipe.lora is None:
-        return 0
-    matrices = block_matrices(config)
-    return config.n_layer * sum(recipe.lora.rank * sum(matrices[name]) for name in adapted_matrices(recipe, config))
-
-
 def adapted_matrices(recipe: Recipe, config: BTLMConfig) -> list[str]:
     """Names of the matrices of a block that have adapters; none without LoRA."""
-    targets = () if recipe.lora is None else recipe.lora.target_modules
-    return [name for name in block_matrices(config) if any(is_target(target, name) for target in targets)]
-
-
-def is_target(target: str, name: str) -> bool:
-    """Whether PEFT takes a target for this module: it names its last parts."""
-    return f".{name}".endswith(f".{target}")
+    return [] if recipe.lora is None else config.architecture.adapted_matrices(recipe.lora.target_modules)
 
 
 def _head_bytes(recipe: Recipe, config: BTLMConfig, shards: int, tokens: int) -> int:

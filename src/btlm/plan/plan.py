@@ -12,10 +12,12 @@ from rich.text import Text
 
 from btlm.console import scaled, three_digits
 from btlm.model import BTLMConfig
+from btlm.model.architecture_btlm import GATE, is_target
+from btlm.train.cost import flops_by_stage, num_adapter_parameters
 from btlm.train.recipe import Recipe
 from btlm.train.recipe_file import load_recipe
 
-from .memory import adapted_matrices, block_matrices, is_target, memory_per_device, num_adapter_parameters
+from .memory import adapted_matrices, memory_per_device
 
 # Assumptions, and printed as such. The peak is that of dense bf16 products on an NVIDIA H100 SXM (NVIDIA's data sheet:
 # 1,979 TFLOP/s with sparsity, half of it without).
@@ -92,22 +94,18 @@ def plan(
     config, replicas = recipe.config, recipe.parallelism.replicate
     _raise_problems(recipe, config, mfu, peak_tflops, devices)
     total, adapters = config.num_parameters(), num_adapter_parameters(recipe, config)
+    by_parameters = 6 * total if recipe.lora is None else 4 * total + 6 * adapters
     stages = []
-    for stage in recipe.stages:
+    for stage, stage_flops in zip(recipe.stages, flops_by_stage(recipe, config), strict=True):
         tokens = stage.steps * stage.batch_tokens
-        forward = config.flops_per_token(stage.sequence_length)
-        attention = config.n_layer * 4 * config.n_embd * (stage.sequence_length + 1) / 2
-        # Backward through attention takes twice its forward pass whatever is trained.
-        per_token = 3 * forward if recipe.lora is None else 2 * forward + attention + 6 * adapters
-        per_parameter = 6 * total if recipe.lora is None else 4 * total + 6 * adapters
         stages.append(
             {
                 "sequence_length": stage.sequence_length,
                 "batch_tokens": stage.batch_tokens,
                 "steps": stage.steps,
                 "tokens": tokens,
-                "flops_by_parameters": float(per_parameter * tokens),
-                "flops": per_token * tokens,
+                "flops_by_parameters": float(by_parameters * tokens),
+                "flops": stage_flops,
             }
         )
     flops = sum(stage["flops"] for stage in stages)
@@ -171,7 +169,7 @@ def _raise_problems(
         )
     if recipe.lora is not None:
         # A name that only other activations have is none too many: PEFT passes over it.
-        names = [*block_matrices(config), "mlp.c_fc2"]
+        names = [*config.architecture.matrices, GATE]
         targets = recipe.lora.target_modules
         known = all(any(is_target(target, name) for name in names) for target in targets)
         if not known or not adapted_matrices(recipe, config):

@@ -16,6 +16,7 @@ from btlm.data.shards import TokenShards
 from btlm.files import write_text
 from btlm.model import BTLMConfig
 
+from .cost import flops_by_stage, flops_per_token
 from .curve import plot_metrics
 from .distributed import join_ranks
 from .held_out import token_bytes
@@ -62,10 +63,7 @@ def run_training(
             _keep_recipe(recipe, output)
         ranks.barrier()
         console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
-        passes = 3 if recipe.lora is None else 2  # Frozen weights have no gradient.
-        flops = passes * sum(
-            config.flops_per_token(s.sequence_length) * s.steps * s.batch_tokens for s in recipe.stages
-        )
+        flops = sum(flops_by_stage(recipe, config))
         available = shards.num_tokens("train")
         _say(
             console,
@@ -154,9 +152,10 @@ def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) ->
     for stage in recipe.stages:
         tokens = stage.steps * stage.batch_tokens
         done = min(tokens, max(0, record["tokens"] - start))
-        flops += (tokens - done) * config.flops_per_token(stage.sequence_length)
+        flops += (tokens - done) * flops_per_token(recipe, config, stage.sequence_length)
         start += tokens
-    seconds: float = flops / (record["tokens_per_s"] * config.flops_per_token(record["sequence_length"]))
+    per_token = flops_per_token(recipe, config, record["sequence_length"])
+    seconds: float = flops / (record["tokens_per_s"] * per_token)
     return seconds
 
 

@@ -21,6 +21,7 @@ from btlm.data.shards import TokenShards
 from btlm.errors import NotFinite
 from btlm.files import remove_partial_files, write_json
 
+from .cost import flops_per_token
 from .distributed import Ranks, join_ranks, shard
 from .held_out import evaluate_held_out
 from .metrics import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
@@ -77,7 +78,6 @@ def train(
         records = truncate_metrics(output, done)
     monitor = SpikeMonitor(recipe.watching.spike_deviations, [record["loss"] for record in records])
     rate = matrix_rate(ranks.device, run.model.dtype) * ranks.world_size
-    passes = 2 if run.trainee.adapted else 3  # Frozen weights have no gradient.
 
     checkpoint = output / "checkpoints" / f"step-{done:08d}"
     watching = recipe.watching if ranks.first else Watching(tensorboard=False)
@@ -103,7 +103,7 @@ def train(
                 raise NotFinite(problem, error.losses) from error
             seconds = time.perf_counter() - started
             speed = stage.batch_tokens / seconds
-            flops = config.flops_per_token(batch.sequence_length) * passes
+            flops = flops_per_token(recipe, config, batch.sequence_length)
             record: dict[str, Any] = {
                 "step": step,
                 "tokens": batch.tokens,

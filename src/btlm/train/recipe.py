@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from btlm.model import BTLMConfig
+from btlm.model.architecture_btlm import MATRIX_NAMES
 
 # Numbers with their least value, and the greatest; a row of one token has nothing to predict.
 Whole = Annotated[int, 0]
@@ -33,7 +34,7 @@ class Lora:
     rank: Count = 16
     alpha: Number = 32.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "c_fc2")
+    target_modules: tuple[str, ...] = MATRIX_NAMES
 
 
 @dataclass(frozen=True)

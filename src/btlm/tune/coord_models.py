@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.model.architecture_btlm import EMBEDDING, HIDDEN, MUP_TABLE, RESIDUAL
 from btlm.train.recipe import Optimizer
 
 # Fraction of the peak learning rate, since the check is early in warm-up. Smaller steps are closer to the theory of the
 # first steps. With 0.1, 0.3 and 1, muP passed and the ablations matrix-lr and scores failed.
 LR_FACTOR = 0.1
+
+# What the rows of the muP table are called.
+HIDDEN_MATRICES, RESIDUAL_MATRICES = (
+    ", ".join(layer for layer, row in MUP_TABLE.items() if row is kind) for kind in (HIDDEN, RESIDUAL)
+)
+QUANTITIES = {EMBEDDING: "embedding weights", HIDDEN: HIDDEN_MATRICES, RESIDUAL: RESIDUAL_MATRICES}
 
 ABLATIONS = {
     "hidden-init": "c_attn, c_fc and c_fc2 start with the standard deviation of base width",
@@ -114,8 +121,8 @@ def build_model(check: CoordCheck, config: BTLMConfig, width: int, vocab_size: i
         )
     )
     rescaled = {
-        "hidden-init": ("c_attn, c_fc, c_fc2", 1 / math.sqrt(scale)),
-        "residual-init": ("c_proj", 1 / math.sqrt(scale)),
+        "hidden-init": (HIDDEN_MATRICES, 1 / math.sqrt(scale)),
+        "residual-init": (RESIDUAL_MATRICES, 1 / math.sqrt(scale)),
         "embedding-init": ("embedding weights", math.sqrt(scale)),
     }
     factors = dict(rescaled[name] for name in check.ablations if name in rescaled)
@@ -179,6 +186,4 @@ def _weight_kind(name: str) -> str:
     layer = layer.rpartition(".")[2]
     if kind != "weight" or layer.startswith("ln_"):
         return "biases and norms"
-    if layer in ("wte", "wpe", "lm_head"):
-        return "embedding weights"
-    return "c_proj" if layer == "c_proj" else "c_attn, c_fc, c_fc2"
+    return QUANTITIES[MUP_TABLE[layer]]

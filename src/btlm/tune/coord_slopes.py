@@ -14,7 +14,7 @@ from btlm.model import BTLMConfig
 from btlm.train.distributed import join_ranks
 from btlm.train.recipe import Optimizer
 
-from .coord_models import CoordCheck, build_model, build_optimizer, observe
+from .coord_models import HIDDEN_MATRICES, RESIDUAL_MATRICES, CoordCheck, build_model, build_optimizer, observe
 
 # A slope passes within this distance of its prediction. The smallest shift by a mistake is 1/2; this is half of it.
 TOLERANCE = 0.25
@@ -46,8 +46,8 @@ PREDICTIONS = {
     "logits": Prediction(_MIXED, _MIXED),
     # Parameters.
     "embedding weights": Prediction(_CONSTANT, _CONSTANT),
-    "c_attn, c_fc, c_fc2": Prediction((-0.5, -0.5), (-1.0, -1.0)),
-    "c_proj": Prediction((-0.5, -0.5), (-1.0, -1.0)),
+    HIDDEN_MATRICES: Prediction((-0.5, -0.5), (-1.0, -1.0)),
+    RESIDUAL_MATRICES: Prediction((-0.5, -0.5), (-1.0, -1.0)),
     "biases and norms": Prediction(_CONSTANT, _CONSTANT),
 }
 
