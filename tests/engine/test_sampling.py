@@ -124,3 +124,11 @@ def test_a_tie_is_kept_by_top_k():
     counts = distribution(GenerationOptions(top_k=1, seed=0), np.array([1.0, 2.0, 2.0, 0.0], np.float32), draws=100)
     assert counts[[0, 3]].sum() == 0
     assert min(counts[1:3]) > 20
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (0.9, 4)])
+def test_top_p_keeps_no_more_than_it_takes(top_p, kept):
+    """Four tokens of probability 1/4, which sum exactly: at the border the token that reaches top-p is the last."""
+    counts = distribution(GenerationOptions(top_p=top_p, seed=0), np.zeros(4, np.float32), draws=200)
+    assert (counts > 0).sum() == kept
+    assert (TopPLogitsWarper(top_p)(torch.zeros(1, 1), torch.zeros(1, 4)) > -np.inf).sum() == kept

@@ -197,7 +197,8 @@ class Scheduler:
             guess = []
             if writes and read == 1 and guessing:
                 left = request.max_new_tokens - request.new_tokens - 1  # beside the token that is written in any case
-                guess = request.lookup.guess(request.ids)[: min(left, tokens - read)]
+                room = tokens - len(running)  # each request can have one token
+                guess = request.lookup.guess(request.ids)[: max(0, min(left, room))]
             rows = (read if scored else int(writes)) + len(guess)
             parts.append(Part(request, slot, read, guess, rows, scored))
             tokens -= read + len(guess)

@@ -1,0 +1,446 @@
+"""Random sequences of what callers do with an engine, against every request computed alone and from nothing."""
+
+import importlib.util
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from btlm.checkpoint.shape import read_shape
+from btlm.checkpoint.tensor_file import map_tensors
+from btlm.engine import Engine, GenerationOptions, Request
+from btlm.engine.cache import KVCache, common_prefix
+from btlm.engine.network import Network
+from btlm.engine.sampling import Sampler, log_probabilities, log_probability
+from btlm.engine.scheduler import Scheduler
+from btlm.errors import EngineFull
+from btlm.kernels import load_kernels
+from btlm.kernels.arrays import DTYPES
+
+HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
+native = pytest.mark.skipif(not HAS_NATIVE, reason="btlm was installed without a compiler")
+
+STEP_TOKENS = (2, 3, 8, 64)
+TEXTS = ([*b"to be or not to be, that is to be or not to be: the words again, the"], [1, 2] * 34, [3] * 68)
+RULES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "seed": 1},
+    {"top_p": 0.6, "temperature": 1.2, "seed": 2},
+    {"top_k": 4, "seed": 3, "repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+]
+
+
+class Alone:
+    """Computes requests one by one: for each token the whole prefix anew, in an empty cache."""
+
+    def __init__(self, network: Network, cache_dtype: str) -> None:
+        self.network = network
+        self.cache_dtype = cache_dtype
+        self.known: dict[Any, Any] = {}
+
+    def logits(self, ids, rows):
+        cache = KVCache(self.network.kernels, self.network.shape, self.cache_dtype, 1, len(ids))
+        segments = np.array([[0, 0, 0, len(ids)]])
+        return self.network.forward(np.array(ids), segments, cache, np.array(rows))
+
+    def tokens(self, prompt, options):
+        key = (tuple(prompt), repr(options))
+        if key not in self.known:
+            ids, sampler, written = list(prompt), Sampler(options), []
+            for _ in range(options.max_new_tokens):
+                row = self.logits(ids, [len(ids) - 1])[0]
+                ids.append(sampler.choose(row, ids))
+                written.append((ids[-1], log_probability(row, ids[-1])))
+            self.known[key] = written
+        return self.known[key]
+
+    def scores(self, ids):
+        key = tuple(ids)
+        if key not in self.known:
+            self.known[key] = log_probabilities(self.logits(ids[:-1], range(len(ids) - 1)), ids[1:])
+        return self.known[key]
+
+
+class Prophet:
+    """Guesses the tokens that will be written, each fifth of them wrongly, and goes on behind the end."""
+
+    def __init__(self, following, prompt_tokens: int, wrong: bool) -> None:
+        self.following = [(token + (wrong and i % 5 == 4)) % 257 for i, token in enumerate(following)] + [0] * 20
+        self.prompt_tokens = prompt_tokens
+
+    def guess(self, ids):
+        return self.following[len(ids) - self.prompt_tokens :][:16]
+
+    def learn(self, guessed, accepted):
+        pass
+
+
+class Interrupted(Exception):
+    pass
+
+
+seeds = st.integers(0, 2**32 - 1)  # drawing every value from hypothesis is slow, and gives less variety
+
+
+class Callers(RuleBasedStateMachine):
+    """Callers of one engine, and what each request has to write."""
+
+    def __init__(self, networks: dict[int, Network], alone: dict[str, Alone]) -> None:
+        super().__init__()
+        self.networks = networks
+        self.references = alone
+        self.requests: list[Request] = []
+        self.running: list[Request] = []
+        self.expected: dict[Request, list[tuple[int, float]]] = {}
+        self.reason: dict[Request, str] = {}
+
+    @initialize(seed=seeds)
+    def open(self, seed):
+        choose = Random(seed)
+        self.dtype, step_tokens = choose.choice(sorted(DTYPES)), choose.choice(STEP_TOKENS)
+        self.alone, network = self.references[self.dtype], self.networks[step_tokens]
+        self.num_requests = choose.choice((1, 2, 2, 3, 4, 4))
+        context = choose.choice((12, 40, 65))
+        self.engine = Engine(network, cache_dtype=self.dtype, context=context, num_requests=self.num_requests)
+        self.engine._scheduler = Scheduler(self.engine.cache, step_tokens, choose.choice((3, 64)))
+
+    # Requests
+
+    def prompt(self, choose, new_tokens=1):
+        """The beginning of a fixed text or of an earlier request, and other tokens after it; it fits the context."""
+        text = choose.choice([*TEXTS, *(request.ids for request in self.requests[-6:])])
+        ids = [*text[: choose.randint(1, 65)], *(choose.randrange(4) for _ in range(choose.randrange(4)))]
+        return ids[: self.engine.context + 1 - new_tokens]
+
+    @rule(seed=seeds)
+    def add(self, seed):
+        choose = Random(seed)
+        for _ in range(choose.randint(1, 3)):
+            self.add_one(choose)
+        self.step(choose.randrange(6), fails=False)
+
+    def add_one(self, choose):
+        new_tokens = choose.randint(0, 12)
+        ids = self.prompt(choose, new_tokens or 1)
+        new_tokens = new_tokens or self.engine.context + 1 - len(ids)  # to the last place
+        kind = choose.choice(("write", "write", "write", "write", "score", "score and write", "too long"))
+        if kind == "too long":
+            with pytest.raises(ValueError, match="exceed the context"):
+                self.engine.add(ids, GenerationOptions(max_new_tokens=self.engine.context + 2 - len(ids)))
+            return
+        if kind == "score" and self.engine.has_room:  # together with other requests
+            request = Request([*ids, 7], GenerationOptions(), frozenset(), 0, scores=[])
+            self.engine._scheduler.add(request)
+            self.begin(request, [], "length")
+            return
+        rules, stop_at = choose.choice(RULES), choose.randint(-12, 10)
+        guesses = choose.choice((0, 3, "right", "right", "nearly right"))
+        lookup_tokens = guesses if isinstance(guesses, int) else 16
+        options = GenerationOptions(max_new_tokens=new_tokens, lookup_tokens=lookup_tokens, **rules)
+        if len(self.running) == self.num_requests:
+            with pytest.raises(EngineFull):
+                self.engine.add(ids, options)
+            return
+        whole = expected = self.alone.tokens(ids, options)
+        stop_ids, reason = frozenset[int](), "length"
+        if 0 <= stop_at < len(expected):
+            stop_ids, reason = frozenset({expected[stop_at][0]}), "stop"
+            first = next(i for i, (token, _) in enumerate(expected) if token in stop_ids)
+            expected = expected[: first + 1]
+        held = [common_prefix(ids, other.ids[: other.cached]) for other in self.running]
+        if kind == "score and write":
+            request = Request(ids, options, stop_ids, new_tokens, scores=[])
+            self.engine._scheduler.add(request)
+            assert request.reused_tokens == 0
+        else:
+            request = self.engine.add(ids, options, stop_ids=stop_ids)
+            assert min(max(held, default=0), len(ids) - 1) <= request.reused_tokens < len(ids)
+        if isinstance(guesses, str):
+            prophet: Any = Prophet([token for token, _ in whole], len(ids), guesses == "nearly right")
+            request.lookup = prophet
+        self.begin(request, expected, reason)
+
+    def begin(self, request, expected, reason):
+        self.requests.append(request)
+        self.running.append(request)
+        self.expected[request], self.reason[request] = expected, reason
+
+    @precondition(lambda self: self.requests)
+    @rule(seed=seeds)
+    def remove(self, seed):
+        """A client goes; it may have gone before, and its request may have ended."""
+        choose = Random(seed)
+        request = choose.choice(self.requests)
+        for _ in range(choose.randint(1, 2)):
+            self.engine.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+
+    # Steps
+
+    def end(self):
+        """Forget the requests that have ended."""
+        self.running = [request for request in self.running if request.finished is None]
+
+    @rule(times=st.integers(1, 10), fails=st.booleans())
+    def step(self, times, fails):
+        if fails:
+            with self.failing(0):
+                self.engine.step()
+        for _ in range(times):
+            writing = [request for request in self.running if request.unread == 1 and request.max_new_tokens]
+            before = {request: (len(request.tokens), request.cached) for request in self.running}
+            written = self.engine.step()
+            for request, (had, _) in before.items():
+                assert [token for other, token in written if other is request] == request.tokens[had:]
+            assert len(written) == sum(len(request.tokens) - had for request, (had, _) in before.items())
+            assert not before or any(request.cached > cached for request, (_, cached) in before.items())
+            if len(writing) <= self.engine.network.max_tokens:  # neither prompts nor guesses of others hold them up
+                assert all(len(request.tokens) > before[request][0] for request in writing)
+            self.end()
+
+    @contextmanager
+    def failing(self, calls):
+        """The forward pass writes to the cache, then fails."""
+        real, network = self.engine.network.forward, self.engine.network
+        left = calls
+
+        def forward(*arguments):
+            nonlocal left
+            logits = real(*arguments)
+            left -= 1
+            if left < 0:
+                raise Interrupted
+            return logits
+
+        network.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        except Interrupted:
+            pass
+        finally:
+            del network.forward
+
+    @rule(seed=seeds)
+    def score(self, seed):
+        choose = Random(seed)
+        ids = [*self.prompt(choose)[:-1], 7, 7]
+        if len(self.running) == self.num_requests:
+            with pytest.raises(EngineFull):
+                self.engine.score(ids)
+        elif choose.random() < 0.3:
+            with self.failing(choose.randrange(2)):
+                self.engine.score(ids)
+        else:
+            assert np.array_equal(self.engine.score(ids), self.alone.scores(ids))
+
+    @precondition(lambda self: len(self.running) < self.num_requests)
+    @rule(seed=seeds)
+    def generate_batch(self, seed):
+        """A reader of several streams, who may leave before they end; other requests go on meanwhile."""
+        choose = Random(seed)
+        new_tokens, read = choose.randint(1, 5), choose.randint(1, 20)
+        ids = [self.prompt(choose, new_tokens) for _ in range(choose.randint(1, 4))]
+        options = GenerationOptions(max_new_tokens=new_tokens, **choose.choice(RULES))
+        streams: list[list[Any]] = [[] for _ in ids]
+        batch = self.engine.generate_batch(ids, options, stop_ids=frozenset())
+        for index, token in batch:
+            streams[index].append(token)
+            if sum(map(len, streams)) == read:
+                break
+        else:
+            assert all(len(stream) == new_tokens for stream in streams)
+        batch.close()  # type: ignore[attr-defined]
+        for one, stream in zip(ids, streams, strict=True):
+            assert stream == self.alone.tokens(one, options)[: len(stream)]
+        self.end()
+
+    # What always holds
+
+    @invariant()
+    def what_is_written_is_what_each_writes_alone(self):
+        for request in self.requests:
+            expected = self.expected[request]
+            assert request.tokens == expected[: len(request.tokens)]
+            assert request.ids[request.prompt_tokens :] == [token for token, _ in request.tokens]
+            if request.scores is not None:
+                prompt = request.ids[: request.prompt_tokens]
+                whole = self.alone.scores(prompt) if len(prompt) > 1 else np.empty(0)
+                assert request.scores == whole[: len(request.scores)].tolist()
+                assert request.finished is None or len(request.scores) == len(whole)
+            if request.finished:
+                assert (len(request.tokens), request.finished) == (len(expected), self.reason[request])
+
+    @invariant()
+    def there_is_room_for_what_is_not_under_way(self):
+        if hasattr(self, "engine"):
+            assert self.engine.has_room == (len(self.running) < self.num_requests)
+
+    def teardown(self):
+        for _ in range(600):
+            if not self.running:
+                return
+            self.step(1, False)
+            self.what_is_written_is_what_each_writes_alone()
+        raise AssertionError(f"not finished: {self.running}")
+
+
+# Faults that only show in what is reused, or in rare cases
+
+
+SHORT = GenerationOptions(max_new_tokens=9)
+
+
+@pytest.fixture
+def open_engine(checkpoint):
+    network = Network(load_kernels("torch", 1), read_shape(checkpoint), map_tensors(checkpoint), max_tokens=16)
+    return lambda **given: Engine(network, cache_dtype="float32", context=64, **given)
+
+
+def one_token(engine, ids, **options):
+    """A request until it has written one token."""
+    request = engine.add(ids, GenerationOptions(max_new_tokens=1, **options), stop_ids=frozenset())
+    while request.finished is None:
+        engine.step()
+    return request
+
+
+def test_a_shared_prefix_is_copied_and_not_overwritten(open_engine):
+    engine = open_engine(num_requests=3)
+    text = list(range(40, 80))
+    one_token(engine, text)
+    # Another text with the same beginning takes a slot of its own: all of the first is still there.
+    assert one_token(engine, [*text[:20], 1, 2]).reused_tokens == 20
+    assert one_token(engine, [*text, 3]).reused_tokens == 40
+    # One that goes on from all of it takes over its slot.
+    assert one_token(engine, [*text, 3, 4]).reused_tokens == 41
+    assert one_token(engine, [*text[:20], 1, 2, 5]).reused_tokens == 22
+
+
+def test_the_slot_that_was_given_away_longest_ago_is_the_next(open_engine):
+    engine = open_engine(num_requests=2)
+    for ids in ([1] * 9, [2] * 9, [1] * 10, [3] * 9):  # the third goes on in the slot of the first
+        one_token(engine, ids)
+    assert [engine.add([token] * 9, SHORT).reused_tokens for token in (1, 2)] == [8, 0]
+
+
+def test_scored_tokens_per_step_are_bounded(open_engine):
+    engine = open_engine(num_requests=3)
+    scheduler = Scheduler(engine.cache, 16, 5)
+    for length in (4, 30):
+        scheduler.add(Request([*range(length)], SHORT, frozenset(), 0, scores=[]))
+    scheduler.add(Request([*range(9)], SHORT, frozenset(), 9))
+    assert [(part.read, part.scored) for part in scheduler.plan().parts] == [(3, 3), (9, 0), (2, 2)]
+
+
+def test_a_slot_forgets_what_its_last_request_left(open_engine):
+    engine = open_engine()
+    one_token(engine, [1, 2, 3, 4, 5, 6])
+    engine.remove(engine.add([9, 9, 9], SHORT))  # leaves before a step: neither its tokens nor those before are there
+    assert engine.add([1, 2, 3, 4, 5, 6], SHORT).reused_tokens == 0
+
+
+def test_a_failed_score_leaves_no_tokens_that_are_not_computed(open_engine, monkeypatch):
+    engine = open_engine()
+    one_token(engine, list(range(30)))
+    forward, calls = engine.network.forward, []
+
+    def fail_in_the_second_step(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.network, "forward", fail_in_the_second_step)
+    with pytest.raises(KeyboardInterrupt):
+        engine.score(list(range(100, 140)))
+    assert engine.has_room
+    assert one_token(engine, list(range(100, 140))).reused_tokens == 16  # those of the first step
+
+
+def test_removing_an_ended_request_frees_no_other(open_engine):
+    engine = open_engine()
+    first = one_token(engine, [1, 2])
+    second = engine.add([3, 4], SHORT)
+    engine.remove(first)
+    engine.remove(first)
+    assert not engine.has_room
+    engine.remove(second)
+    assert engine.has_room
+
+
+def test_a_long_prompt_holds_nobody_up(open_engine):
+    engine = open_engine(num_requests=3)
+    long = engine.add(range(50), SHORT, stop_ids=frozenset())
+    short = [engine.add([token], SHORT, stop_ids=frozenset()) for token in (1, 2)]
+    for step in range(1, 4):
+        engine.step()
+        assert [request.new_tokens for request in short] == [step, step]
+        assert long.cached == 14 * step  # and it gets the rest of the step
+
+
+def test_guesses_of_one_request_hold_up_no_other(open_engine):
+    engine = open_engine(num_requests=2)
+    options = GenerationOptions(max_new_tokens=30, lookup_tokens=16)
+    requests = [engine.add([token], options, stop_ids=frozenset()) for token in (1, 2)]
+    for request in requests:
+        prophet: Any = Prophet([0] * 40, 1, wrong=False)
+        request.lookup = prophet
+    for step in range(1, 5):
+        engine.step()
+        assert all(request.new_tokens >= step for request in requests)
+
+
+@pytest.mark.parametrize("context", [1, 63, 64])
+def test_no_guess_is_written_past_the_context(open_engine, context):
+    """Guesses that go on behind the end are cut: the last token of a request has no place in the cache."""
+    engine = open_engine()
+    engine = Engine(engine.network, cache_dtype="float32", context=context)
+    new_tokens = min(8, context)
+    ids = [7] * (context + 1 - new_tokens)
+    options = GenerationOptions(max_new_tokens=new_tokens, lookup_tokens=0)
+    expected = [token.id for token in engine.generate(ids, options, stop_ids=frozenset())]
+    request = engine.add(ids, options, stop_ids=frozenset())
+    prophet: Any = Prophet(expected, len(ids), wrong=False)
+    request.lookup = prophet
+    while request.finished is None:
+        engine.step()
+        assert request.cached <= context
+    assert [token.id for token in request.tokens] == expected
+
+
+# Any sequence of calls
+
+
+@native
+@pytest.mark.parametrize("examples", [pytest.param(20, id="few"), pytest.param(600, id="many", marks=pytest.mark.slow)])
+def test_requests_write_what_each_writes_alone(checkpoint, examples):
+    kernels, shape = load_kernels("native", 1), read_shape(checkpoint)
+    networks = {n: Network(kernels, shape, map_tensors(checkpoint), max_tokens=n) for n in STEP_TOKENS}
+    whole = Network(kernels, shape, map_tensors(checkpoint))
+    alone = {dtype: Alone(whole, dtype) for dtype in DTYPES}
+    run_state_machine_as_test(
+        lambda: Callers(networks, alone),  # type: ignore[arg-type]  # any callable that makes a machine
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=30,
+            derandomize=True,
+            phases=[Phase.generate],  # failures replay from the printed seeds, and to shrink them takes minutes
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
