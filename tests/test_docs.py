@@ -53,7 +53,8 @@ def known_options(program: str) -> set[str] | None:
     """Options in the help of a `btlm` command, or in the source of a script; None if there is no such program."""
     if program.startswith("python"):
         path = ROOT / program.split()[1]
-        return set(re.findall(r"--[\w-]+", path.read_text())) if path.exists() else None
+        text = path.read_text().replace("add_smoke(parser)", "--smoke") if path.exists() else None
+        return None if text is None else set(re.findall(r"--[\w-]+", text))
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
         try:
