@@ -1,55 +1,69 @@
 """Does the best learning rate stay where it is as the model gets wider? Loss against learning rate, on real text.
 
-    python benchmarks/mup_learning_rate.py --input corpus/ --output runs/mup [--widths 64 128 256 512] [--steps 150]
+    python benchmarks/mup_learning_rate.py --input corpus/ --output runs/mup [--widths 64 128 256 512] [--steps 600]
+        [--trials 24] [--seeds 3] [--device cuda] [--workers 8]
 
-Trains models of two layers and one head size on bytes (``byte_stream.py``) at powers of two of the learning rate, with
-the muP values of BTLM-3B (base width 256) and in standard parametrization: every multiplier 1, weights of standard
-deviation 0.02, one learning rate for all. What differs between the runs of one parametrization is the width and the
-learning rate: they read the same batches, and the held-out loss is of the same text, every source counting the same.
+Trains models of two layers and one head size on bytes (``byte_stream.py``) in muP and in standard parametrization
+(multipliers and learning rate the same at every width). Three stages, each of which goes on from ``runs.jsonl``:
 
-A width starts at the best learning rate of the width before and goes on to both sides until ``--neighbours`` runs on
-either side of its best one are worse, so that no optimum lies on the edge of a grid. A run that diverges counts as
-worse than any. ``--output`` gets ``runs.jsonl``, a line a run, from which a sweep that was stopped goes on, and
-``loss.png``.
+1. *Tune*: at the narrowest width, a random search over learning rate, initialization, embedding multiplier and output
+   multiplier. Both parametrizations get the same draws, so neither has a larger budget. With ``--trials 0`` nothing is
+   tuned: muP has BTLM's values at base width 256, and the standard parametrization a standard deviation of 0.02.
+2. *Sweep*: with the best initialization and multipliers of its own search, each parametrization is trained at every
+   width with learning rates at powers of two, first on the grid of ``--grid``, then on until both neighbours of the
+   best learning rate are worse, so that no optimum lies on an edge.
+3. *Repeat*: further seeds at the best learning rate of each width, at its neighbours, and at the learning rate that
+   was best at the narrowest width. A seed changes the weights and the order of the data.
+
+All runs of a seed read the same batches, and the held-out loss is of the same text, every source counting the same. A
+run that diverges counts as worse than any. ``--output`` gets ``runs.jsonl``, one line per run, and ``loss.png``.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from byte_stream import END_OF_TEXT, VOCAB_SIZE, ByteStream, token_bytes
 from transformers.utils import logging
 
+from btlm.plots import pyplot, save_figure
 from btlm.train import Recipe, train
 from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Schedule, Stage, Watching
 
-BASE_WIDTH = 256
 HEAD_DIM = 32
 SEQUENCE_LENGTH = 256
-PARAMETRIZATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "muP": lambda width: {
-        "initializer_range": 0.073,
-        "mup_width_scale": BASE_WIDTH / width,
-        "mup_embeddings_scale": 14.6,
-        "mup_output_alpha": 2.22,
-        "mup_scale_qk_dot_by_d": True,
-    },
-    "standard": lambda width: {"initializer_range": 0.02},
+PARAMETRIZATIONS = ("muP", "standard")
+# Lowest and highest value of the search, drawn log-uniformly.
+SPACE = {
+    "lr": (2.0**-11, 2.0**-3),
+    "initializer_range": (0.01, 0.3),
+    "mup_embeddings_scale": (0.5, 50.0),
+    "mup_output_alpha": (0.1, 10.0),
 }
-# log2 of the learning rate that the narrowest width starts at.
-START = {"muP": -7, "standard": -7}
+# Without a search: the base width of muP and the values of each parametrization.
+UNTUNED_BASE_WIDTH = 256
+UNTUNED = {
+    "muP": {"initializer_range": 0.073, "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22},
+    "standard": {"initializer_range": 0.02, "mup_embeddings_scale": 1.0, "mup_output_alpha": 1.0},
+}
 Run = dict[str, Any]
+# By width, then log2 of the learning rate: the losses of all seeds, the first seed first.
+Losses = dict[int, dict[int, list[float]]]
 
 
-def recipe(parametrization: str, width: int, log2_lr: int, args: argparse.Namespace) -> Recipe:
+def recipe(run: Run, args: argparse.Namespace) -> Recipe:
     """One training run, evaluated at its end."""
+    width, base_width = run["width"], args.widths[0] if args.trials else UNTUNED_BASE_WIDTH
     model = {
         "vocab_size": VOCAB_SIZE,
         "n_positions": SEQUENCE_LENGTH,
@@ -64,83 +78,220 @@ def recipe(parametrization: str, width: int, log2_lr: int, args: argparse.Namesp
         "attn_pdrop": 0.0,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
-        **PARAMETRIZATIONS[parametrization](width),
+        "mup_width_scale": base_width / width if run["parametrization"] == "muP" else 1.0,
+        "mup_scale_qk_dot_by_d": run["parametrization"] == "muP",
+        **{name: value for name, value in run["values"].items() if name != "lr"},
     }
     tokens = args.steps * args.batch_tokens
     return Recipe(
         model=model,
-        optimizer=Optimizer(lr=2.0**log2_lr),
+        optimizer=Optimizer(lr=run["values"]["lr"]),
         schedule=Schedule(warmup_tokens=args.warmup_steps * args.batch_tokens),
         stages=[Stage(SEQUENCE_LENGTH, args.batch_tokens, tokens)],
         micro_batch_tokens=args.batch_tokens,
-        seed=args.seed,
+        seed=run["seed"],
         evaluation=Evaluation(every_tokens=2 * tokens, tokens_per_source=args.eval_tokens),
         checkpoints=Checkpoints(every_steps=2 * args.steps),
         watching=Watching(tensorboard=False),
     )
 
 
-def measure(run: Run, stream: ByteStream, args: argparse.Namespace) -> Run:
-    """The held-out loss of one run in nats a byte; infinite where it diverges."""
-    started, loss = time.perf_counter(), math.inf
+def draw(trial: int) -> dict[str, float]:
+    """The values of a trial of the search."""
+    rng = np.random.default_rng([7, trial])
+    return {
+        name: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}")
+        for name, (low, high) in SPACE.items()
+    }
+
+
+class Runs:
+    """The runs of a sweep: those on file, and the workers that train what is missing."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._file = args.output / "runs.jsonl"
+        stream = ByteStream(args.input, int(args.megabytes * 1e6))
+        self._setting = {key: getattr(args, key) for key in ("steps", "warmup_steps", "batch_tokens", "eval_tokens")}
+        self._setting["base_width"] = args.widths[0] if args.trials else UNTUNED_BASE_WIDTH
+        self._setting["data"] = "".join(stream.fingerprint(split)[:8] for split in ("train", "validation"))
+        self._known: dict[str, float] = {}
+        for line in self._file.read_text().splitlines() if self._file.exists() else []:
+            run = json.loads(line)
+            if run["setting"] == self._setting:
+                self._known[_key(run)] = run["loss"]
+        self._workers = (
+            ProcessPoolExecutor(
+                args.workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(args,)
+            )
+            if args.workers > 1
+            else None
+        )
+        if self._workers is None:
+            _begin_worker(args, stream)
+
+    def losses(self, runs: Iterable[Run]) -> list[float]:
+        """Held-out losses in nats per byte, in the order of the runs; infinite where one diverged."""
+        runs = list(runs)
+        missing = {_key(run): run for run in runs if _key(run) not in self._known}
+        if self._workers is None:
+            for run in missing.values():
+                self._keep(run, *measure(run))
+        else:
+            futures = {self._workers.submit(measure, run): run for run in missing.values()}
+            for future in as_completed(futures):
+                self._keep(futures[future], *future.result())
+        return [self._known[_key(run)] for run in runs]
+
+    def _keep(self, run: Run, loss: float, seconds: float) -> None:
+        self._known[_key(run)] = loss
+        with self._file.open("a") as lines:
+            lines.write(json.dumps({**run, "setting": self._setting, "loss": loss, "seconds": seconds}) + "\n")
+        values = "  ".join(f"{name} {value:.4g}" for name, value in run["values"].items())
+        print(
+            f"{run['parametrization']} {run['width']} seed {run['seed']}  {values}: {loss:.4f} in {seconds} s",
+            flush=True,
+        )
+
+
+def _key(run: Run) -> str:
+    return json.dumps({key: run[key] for key in ("parametrization", "width", "seed", "values")}, sort_keys=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin_worker(args: argparse.Namespace, stream: ByteStream | None = None) -> None:
+    logging.disable_progress_bar()
+    if args.workers > 1:
+        torch.set_num_threads(1)
+    _worker.update(args=args, stream=stream or ByteStream(args.input, int(args.megabytes * 1e6)))
+
+
+def measure(run: Run) -> tuple[float, float]:
+    """Train one model in this process: its held-out loss in nats per byte, and the seconds it took."""
+    args, started, loss = _worker["args"], time.perf_counter(), math.inf
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        settings = recipe(run["parametrization"], run["width"], run["log2_lr"], args)
         try:
-            for record in train(settings, stream, folder, token_bytes()):  # type: ignore[arg-type]
+            for record in train(recipe(run, args), _worker["stream"], folder, token_bytes(), args.device):
                 if "bits_per_byte" in record:
                     loss = record["bits_per_byte"]["mean"] * math.log(2)
         except FloatingPointError:
             pass
-    return {**run, "loss": loss, "seconds": round(time.perf_counter() - started, 1)}
+    return loss if math.isfinite(loss) else math.inf, round(time.perf_counter() - started, 1)
 
 
-def sweep(start: int, neighbours: int, losses: dict[int, float], loss_at: Callable[[int], float]) -> dict[int, float]:
-    """Losses by log2 of the learning rate, with the best one ``neighbours`` or more from both ends.
+def tune(runs: Runs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The best values of a random search at the narrowest width, by parametrization; fixed ones without a search."""
+    if not args.trials:
+        return UNTUNED
+    trials = [
+        {"parametrization": name, "width": args.widths[0], "seed": 1, "values": draw(trial)}
+        for trial in range(args.trials)
+        for name in PARAMETRIZATIONS
+    ]
+    losses = runs.losses(trials)
+    best = {}
+    for name in PARAMETRIZATIONS:
+        own = [(loss, trial) for loss, trial in zip(losses, trials, strict=True) if trial["parametrization"] == name]
+        loss, trial = min(own, key=lambda found: found[0])
+        best[name] = trial["values"]
+        print(f"\n{name}, the best of {len(own)} trials at width {args.widths[0]}: {loss:.4f} with {trial['values']}\n")
+    return best
 
-    Args:
-        start: Where to begin.
-        neighbours: On either side.
-        losses: Known already.
-        loss_at: Trains a model.
-    """
-    losses = dict(losses)
+
+def sweep(runs: Runs, base: dict[str, dict[str, float]], args: argparse.Namespace) -> dict[str, Losses]:
+    """Losses by parametrization, width and log2 of the learning rate."""
+
+    def run(name: str, width: int, log2_lr: int, seed: int) -> Run:
+        values = {**base[name], "lr": 2.0**log2_lr}
+        return {"parametrization": name, "width": width, "seed": seed, "values": values}
+
+    wanted = {
+        (name, width, log2_lr, 1)
+        for name in PARAMETRIZATIONS
+        for width in args.widths
+        for log2_lr in range(args.grid[0], args.grid[1] + 1)
+    }
     while True:
-        best = min(losses, key=lambda x: losses[x], default=start)
-        missing = [x for x in range(best - neighbours, best + neighbours + 1) if x not in losses]
-        if not missing:
-            return dict(sorted(losses.items()))
-        # The nearest first: where it is better than the best one, the farther ones may not be needed.
-        nearest = min(missing, key=lambda x: abs(x - best))
-        losses[nearest] = loss_at(nearest)
+        found = sorted(wanted)
+        losses = runs.losses(run(*place) for place in found)
+        results: dict[str, Losses] = {name: {width: {} for width in args.widths} for name in PARAMETRIZATIONS}
+        for (name, width, log2_lr, _), loss in zip(found, losses, strict=True):
+            results[name][width].setdefault(log2_lr, []).append(loss)
+        more = set()
+        for name, widths in results.items():
+            first = best_rate(widths[args.widths[0]])
+            for width, by_rate in widths.items():
+                best = best_rate(by_rate)
+                more |= {(name, width, near, 1) for near in (best - 1, best + 1)}
+                for seed in range(2, args.seeds + 1):
+                    more |= {(name, width, near, seed) for near in (best - 1, best, best + 1, first)}
+        more = {place for place in more if place[3] > 1 or place not in wanted} - wanted
+        # Where the first seed is not finished, the others wait: their places follow from it.
+        edges = {place for place in more if place[3] == 1}
+        if not more:
+            return {
+                name: {width: dict(sorted(by_rate.items())) for width, by_rate in widths.items()}
+                for name, widths in results.items()
+            }
+        wanted |= edges or more
 
 
-def vertex(losses: dict[int, float]) -> tuple[float, float]:
-    """Where the parabola through the best loss and its two neighbours is lowest, and how low."""
-    best = min(losses, key=lambda log2_lr: losses[log2_lr])
-    left, middle, right = (losses[best + step] for step in (-1, 0, 1))
+def best_rate(by_rate: dict[int, list[float]]) -> int:
+    """log2 of the learning rate with the lowest loss, by the mean over seeds among those with the most seeds."""
+    most = max(map(len, by_rate.values()))
+    return min(
+        (rate for rate in by_rate if len(by_rate[rate]) == most), key=lambda rate: statistics.fmean(by_rate[rate])
+    )
+
+
+def vertex(by_rate: dict[int, list[float]]) -> tuple[float, float]:
+    """Where the parabola through the best mean loss and its two neighbours is lowest, and how low."""
+    best = best_rate(by_rate)
+    left, middle, right = (statistics.fmean(by_rate.get(best + step, [math.inf])) for step in (-1, 0, 1))
     if not math.isfinite(left + right):
         return float(best), middle
     slope, curvature = (right - left) / 2, left - 2 * middle + right
     return best - slope / curvature, middle - slope**2 / (2 * curvature)
 
 
-def plot(results: dict[str, dict[int, dict[int, float]]], path: Path) -> None:
-    """A panel for each parametrization, a curve for each width, a ring at the best learning rate of each."""
-    import matplotlib
+def mean_and_error(losses: list[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error; the error is NaN for one seed."""
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return statistics.fmean(losses), error
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def plot(results: dict[str, Losses], path: Path) -> None:
+    """A panel for each parametrization, a curve for each width, a ring at the best learning rate of each."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-    figure, axes = plt.subplots(1, len(results), figsize=(9, 3.8), layout="constrained", sharey=True, squeeze=False)
-    shown = [loss for widths in results.values() for losses in widths.values() for loss in losses.values()]
-    lowest, highest = min(shown), max(loss for loss in shown if loss < min(shown) + 1.5)
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(results), figsize=(9, 4.2), layout="constrained", sharey=True, squeeze=False)
+    means = [
+        statistics.fmean(losses)
+        for widths in results.values()
+        for rates in widths.values()
+        for losses in rates.values()
+    ]
+    lowest = min(means)
+    highest = max(loss for loss in means if loss < lowest + 1.0)
     for axis, (name, widths) in zip(axes[0], results.items(), strict=True):
-        for i, (width, losses) in enumerate(widths.items()):
+        for i, (width, rates) in enumerate(widths.items()):
             color = plt.get_cmap("viridis")(0.9 - 0.9 * i / max(1, len(widths) - 1))
-            best = min(losses, key=lambda log2_lr: losses[log2_lr])
-            axis.plot(losses.keys(), losses.values(), ".-", color=color, label=f"width {width}")
-            axis.plot(best, losses[best], "o", markersize=10, markerfacecolor="none", color=color)
+            best = best_rate(rates)
+            centers = [statistics.fmean(losses) for losses in rates.values()]
+            spread = [max(losses) - min(losses) for losses in rates.values()]
+            axis.errorbar(
+                rates.keys(),
+                centers,
+                yerr=np.nan_to_num(spread) / 2,
+                fmt=".-",
+                color=color,
+                capsize=2,
+                label=f"width {width}",
+            )
+            axis.plot(best, statistics.fmean(rates[best]), "o", markersize=10, markerfacecolor="none", color=color)
         axis.set_ylim(lowest - 0.05, highest + 0.05)
         axis.xaxis.set_major_locator(MultipleLocator(1))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:.0f}}}$"))
@@ -148,45 +299,45 @@ def plot(results: dict[str, dict[int, dict[int, float]]], path: Path) -> None:
         axis.set_xlabel("learning rate" if name == "standard" else "learning rate at base width")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("held-out loss, nats a byte")
+    axes[0, 0].set_ylabel("held-out loss, nats per byte (bars: range over seeds)")
     axes[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
-def report(results: dict[str, dict[int, dict[int, float]]]) -> None:
+def report(results: dict[str, Losses]) -> None:
     """Losses and optima as Markdown tables, and how far each optimum moves."""
     for name, widths in results.items():
-        columns = sorted({log2_lr for losses in widths.values() for log2_lr in losses})
-        print(f"\n{name}: held-out loss in nats a byte, by width and log2 of the learning rate\n")
-        print(
-            f"| width | {' | '.join(map(str, columns))} | best | of the parabola | loss |\n|---{'|---' * len(columns)}",
-            end="",
-        )
-        print("|---|---|---|")
-        bests = {width: min(losses, key=lambda log2_lr: losses[log2_lr]) for width, losses in widths.items()}
-        for width, losses in widths.items():
-            cells = [
-                (f"**{losses[column]:.3f}**" if column == bests[width] else f"{losses[column]:.3f}")
-                if column in losses
-                else ""
-                for column in columns
-            ]
-            place, loss = vertex(losses)
-            print(f"| {width} | {' | '.join(cells)} | {bests[width]} | {place:.2f} | {loss:.3f} |")
-        places = {width: vertex(losses)[0] for width, losses in widths.items()}
+        columns = sorted({rate for rates in widths.values() for rate in rates})
+        print(f"\n{name}: held-out loss in nats per byte, by width and log2 of the learning rate, mean of the seeds\n")
+        print(f"| width | {' | '.join(map(str, columns))} | lowest point of the parabola | its loss |")
+        print(f"|---{'|---' * len(columns)}|---|---|")
+        for width, rates in widths.items():
+            best, cells = best_rate(rates), []
+            for column in columns:
+                text = f"{statistics.fmean(rates[column]):.3f}" if column in rates else ""
+                cells.append(f"**{text}**" if column == best else text)
+            place, loss = vertex(rates)
+            print(f"| {width} | {' | '.join(cells)} | {place:.2f} | {loss:.3f} |")
+    print("\n| parametrization | width | best rate | loss there | loss at the rate of the narrowest width | seeds |")
+    print("|---|---|---|---|---|---|")
+    for name, widths in results.items():
+        first = best_rate(widths[min(widths)])
+        for width, rates in widths.items():
+            best = best_rate(rates)
+            cells = []
+            for rate in (best, first):
+                mean, error = mean_and_error(rates[rate]) if rate in rates else (math.nan, math.nan)
+                cells.append(f"{mean:.4f} ± {error:.4f}")
+            print(f"| {name} | {width} | 2^{best} | {' | '.join(cells)} | {len(rates[best])} |")
+    for name, widths in results.items():
+        bests = {width: best_rate(rates) for width, rates in widths.items()}
+        places = {width: vertex(rates)[0] for width, rates in widths.items()}
         first, last = min(widths), max(widths)
         print(
-            f"\n{name}: the best power of two is from 2^{min(bests.values())} to 2^{max(bests.values())} (grid steps: "
-            f"{max(bests.values()) - min(bests.values())}); from width {first} to {last} the lowest point of the "
-            f"parabola moves by {places[last] - places[first]:+.2f} grid steps."
+            f"\n{name}: the best power of two lies between 2^{min(bests.values())} and 2^{max(bests.values())} (grid "
+            f"steps: {max(bests.values()) - min(bests.values())}); from width {first} to {last} the lowest point of "
+            f"the parabola moves by {places[last] - places[first]:+.2f} grid steps."
         )
-        # What it costs to tune at the narrowest width and train the widest one.
-        if (copied := widths[last].get(bests[first])) is not None:
-            print(
-                f"Width {last} at the best learning rate of width {first}: {copied - min(widths[last].values()):+.3f}."
-            )
-        else:
-            print(f"Width {last} was not trained at the best learning rate of width {first}: too far from its own.")
 
 
 def main() -> None:
@@ -194,49 +345,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", help="files or folders of documents")
     parser.add_argument("--output", type=Path, default=Path("runs/mup"), help="folder of the results")
-    names = list(PARAMETRIZATIONS)
-    parser.add_argument("--parametrizations", nargs="+", choices=names, default=names)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--neighbours", type=int, default=2, help="at least 1")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--warmup-steps", type=int, default=15)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="the first one is tuned")
+    parser.add_argument("--trials", type=int, default=24, help="trials of each parametrization's search")
+    parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="log2 of the learning rates at first")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds near the optimum")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--warmup-steps", type=int, default=30)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="bytes per step")
     parser.add_argument("--megabytes", type=float, default=4, help="text of each source")
-    parser.add_argument("--eval-tokens", type=int, default=10_880, help="held-out tokens of each source")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--eval-tokens", type=int, default=32_768, help="held-out tokens of each source")
+    parser.add_argument("--device", default="cpu", help="torch device, or auto")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     args = parser.parse_args()
     if not args.input:
         print("Nothing is measured without documents: give --input.")
         return
-    logging.disable_progress_bar()
+    args.widths.sort()
     args.output.mkdir(parents=True, exist_ok=True)
-    stream = ByteStream(args.input, int(args.megabytes * 1e6))
-    setting = {key: getattr(args, key) for key in ("steps", "warmup_steps", "batch_tokens", "eval_tokens", "seed")}
-    setting["data"] = "".join(stream.fingerprint(split)[:8] for split in ("train", "validation"))
-    file = args.output / "runs.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def loss_at(here: Run, log2_lr: int) -> float:
-        run = measure({**here, "log2_lr": log2_lr}, stream, args)
-        done.append(run)
-        with file.open("a") as lines:
-            lines.write(json.dumps(run) + "\n")
-        print(
-            f"{here['parametrization']} {here['width']} 2^{log2_lr}: {run['loss']:.4f} in {run['seconds']} s",
-            flush=True,
-        )
-        return float(run["loss"])
-
-    results: dict[str, dict[int, dict[int, float]]] = {name: {} for name in args.parametrizations}
-    best = dict(START)
-    for width in sorted(args.widths):
-        for name, widths in results.items():
-            here = {"parametrization": name, "width": width, **setting}
-            known = {run["log2_lr"]: run["loss"] for run in done if here.items() <= run.items()}
-            losses = widths[width] = sweep(best[name], args.neighbours, known, partial(loss_at, here))
-            best[name] = min(losses, key=lambda log2_lr: losses[log2_lr])
-    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, bf16, {args.steps} steps of ", end="")
-    print(f"{args.batch_tokens:,} bytes in rows of {SEQUENCE_LENGTH}")
+    runs = Runs(args)
+    results = sweep(runs, tune(runs, args), args)
+    print(
+        f"\ntorch {torch.__version__}, {args.device}, bf16, {args.steps} steps of {args.batch_tokens:,} bytes in ",
+        end="",
+    )
+    print(f"rows of {SEQUENCE_LENGTH}")
     report(results)
     plot(results, args.output / "loss.png")
 

@@ -1,6 +1,6 @@
 """BTLM-3B's blocks in training on one GPU: the share of the GPU's matrix rate that they reach (MFU).
 
-    python benchmarks/training_gpu.py [--contexts 2048 8192] [--tokens 8192] [--blocks 4 8] [--repeats 5]
+    python benchmarks/training_gpu.py [--contexts 2048 8192] [--tokens 8192] [--blocks 4 8] [--repeats 5] [--no-compile]
 
 Forward, loss and backward of the trainer (:class:`btlm.train.step.LossModel`: fp32 weights, bf16 products) for models
 of BTLM-3B's width with few blocks, so that they fit one GPU. Two models of different depth give the time of a block:
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per forward pass, in rows of each length")
     parser.add_argument("--blocks", type=int, nargs=2, default=[4, 8], metavar=("FEW", "MANY"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled rows, which take minutes")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -199,7 +200,7 @@ def main() -> None:
     print(f"| their MFU | {whole} | peak GB at {args.blocks[1]} blocks |\n|---|---|---|---|---|---|---|---|---|---|")
     for context in args.contexts:
         for checkpointing in (False, True):
-            for compiled in (False, True):
+            for compiled in (False,) if args.no_compile else (False, True):
                 setting = Setting(context, checkpointing, compiled)
                 print(table_row(recipe, setting, rate, args, device), flush=True)
     width = recipe.config.head_dim + 8

@@ -1,0 +1,136 @@
+"""Which shape makes the best small model of a given training time? Shapes trained equally long, and their held-out loss.
+
+    python benchmarks/model_shapes.py recipes/btlm-tiny.yaml --data data/shards --output runs/shapes --seconds 1800
+        --shapes 256x6x4 256x12x8 256x18x8 [--together] [--device cuda]
+
+A shape is WIDTHxLAYERSxHEADS; the inner width of the feed-forward network is 8/3 of the width. Each shape first runs a
+few steps to measure its speed, then trains by the recipe with as many tokens as that speed makes in ``--seconds``, so
+that its learning-rate schedule comes to its end. With ``--together`` all shapes train at the same time and share the
+machine equally, which is what a GPU that waits for its processor allows; otherwise one after the other.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from btlm.data import TokenShards
+from btlm.train import Recipe, load_recipe, train
+from btlm.train.held_out import token_bytes
+from btlm.train.recipe import Checkpoints, Evaluation, Watching
+
+# Steps that measure the speed, after a few that warm up.
+PROBE_STEPS = 24
+_barrier: Any = None
+
+
+def shaped(recipe: Recipe, shape: str, tokens_per_stage: list[int]) -> Recipe:
+    """The recipe with another shape and other numbers of tokens, whole steps of each stage."""
+    width, layers, heads = map(int, shape.split("x"))
+    model = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": round(8 / 3 * width)}
+    stages = [
+        replace(stage, tokens=max(1, tokens // stage.batch_tokens) * stage.batch_tokens)
+        for stage, tokens in zip(recipe.stages, tokens_per_stage, strict=True)
+    ]
+    total = sum(stage.tokens for stage in stages)
+    return replace(
+        recipe,
+        model=recipe.model | model,
+        stages=stages,
+        schedule=replace(recipe.schedule, warmup_tokens=min(recipe.schedule.warmup_tokens, total // 10)),
+        evaluation=Evaluation(every_tokens=2 * total, tokens_per_source=recipe.evaluation.tokens_per_source),
+        checkpoints=Checkpoints(every_steps=10**9),
+        watching=Watching(tensorboard=False),
+    )
+
+
+def _share(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Probe the speed of a shape, train it, and return its held-out loss."""
+    logging.disable_progress_bar()
+    recipe, shards = load_recipe(args.recipe), TokenShards(args.data, verify=False)
+    bytes_of = token_bytes()
+    wanted = [stage.tokens for stage in recipe.stages]
+    speeds = []
+    for i, stage in enumerate(recipe.stages):
+        probe = [0 if j != i else PROBE_STEPS * stage.batch_tokens for j in range(len(wanted))]
+        probing = shaped(recipe, shape, probe)
+        few = Evaluation(every_tokens=10**12, tokens_per_source=2)  # A run ends with an evaluation.
+        probing = replace(probing, stages=[probing.stages[i]], evaluation=few)
+        if _barrier is not None:
+            _barrier.wait()
+        records = list(train(probing, shards, args.output / f"probe-{shape}-{i}", bytes_of, args.device))
+        speeds.append(statistics.median(record["tokens_per_s"] for record in records[PROBE_STEPS // 3 :]))
+    # As many tokens as take the time, in the proportions of the recipe's stages.
+    seconds = sum(tokens / speed for tokens, speed in zip(wanted, speeds, strict=True))
+    run = shaped(recipe, shape, [round(tokens * args.seconds / seconds) for tokens in wanted])
+    if _barrier is not None:
+        _barrier.wait()
+    records = list(train(run, shards, args.output / shape, bytes_of, args.device))
+    spent, before = 0.0, 0
+    for record in records:
+        spent += (record["tokens"] - before) / record["tokens_per_s"]
+        before = record["tokens"]
+    result = {
+        "shape": shape,
+        "parameters": run.config.num_parameters(),
+        "tokens": records[-1]["tokens"],
+        "seconds": spent,
+        "bits_per_byte": records[-1]["bits_per_byte"],
+    }
+    (args.output / f"{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{shape}: {result['bits_per_byte']['mean']:.4f} bits per byte after {before:,} tokens in {spent:.0f} s",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="recipe that all shapes are trained by")
+    parser.add_argument("--data", help="folder of token shards")
+    parser.add_argument("--output", type=Path, default=Path("runs/shapes"), help="folder of the results")
+    parser.add_argument("--shapes", nargs="+", default=["256x6x4", "256x12x8", "256x18x8"])
+    parser.add_argument("--seconds", type=float, default=1800, help="time of training of each shape")
+    parser.add_argument("--together", action="store_true", help="train all shapes at the same time")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    args = parser.parse_args()
+    if not args.recipe or not args.data:
+        print("Nothing is measured without a recipe and shards: give RECIPE and --data.")
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.together:
+        context = multiprocessing.get_context("spawn")
+        barrier = context.Barrier(len(args.shapes))
+        with ProcessPoolExecutor(len(args.shapes), context, initializer=_share, initargs=(barrier,)) as pool:
+            results = list(pool.map(measure, args.shapes, [args] * len(args.shapes)))
+    else:
+        results = [measure(shape, args) for shape in args.shapes]
+    print(f"\ntorch {torch.__version__}, {args.device}, {args.seconds:g} s of training each\n")
+    sources = list(results[0]["bits_per_byte"])
+    print(
+        f"| shape | parameters | tokens | seconds | {' | '.join(sources)} |\n|---|---|---|---{'|---' * len(sources)}|"
+    )
+    for result in results:
+        losses = " | ".join(f"{value:.4f}" for value in result["bits_per_byte"].values())
+        print(
+            f"| {result['shape']} | {result['parameters'] / 1e6:.1f} M | {result['tokens'] / 1e6:.1f} M "
+            f"| {result['seconds']:.0f} | {losses} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
