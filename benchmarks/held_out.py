@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> None:
     shards = TokenShards(args.data)
     print(f"torch {torch.__version__}, up to {args.tokens:,} tokens per source in rows of {args.context:,}\n")
     for i, name in enumerate(args.models):
-        loss = transformers_loss(name, shards, args.context, args.tokens, dtype="auto", compute_dtype=torch.bfloat16)
+        loss = transformers_loss(name, shards, args.context, args.tokens, dtype="auto", compute_dtype=torch.float32)
         result = loss["bits_per_byte"]
         if i == 0:
             print(f"| | {' | '.join(result)} |\n|---{'|---' * len(result)}|")
