@@ -1,4 +1,4 @@
-"""Which shape makes the best small model of a given training time? Shapes trained equally long, and their held-out loss.
+"""Which shape makes the best small model in a given training time? Trains shapes equally long; prints held-out loss.
 
     python benchmarks/model_shapes.py recipes/btlm-tiny.yaml --data data/shards --output runs/shapes --seconds 1800
         --shapes 256x6x4 256x12x8 256x18x8 [--together] [--device cuda]
@@ -13,12 +13,14 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_inputs import add_smoke, write_shards
 from transformers.utils import logging
 
 from btlm.data import TokenShards
@@ -26,8 +28,16 @@ from btlm.train import Recipe, load_recipe, train
 from btlm.train.held_out import token_bytes
 from btlm.train.recipe import Checkpoints, Evaluation, Watching
 
-# Steps that measure the speed, after a few that warm up.
-PROBE_STEPS = 24
+SMOKE_RECIPE = """
+model: {vocab_size: 50257, n_positions: 128, activation_function: swiglu, position_embedding_type: alibi}
+optimizer: {lr: 1.0e-3}
+schedule: {warmup_tokens: 128}
+stages:
+  - {sequence_length: 64, batch_tokens: 128, tokens: 768}
+  - {sequence_length: 128, batch_tokens: 128, tokens: 256}
+precision: {dtype: float32}
+evaluation: {tokens_per_source: 256}
+"""
 _barrier: Any = None
 
 
@@ -64,14 +74,14 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     wanted = [stage.tokens for stage in recipe.stages]
     speeds = []
     for i, stage in enumerate(recipe.stages):
-        probe = [0 if j != i else PROBE_STEPS * stage.batch_tokens for j in range(len(wanted))]
+        probe = [0 if j != i else args.probe_steps * stage.batch_tokens for j in range(len(wanted))]
         probing = shaped(recipe, shape, probe)
         few = Evaluation(every_tokens=10**12, tokens_per_source=2)  # A run ends with an evaluation.
         probing = replace(probing, stages=[probing.stages[i]], evaluation=few)
         if _barrier is not None:
             _barrier.wait()
         records = list(train(probing, shards, args.output / f"probe-{shape}-{i}", bytes_of, args.device))
-        speeds.append(statistics.median(record["tokens_per_s"] for record in records[PROBE_STEPS // 3 :]))
+        speeds.append(statistics.median(record["tokens_per_s"] for record in records[args.probe_steps // 3 :]))
     # As many tokens as take the time, in the proportions of the recipe's stages.
     seconds = sum(tokens / speed for tokens, speed in zip(wanted, speeds, strict=True))
     run = shaped(recipe, shape, [round(tokens * args.seconds / seconds) for tokens in wanted])
@@ -105,12 +115,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/shapes"), help="folder of the results")
     parser.add_argument("--shapes", nargs="+", default=["256x6x4", "256x12x8", "256x18x8"])
     parser.add_argument("--seconds", type=float, default=1800, help="time of training of each shape")
+    parser.add_argument("--probe-steps", type=int, default=24, help="steps that measure the speed; a third warms up")
     parser.add_argument("--together", action="store_true", help="train all shapes at the same time")
     parser.add_argument("--device", default="cpu", help="torch device")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.shapes, args.seconds, args.probe_steps = ["32x1x1", "32x2x2"], 0.2, 2
+        with tempfile.TemporaryDirectory() as folder:
+            args.recipe, args.output = Path(folder) / "recipe.yaml", Path(folder) / "output"
+            args.recipe.write_text(SMOKE_RECIPE)
+            args.data = write_shards(Path(folder))
+            measure_all(args)
+        return
     if not args.recipe or not args.data:
         print("Nothing is measured without a recipe and shards: give RECIPE and --data.")
         return
+    measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Train the shapes, and print the table."""
     args.output.mkdir(parents=True, exist_ok=True)
     if args.together:
         context = multiprocessing.get_context("spawn")

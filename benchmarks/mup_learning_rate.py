@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from byte_stream import END_OF_TEXT, VOCAB_SIZE, ByteStream, token_bytes
+from tiny_inputs import add_smoke, write_documents
 from transformers.utils import logging
 
 from btlm.plots import pyplot, save_figure
@@ -224,7 +225,7 @@ def sweep(runs: Runs, base: dict[str, dict[str, float]], args: argparse.Namespac
             first = best_rate(widths[args.widths[0]])
             for width, by_rate in widths.items():
                 best = best_rate(by_rate)
-                more |= {(name, width, near, 1) for near in (best - 1, best + 1)}
+                more |= {(name, width, near, 1) for near in (best - 1, best + 1, first)}
                 for seed in range(2, args.seeds + 1):
                     more |= {(name, width, near, seed) for near in (best - 1, best, best + 1, first)}
         more = {place for place in more if place[3] > 1 or place not in wanted} - wanted
@@ -356,10 +357,23 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=32_768, help="held-out tokens of each source")
     parser.add_argument("--device", default="cpu", help="torch device, or auto")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.widths, args.trials, args.grid, args.seeds = [32, 64], 2, [-7, -6], 2
+        args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens = 2, 1, 256, 512
+        with tempfile.TemporaryDirectory() as folder:
+            args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
+            measure_all(args)
+        return
     if not args.input:
         print("Nothing is measured without documents: give --input.")
         return
+    measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Tune, sweep, repeat, and report."""
     args.widths.sort()
     args.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(args)

@@ -7,16 +7,27 @@ below the training length; and the loss with more and more bytes before them.
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from byte_stream import ByteStream
+from byte_stream import VOCAB_SIZE, ByteStream
+from tiny_inputs import add_smoke, write_documents
 from torch import Tensor
 from variable_length import held_out_windows, loss_at_end
 
-from btlm import BTLMLMHeadModel
+from btlm import BTLMConfig, BTLMLMHeadModel
 from btlm.model import attention_btlm
 
+SMOKE_MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "activation_function": "swiglu",
+    "position_embedding_type": "alibi",
+}
 LENGTHS = (12, 16, 32, 64, 128, 256, 512)
 
 
@@ -27,13 +38,24 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", help="files or folders of long documents")
     parser.add_argument("--megabytes", type=float, default=40, help="megabytes of text per source")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 bytes")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.windows = 2
+        with tempfile.TemporaryDirectory() as folder:
+            model = BTLMLMHeadModel(BTLMConfig(**SMOKE_MODEL)).eval()
+            measure_all(model, ByteStream([write_documents(Path(folder))], 1_000_000), args.windows)
+        return
     if not args.model or not args.input:
         print("Nothing is measured without a model and documents: give MODEL and --input.")
         return
-    stream = ByteStream(args.input, int(args.megabytes * 1e6))
     model = BTLMLMHeadModel.from_pretrained(args.model).eval()
-    windows = held_out_windows(stream, max(LENGTHS), args.windows)
+    measure_all(model, ByteStream(args.input, int(args.megabytes * 1e6)), args.windows)
+
+
+def measure_all(model: BTLMLMHeadModel, stream: ByteStream, num_windows: int) -> None:
+    """Print both tables."""
+    windows = held_out_windows(stream, max(LENGTHS), num_windows)
     heads = model.config.n_head
     print("| slopes divided by 2 | nats per byte of the last 128 of 512 |\n|---|---|")
     settings = {"none": torch.ones(heads), "all": torch.full((heads,), 2.0)}

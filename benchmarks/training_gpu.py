@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tiny_inputs import add_smoke
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -175,8 +176,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled rows, which take minutes")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.device, args.no_compile, args.repeats = "cpu", True, 1
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("training_gpu.py measures on a CUDA device, and torch finds none here.", file=sys.stderr)

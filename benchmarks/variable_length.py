@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_stream import END_OF_TEXT, VOCAB_SIZE, ByteStream, token_bytes
+from tiny_inputs import add_smoke, write_documents
 from torch import Tensor
 from transformers.utils import logging
 
@@ -346,10 +348,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="models of each kind")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    add_smoke(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.width, args.layers, args.heads, args.short = 32, 1, 4, 16
+        args.steps, args.warmup_steps, args.batch_tokens, args.windows, args.seeds = 4, 1, 256, 4, 2
+        with tempfile.TemporaryDirectory() as folder:
+            args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
+            measure_all(args)
+        return
     if not args.input:
         print("Nothing is measured without documents: give --input.")
         return
+    measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Train and evaluate what is missing, and report."""
     args.output.mkdir(parents=True, exist_ok=True)
     todo = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.models]
     if args.workers > 1:

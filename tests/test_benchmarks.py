@@ -11,14 +11,6 @@ SCRIPTS = [
 ]
 # These take seconds at most; the others start several processes, or load torch and Transformers.
 FAST = ("kernel_speed.py",)
-# Until they have --smoke.
-WITHOUT_SMOKE = (
-    "model_shapes.py",
-    "mup_learning_rate.py",
-    "slopes_and_context.py",
-    "training_gpu.py",
-    "variable_length.py",
-)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +19,6 @@ WITHOUT_SMOKE = (
 )
 def test_a_benchmark_runs(script: Path) -> None:
     """A peer that is not installed is left out."""
-    if script.name in WITHOUT_SMOKE and "add_smoke(parser)" not in script.read_text():
-        pytest.skip("it has no --smoke yet")
     done = subprocess.run([sys.executable, str(script), "--smoke"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "|---|" in done.stdout or "without llama.cpp" in done.stdout
