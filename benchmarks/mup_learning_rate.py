@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from btlm.plots import pyplot, save_figure
 from btlm.train import Recipe, train
-from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Schedule, Stage, Watching
+from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Precision, Schedule, Stage, Watching
 
 HEAD_DIM = 32
 SEQUENCE_LENGTH = 256
@@ -94,6 +94,7 @@ def recipe(run: Run, args: argparse.Namespace) -> Recipe:
         evaluation=Evaluation(every_tokens=2 * tokens, tokens_per_source=args.eval_tokens),
         checkpoints=Checkpoints(every_steps=2 * args.steps),
         watching=Watching(tensorboard=False),
+        precision=Precision(dtype=args.dtype),
     )
 
 
@@ -356,12 +357,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=4, help="text of each source")
     parser.add_argument("--eval-tokens", type=int, default=32_768, help="held-out tokens of each source")
     parser.add_argument("--device", default="cpu", help="torch device, or auto")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the products; float32 where bf16 is slow")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.trials, args.grid, args.seeds = [32, 64], 2, [-7, -6], 2
-        args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens = 2, 1, 256, 512
+        args.widths, args.trials, args.grid, args.seeds = [32, 64], 1, [-7, -7], 1
+        args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens, args.dtype = 2, 1, 256, 512, "float32"
         with tempfile.TemporaryDirectory() as folder:
             args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
             measure_all(args)
@@ -379,7 +381,7 @@ def measure_all(args: argparse.Namespace) -> None:
     runs = Runs(args)
     results = sweep(runs, tune(runs, args), args)
     print(
-        f"\ntorch {torch.__version__}, {args.device}, bf16, {args.steps} steps of {args.batch_tokens:,} bytes in ",
+        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}, {args.steps} steps of {args.batch_tokens:,} bytes in ",
         end="",
     )
     print(f"rows of {SEQUENCE_LENGTH}")

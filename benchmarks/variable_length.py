@@ -55,7 +55,7 @@ from btlm.model import attention_btlm
 from btlm.model.mup import scale_logits
 from btlm.plots import pyplot, save_figure
 from btlm.train import Recipe, train
-from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Schedule, Stage, Watching
+from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Precision, Schedule, Stage, Watching
 
 BASE_WIDTH = 256
 # Rows of each stage in multiples of the short ones, and their share of the bytes.
@@ -104,6 +104,7 @@ def recipe(name: str, seed: int, args: argparse.Namespace) -> Recipe:
         evaluation=Evaluation(every_tokens=max(1, tokens // 4)),
         checkpoints=Checkpoints(every_steps=200),
         watching=Watching(tensorboard=False),
+        precision=Precision(dtype=args.dtype),
     )
 
 
@@ -347,12 +348,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--seeds", type=int, default=1, help="models of each kind")
     parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the products; float32 where bf16 is slow")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
         args.width, args.layers, args.heads, args.short = 32, 1, 4, 16
-        args.steps, args.warmup_steps, args.batch_tokens, args.windows, args.seeds = 4, 1, 256, 4, 2
+        args.steps, args.warmup_steps, args.batch_tokens, args.windows, args.dtype = 4, 1, 256, 4, "float32"
         with tempfile.TemporaryDirectory() as folder:
             args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
             measure_all(args)
@@ -377,7 +379,8 @@ def measure_all(args: argparse.Namespace) -> None:
     }
     lengths = [half * args.short // 2 for half in HALVES]
     print(
-        f"\ntorch {torch.__version__}, {args.device}, bf16, {args.steps} steps of {args.batch_tokens:,} bytes, ", end=""
+        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}, {args.steps} steps of {args.batch_tokens:,} bytes, ",
+        end="",
     )
     print(f"{args.seeds} seeds, {args.windows} windows, nats per byte")
     report(results, lengths)
