@@ -381,8 +381,8 @@ def measure_all(args: argparse.Namespace) -> None:
     runs = Runs(args)
     results = sweep(runs, tune(runs, args), args)
     print(
-        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}, {args.steps} steps of {args.batch_tokens:,} bytes in ",
-        end="",
+        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}; {args.steps} steps of {args.batch_tokens:,} bytes in",
+        end=" ",
     )
     print(f"rows of {SEQUENCE_LENGTH}")
     report(results)

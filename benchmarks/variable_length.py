@@ -379,8 +379,8 @@ def measure_all(args: argparse.Namespace) -> None:
     }
     lengths = [half * args.short // 2 for half in HALVES]
     print(
-        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}, {args.steps} steps of {args.batch_tokens:,} bytes, ",
-        end="",
+        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}; {args.steps} steps of {args.batch_tokens:,} bytes,",
+        end=" ",
     )
     print(f"{args.seeds} seeds, {args.windows} windows, nats per byte")
     report(results, lengths)
