@@ -380,11 +380,8 @@ def measure_all(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(args)
     results = sweep(runs, tune(runs, args), args)
-    print(
-        f"\ntorch {torch.__version__}, {args.device}, {args.dtype}; {args.steps} steps of {args.batch_tokens:,} bytes in",
-        end=" ",
-    )
-    print(f"rows of {SEQUENCE_LENGTH}")
+    print(f"\ntorch {torch.__version__}, {args.device}, {args.dtype}; ", end="")
+    print(f"{args.steps} steps of {args.batch_tokens:,} bytes in rows of {SEQUENCE_LENGTH}")
     report(results)
     plot(results, args.output / "loss.png")
 
