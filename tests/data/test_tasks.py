@@ -2,7 +2,10 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -31,6 +34,17 @@ def die(folder: Path, task: int, advance) -> int:
     if task == 1 and (folder / "broken").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return count(folder, task, advance)
+
+
+class KilledOnTheWay(ValueError):
+    """Kills the worker that hands it over."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_with_a_killed_worker(folder: Path, task: int, advance) -> int:
+    return fail(folder, KilledOnTheWay("web.jsonl, line 3: bad"), task, advance)
 
 
 @pytest.fixture(params=[1, 2])
@@ -83,6 +97,50 @@ def test_a_worker_that_is_killed(tmp_path):
             run_tasks(tmp_path / "out/s", "step", partial(die, tmp_path), [10] * 4, run)
         (tmp_path / "broken").unlink()
         assert run_tasks(tmp_path / "out/s", "step", partial(die, tmp_path), [10] * 4, run) == [0, 1, 4, 9]
+
+
+def test_a_failure_comes_before_a_worker_that_is_killed(tmp_path):
+    (tmp_path / "broken").touch()
+    task = partial(fail_with_a_killed_worker, tmp_path)
+    with (
+        open_run(tmp_path / "out", Execution(workers=2)) as run,
+        pytest.raises(ValueError, match=r"^web.jsonl, line 3: bad$"),
+    ):
+        run_tasks(tmp_path / "out/s", "step", task, [10] * 4, run)
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from btlm.data.recipe import Execution
+from btlm.data.stage import open_run
+from btlm.data.tasks import run_tasks
+
+def wait(task, advance):
+    Path(sys.argv[1], f"waits-{task}").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with open_run(Path(sys.argv[1], "out"), Execution(workers=2)) as run:
+        try:
+            run_tasks(Path(sys.argv[1], "out/s"), "step", wait, [10] * 4, run)
+        except KeyboardInterrupt:
+            sys.exit(130)
+"""
+
+
+def test_ctrl_c_ends_all_workers_at_once_and_quietly(tmp_path):
+    """A terminal sends it to every process of the command."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(tmp_path.glob("waits-*"))) < 2:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("waits-[23]"))
 
 
 def test_output_that_another_command_works_in(tmp_path):

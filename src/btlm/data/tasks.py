@@ -1,4 +1,4 @@
-"""The tasks of a stage, run by datatrove's executors: processes of this machine, Slurm or Ray.
+"""The tasks of a stage, run by processes of this machine, or by datatrove on Slurm or Ray.
 
 A task writes whole files or none, and what it writes depends on its number alone, so that it does not matter where,
 when or how often it runs.
@@ -6,6 +6,7 @@ when or how often it runs.
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from .stage import Run, key_digest
 logger.disable("datatrove")
 
 # Imported once, by the process that the workers are forked from.
-_PRELOAD = ["btlm.data.worker", "btlm.data.tasks", "datatrove.executor.local", "pyarrow.compute", "pyarrow.parquet"]
+_PRELOAD = ["btlm.data.worker", "btlm.data.tasks", "pyarrow.compute", "pyarrow.parquet"]
 
 # Gets the number of the task and something to call with the bytes it got through; returns plain data.
 Task = Callable[[int, Callable[[int], None]], Any]
@@ -64,12 +67,15 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
             (home / name).mkdir(parents=True, exist_ok=True)
         for stale in [*(home / "failures").iterdir(), *(home / "progress").iterdir()]:
             stale.unlink(missing_ok=True)
-        executor = _executor(_Task(home, step, task), home, len(sizes), step, run)
-        error = None
+        whole_task, error = _Task(home, step, task), None
         try:
-            with _progress(home, step, sizes, run), _lost_workers_end_the_run(home, run):
-                executor.run()
-                _wait_for_jobs(executor, home, len(sizes), run)
+            with _progress(home, step, sizes, run):
+                if run.execution.executor == "local":
+                    _run_here(whole_task, home, len(sizes), run.workers)
+                else:
+                    executor = _executor(whole_task, home, len(sizes), step, run)
+                    executor.run()
+                    _wait_for_jobs(executor, home, len(sizes), run)
         except Exception as raised:  # whatever it was, what the task itself says comes first
             error = raised
         _raise_failure(home, step, len(sizes), error)
@@ -82,7 +88,7 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
 
 
 class _Task:
-    """The one step of datatrove's pipeline; its representation goes into the log of every task."""
+    """A task that keeps its result or failure. For datatrove, a pipeline of one step, whose logs show its name."""
 
     def __init__(self, home: Path, step: str, task: Task) -> None:
         self.home, self.step, self.task = home, step, task
@@ -133,18 +139,17 @@ class _ProgressFile:
         if (now := time.monotonic()) - self._written > 0.5:
             self._written = now
             with suppress(OSError):
-                self._path.write_text(f"{os.getpid()} {self._done}")
+                self._path.write_text(str(self._done))
 
     def end(self) -> None:
         self._path.unlink(missing_ok=True)
 
 
-def _running(home: Path) -> Iterator[tuple[int, int, int]]:
+def _running(home: Path) -> Iterator[tuple[int, int]]:
     """Number, process and bytes done of the tasks that run, or were killed."""
     for path in (home / "progress").iterdir():
         with suppress(OSError, ValueError):
-            process, done = map(int, path.read_text().split())
-            yield int(path.name), process, done
+            yield int(path.name), int(path.read_text())
 
 
 def _completed(home: Path, tasks: int) -> set[int]:
@@ -154,9 +159,6 @@ def _completed(home: Path, tasks: int) -> set[int]:
 
 
 def _executor(task: _Task, home: Path, tasks: int, step: str, run: Run) -> Any:
-    import multiprocess
-    from datatrove.executor.local import LocalPipelineExecutor
-
     execution = run.execution
     common: dict[str, Any] = {"pipeline": [task], "tasks": tasks, "logging_dir": str(home)}
     if execution.executor == "ray":
@@ -167,25 +169,65 @@ def _executor(task: _Task, home: Path, tasks: int, step: str, run: Run) -> Any:
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
         workers = min(tasks, execution.workers or int(ray.cluster_resources().get("CPU", 1)))
         return RayPipelineExecutor(**common, workers=workers, mem_per_cpu_gb=execution.memory_gb)
-    if execution.executor == "slurm":
-        from datatrove.executor.slurm import SlurmPipelineExecutor
+    from datatrove.executor.slurm import SlurmPipelineExecutor
 
-        return SlurmPipelineExecutor(
-            **common,
-            time=execution.slurm_time,
-            partition=execution.slurm_partition,
-            mem_per_cpu_gb=int(-(-execution.memory_gb // 1)),
-            workers=execution.workers or -1,
-            job_name=f"btlm-{step}",
-            qos="",
-            # The programs of this environment, datatrove's own among them, are found first.
-            env_command=execution.slurm_setup or f'export PATH="{Path(sys.executable).parent}:$PATH"',
-        )
-    multiprocess.set_forkserver_preload(_PRELOAD)
-    if multiprocess.get_start_method(allow_none=True) is None:
-        # Forking a process that has threads, as this one does, is not safe.
-        multiprocess.set_start_method("forkserver")
-    return LocalPipelineExecutor(**common, workers=min(tasks, run.workers))
+    return SlurmPipelineExecutor(
+        **common,
+        time=execution.slurm_time,
+        partition=execution.slurm_partition,
+        mem_per_cpu_gb=int(-(-execution.memory_gb // 1)),
+        workers=execution.workers or -1,
+        job_name=f"btlm-{step}",
+        qos="",
+        # The programs of this environment, datatrove's own among them, are found first.
+        env_command=execution.slurm_setup or f'export PATH="{Path(sys.executable).parent}:$PATH"',
+    )
+
+
+def _run_here(task: _Task, home: Path, tasks: int, workers: int) -> None:
+    """Run what has not been completed in this process, or in several where there are more workers than one.
+
+    Raises:
+        ValueError: A worker was killed.
+        Exception: What the first task that failed raised.
+    """
+    todo = sorted(set(range(tasks)) - _completed(home, tasks))
+    workers = min(len(todo), workers)
+    if workers == 1:
+        for rank in todo:
+            _run_and_mark(task, rank, tasks)
+        return
+    # Forking this process is not safe, as it has threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_the_command) as pool:
+        futures = [pool.submit(_run_and_mark, task, rank, tasks) for rank in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "A worker was killed (out of memory?); the same command goes on where it stopped, and a single worker "
+                "needs the least memory."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
+
+
+def _run_and_mark(task: _Task, rank: int, tasks: int) -> None:
+    """Run a task, and mark it as completed as datatrove's executors do."""
+    task(None, rank, tasks)
+    marks = task.home / "completions"
+    marks.mkdir(exist_ok=True)
+    (marks / f"{rank:05d}").touch()
+
+
+def _leave_interrupts_to_the_command() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait_for_jobs(executor: Any, home: Path, tasks: int, run: Run) -> None:
@@ -213,63 +255,6 @@ def _raise_failure(home: Path, step: str, tasks: int, error: Exception | None) -
         f"{missing} of {tasks} tasks of {step} did not end, their workers were killed (out of memory?); "
         "the same command goes on where it stopped."
     )
-
-
-@contextmanager
-def _lost_workers_end_the_run(home: Path, run: Run) -> Iterator[None]:
-    """Raise a :class:`ValueError` when a local worker is killed: the pool itself would wait for it for ever."""
-    main_thread = threading.main_thread()
-    assert main_thread.ident is not None
-    main = main_thread.ident
-    ended, lock = threading.Event(), threading.Lock()
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            if any(not _is_alive(process) for _, process, _ in _running(home)):
-                # After a failure it is the pool that ends the other workers.
-                failed = any((home / "failures").iterdir())
-                with lock:
-                    if not ended.is_set() and not failed:
-                        # Unlike _thread.interrupt_main, this wakes a thread that waits for a lock. A shell's background
-                        # commands ignore SIGINT, so it is another signal.
-                        signal.pthread_kill(main, signal.SIGUSR1)
-                return
-
-    if run.execution.executor != "local" or threading.current_thread() is not main_thread:
-        yield
-        return
-    before = signal.signal(signal.SIGUSR1, _raise_worker_lost)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        try:
-            yield
-        finally:
-            with lock:
-                ended.set()
-            signal.signal(signal.SIGUSR1, before)
-    except _WorkerLostError:
-        raise ValueError(
-            "A worker was killed (out of memory?); the same command goes on where it stopped, and a single worker "
-            "needs the least memory."
-        ) from None
-
-
-class _WorkerLostError(BaseException):
-    """Passes by everything that catches exceptions."""
-
-
-def _raise_worker_lost(*_: object) -> None:
-    raise _WorkerLostError
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextmanager
@@ -301,5 +286,5 @@ def _progress(home: Path, step: str, sizes: Sequence[int], run: Run) -> Iterator
 def _done(home: Path, sizes: Sequence[int]) -> int:
     complete = _completed(home, len(sizes))
     done = sum(sizes[rank] for rank in complete) if sum(sizes) else len(complete)
-    done += sum(min(part, sizes[rank]) for rank, _, part in _running(home) if rank not in complete)
+    done += sum(min(part, sizes[rank]) for rank, part in _running(home) if rank not in complete)
     return done
