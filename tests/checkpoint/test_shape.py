@@ -9,7 +9,7 @@ from btlm.checkpoint.shape import _QUANTIZATION, Shape, read_shape
 from btlm.errors import NotSupported
 from btlm.model import BTLMConfig
 from btlm.model.alibi import alibi_slopes
-from btlm.model.quantization_btlm import BITS, GROUP_SIZES
+from btlm.model.config_keys_btlm import BITS, GROUP_SIZES
 from tests.checkpoint.tiny import END, TINY, set_config, tiny_model
 
 QUANTIZED = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}

@@ -24,7 +24,8 @@ from btlm.convert import gguf as module
 from btlm.convert.gguf import TYPES, export_gguf
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.alibi import alibi_slopes
-from btlm.model.quantization_btlm import BTLMQuantizationConfig, pack, pack_scale, stored_matrices
+from btlm.model.architecture_btlm import Quantization
+from btlm.model.storage_btlm import pack, pack_scale, stored_matrices
 from tests.checkpoint.tiny import TINY, change_tensors, cut, pickle_tensors, set_config
 
 END = "<|endoftext|>"
@@ -327,7 +328,7 @@ def quantize(folder):
     model = gguf_model(n_embd=64)
     storage: dict[str, Any] = {"quant_method": "btlm", "bits": 8, "group_size": 64, "table_bits": 8}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    for name, stored in stored_matrices(model, BTLMQuantizationConfig(**storage)).items():
+    for name, stored in stored_matrices(model.config.architecture, Quantization(8, 64, 8)).items():
         weight = state[f"{name}.weight"]
         weight = weight if "wte" in name else weight.T
         padded = torch.zeros(stored.padded_outputs, stored.padded_inputs)
@@ -335,8 +336,8 @@ def quantize(folder):
         groups = padded.view(len(padded), -1, 64)
         scale = (groups.abs().amax(-1) / 127).bfloat16().float()
         q = (groups / scale.clamp(min=1e-9)[..., None]).round().clamp(-127, 127) + 128
-        state[f"{name}.weight"] = pack(q.to(torch.uint8).view(padded.shape), 8)
-        state[f"{name}.weight_scale"] = pack_scale(scale)
+        state[f"{name}.weight"] = torch.from_numpy(pack(q.to(torch.uint8).view(padded.shape).numpy(), 8))
+        state[f"{name}.weight_scale"] = torch.from_numpy(pack_scale(scale.numpy())).view(torch.bfloat16)
         if f"{name}.bias" in state:
             bias = state[f"{name}.bias"]
             state[f"{name}.bias"] = torch.nn.functional.pad(bias, (0, stored.padded_outputs - len(bias)))

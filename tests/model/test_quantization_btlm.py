@@ -1,4 +1,4 @@
-"""The storage is what the module's text says, and folders in it load as plain models."""
+"""Folders of packed weights load as plain models."""
 
 import json
 from typing import Any
@@ -10,15 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from btlm.model.quantization_btlm import (
-    BTLMQuantizationConfig,
-    dequantize,
-    pack,
-    pack_scale,
-    stored_matrices,
-    unpack,
-    unpack_scale,
-)
+from btlm.model.architecture_btlm import Quantization
+from btlm.model.quantization_btlm import BTLMQuantizationConfig, dequantize
+from btlm.model.storage_btlm import pack, pack_scale, stored_matrices
 from tests.model.tiny import tiny_model, tokens
 
 QUANTIZED = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}
@@ -31,51 +25,14 @@ def random_q(outputs, inputs, bits, seed=0):
     return torch.randint(2**bits, (outputs, inputs), generator=generator).to(torch.uint8)
 
 
-def packed_by_loop(q, bits):
-    """Pack value by value, as the docstring of the module describes it."""
-    outputs, inputs = q.shape
-    columns = 8 if bits == 4 else 4
-    stored = torch.zeros(outputs // 16, inputs // columns, 64, dtype=torch.uint8)
-    for r in range(outputs // 16):
-        for c in range(inputs // columns):
-            for n in range(16):
-                for i in range(4):
-                    if bits == 4:
-                        byte = int(q[16 * r + n, 8 * c + i]) + 16 * int(q[16 * r + n, 8 * c + 4 + i])
-                    else:
-                        byte = int(q[16 * r + n, 4 * c + i])
-                    stored[r, c, 4 * n + i] = byte
-    return stored
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_layout_is_that_of_the_text(bits):
-    q = random_q(48, 64, bits)
-    stored = pack(q, bits)
-    assert stored.is_contiguous()
-    assert torch.equal(stored, packed_by_loop(q, bits))
-    assert torch.equal(unpack(stored, bits), q)
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (4, 128), (8, 64), (8, 128)])
-def test_values_are_steps_from_the_middle_times_the_scale_of_the_group(bits, group_size):
-    q = random_q(32, 256, bits)
-    scale = torch.randn(32, 256 // group_size).bfloat16().float()
-    stored_scale = pack_scale(scale)
-    assert stored_scale.shape == (2, 256 // group_size, 16)
-    assert stored_scale.dtype == torch.bfloat16
-    assert stored_scale[1, 1, 5] == scale[16 + 5, 1]
-    assert torch.equal(unpack_scale(stored_scale), scale)
-    values = dequantize(pack(q, bits), stored_scale, bits, group_size)
-    assert values.dtype == torch.float32
-    for n, k in [(0, 0), (5, 63), (17, 64), (31, 255), (16, 130)]:
-        assert values[n, k].item() == (int(q[n, k]) - 2 ** (bits - 1)) * scale[n, k // group_size].item()
+def to_bf16(scale_NG):
+    return torch.from_numpy(pack_scale(scale_NG.numpy())).view(torch.bfloat16)
 
 
 def write_folder(folder, model, quantization):
     """Write a folder of random integers; returns the weights that they stand for, by the name of their module."""
-    config = BTLMQuantizationConfig(**quantization)
-    matrices = stored_matrices(model, config)
+    storage = Quantization(*(quantization[key] for key in ("bits", "group_size", "table_bits")))
+    matrices = stored_matrices(model.config.architecture, storage)
     state, values = {}, {}
     for name, tensor in model.state_dict().items():
         matrix = matrices.get(name.rpartition(".")[0])
@@ -87,9 +44,9 @@ def write_folder(folder, model, quantization):
             # The padding has values too, which have to be cut off.
             q = random_q(matrix.padded_outputs, matrix.padded_inputs, matrix.bits, seed=len(state))
             groups = matrix.padded_inputs // matrix.group_size
-            state[name] = pack(q, matrix.bits)
+            state[name] = torch.from_numpy(pack(q.numpy(), matrix.bits))
             # So small that only bf16 can represent the scales; fp16 has no such exponents.
-            state[f"{name}_scale"] = pack_scale(torch.randn(matrix.padded_outputs, groups) * 1e-8)
+            state[f"{name}_scale"] = to_bf16(torch.randn(matrix.padded_outputs, groups) * 1e-8)
             full = dequantize(state[name], state[f"{name}_scale"], matrix.bits, matrix.group_size)
             values[name.removesuffix(".weight")] = full[: matrix.outputs, : matrix.inputs]
     if model.config.tie_word_embeddings:
@@ -203,10 +160,3 @@ def test_other_storage_is_refused(wrong: dict[str, Any]):
 def test_the_form_of_an_older_version_is_named():
     with pytest.raises(ValueError, match="older version, make the folder again"):
         BTLMQuantizationConfig(quant_method="btlm", bits=8)
-
-
-@pytest.mark.parametrize(("width", "group_size", "remedy"), [(192, 128, "use 64"), (48, 64, "neither 64 nor 128 does")])
-def test_a_group_size_that_does_not_fit_is_refused(width, group_size, remedy):
-    model = tiny_model(n_embd=width)
-    with pytest.raises(ValueError, match=rf"{group_size} does not divide n_embd, which is {width}; {remedy}"):
-        stored_matrices(model, BTLMQuantizationConfig(**{**QUANTIZED, "group_size": group_size}))

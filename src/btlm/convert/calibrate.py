@@ -31,7 +31,7 @@ from btlm.model.architecture_btlm import (
 from btlm.model.attention_btlm import BTLMAttention, plan_attention
 from btlm.model.modeling_btlm import BTLMMLP, BTLMBlock
 from btlm.model.mup import scale_embeddings
-from btlm.model.quantization_btlm import StoredMatrix
+from btlm.model.storage_btlm import StoredMatrix
 
 from .gptq import Moments, gptq, inverse_factor, output_error
 from .rounding import padded, values_of

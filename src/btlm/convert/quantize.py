@@ -23,17 +23,9 @@ from btlm.console import progress_bars
 from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_folder
 from btlm.model import BTLMConfig
-from btlm.model.quantization_btlm import (
-    BITS,
-    GROUP_SIZES,
-    QUANT_METHOD,
-    BTLMQuantizationConfig,
-    StoredMatrix,
-    group_size_problem,
-    pack,
-    pack_scale,
-    stored_matrices,
-)
+from btlm.model.architecture_btlm import Quantization
+from btlm.model.config_keys_btlm import BITS, GROUP_SIZES, QUANT_METHOD
+from btlm.model.storage_btlm import StoredMatrix, group_size_problem, pack, pack_scale, stored_matrices
 
 from .calibrate import CALIBRATION_TOKENS, Rounded, calibration_rows, round_blocks
 from .rounding import padded, round_weights, search_scales, values_of
@@ -61,7 +53,7 @@ def quantize(
     calibration: Path | str | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
 ) -> dict[str, MatrixError]:
-    """Write a quantized copy of a checkpoint, with its tokenizer. :mod:`btlm.model.quantization_btlm` has the storage.
+    """Write a quantized copy of a checkpoint, with its tokenizer. :mod:`btlm.model.storage_btlm` has the storage.
 
     Args:
         model: Folder or hub id, not quantized.
@@ -92,13 +84,13 @@ def quantize(
             f"{model} is quantized already ({stored.get('bits')} bits, groups of {stored.get('group_size')}); give the "
             "folder that it was made from."
         )
-    if problem := group_size_problem(config, group_size):
+    if problem := group_size_problem(config.n_embd, group_size):
         raise ValueError(problem)
     network = empty_model(config)
     weights = Weights(check_weights(folder, config), network)
     tokenizer = load_tokenizer_of(folder, config, model)
     rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
-    matrices = stored_matrices(network, quantization)
+    matrices = stored_matrices(config.architecture, quantization)
     layout = _layout(weights, {name: tuple(value.shape) for name, value in network.state_dict().items()}, matrices)
     if config.tie_word_embeddings:
         layout.pop("lm_head.weight")
@@ -114,8 +106,8 @@ def quantize(
             errors = {}
             for name, weight, rounded in _rounded(network.config, weights, matrices, rows):
                 matrix = matrices[name]
-                writer.write(f"{name}.weight", pack(rounded.q_NK, matrix.bits))
-                writer.write(f"{name}.weight_scale", pack_scale(rounded.scale_NG))
+                writer.write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
+                writer.write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
                 if rounded.bias_N is not None:
                     writer.write(f"{name}.bias", rounded.bias_N)
                 difference = values_of(rounded.q_NK, rounded.scale_NG, matrix.bits).sub_(weight)
@@ -164,10 +156,14 @@ def _rounded(
         yield from round_blocks(config, weights, matrices, embeds.view(*rows.shape, -1))
 
 
+def _bf16(scale_NG: Tensor) -> Tensor:
+    return torch.from_numpy(pack_scale(scale_NG.numpy())).view(torch.bfloat16)
+
+
 # Before any work
 
 
-def _quantization(bits: int, group_size: int, table_bits: int) -> BTLMQuantizationConfig:
+def _quantization(bits: int, group_size: int, table_bits: int) -> Quantization:
     for name, value, choices in (
         ("The bits are", bits, BITS),
         ("The group size is", group_size, GROUP_SIZES),
@@ -175,7 +171,7 @@ def _quantization(bits: int, group_size: int, table_bits: int) -> BTLMQuantizati
     ):
         if value not in choices:
             raise ValueError(f"{name} {value}; choose {' or '.join(map(str, choices))}.")
-    return BTLMQuantizationConfig(bits, group_size, table_bits)
+    return Quantization(bits, group_size, table_bits)
 
 
 def _layout(
@@ -211,7 +207,7 @@ def _write_description(
     partial: Path,
     folder: Path,
     config: BTLMConfig,
-    quantization: BTLMQuantizationConfig,
+    quantization: Quantization,
     weights: Weights,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from btlm.model.quantization_btlm import BLOCK_ROWS
+from btlm.model.storage_btlm import BLOCK_ROWS
 
 # What the largest weight of a group is a multiple of, at each scale that is tried. In four bits it may be clipped by up
 # to 40%, and stand at the end of eight steps or, with a scale of the other sign, at that of seven. In eight bits the

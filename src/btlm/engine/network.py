@@ -15,6 +15,17 @@ from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import MappedTensor
 from btlm.errors import NotSupported
 from btlm.kernels import Kernels, WeightMatrix
+from btlm.model.architecture_btlm import (
+    ATTENTION_OUTPUT,
+    DOWN,
+    FINAL_NORM,
+    GATE,
+    QUERY_KEY_VALUE,
+    TOKEN_TABLE,
+    UP,
+    block_name,
+)
+from btlm.model.storage_btlm import BLOCK_ROWS, packed_shape, padded_size, scale_shape
 
 from .cache import KVCache
 
@@ -34,12 +45,12 @@ class _Norm:
 @dataclass(frozen=True)
 class _Block:
     ln_1: _Norm
-    c_attn: WeightMatrix
-    attn_c_proj: WeightMatrix
+    query_key_value: WeightMatrix
+    attention_output: WeightMatrix
     ln_2: _Norm
-    c_fc: WeightMatrix
-    c_fc2: WeightMatrix
-    mlp_c_proj: WeightMatrix
+    up: WeightMatrix
+    gate: WeightMatrix
+    down: WeightMatrix
 
 
 class Network:
@@ -64,13 +75,13 @@ class Network:
         self.max_tokens = max_tokens
         load = _Loader(kernels, shape, tensors)
         self._blocks = [load.block(i) for i in range(shape.n_layer)]
-        self._ln_f = load.norm("transformer.ln_f")
-        self._table = load.table("transformer.wte")
+        self._ln_f = load.norm(FINAL_NORM)
+        self._table = load.table(TOKEN_TABLE)
         self._head = self._table if shape.tied else load.table("lm_head")
         self.weight_dtype = weight_dtype(shape, tensors)
         self._slopes = shape.slopes
         sizes = {"x": shape.n_embd, "normal": shape.n_embd, "attended": shape.n_embd, "qkv": 3 * shape.n_embd}
-        sizes["inner"] = self._blocks[0].c_fc.rows
+        sizes["inner"] = self._blocks[0].up.rows
         self._activations = {name: np.zeros((max_tokens, size), np.float32) for name, size in sizes.items()}
 
     def forward(
@@ -98,12 +109,12 @@ class Network:
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             scale = shape.attention_scale / (i + 1 if shape.inverse_layer_idx else 1)
             kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, shape.layer_norm_epsilon, normal)
-            kernels.linear(normal, block.c_attn, qkv)
+            kernels.linear(normal, block.query_key_value, qkv)
             kernels.attend(qkv, layer, segments, self._slopes, scale, attended)
-            kernels.linear(attended, block.attn_c_proj, x, add=True)
+            kernels.linear(attended, block.attention_output, x, add=True)
             kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, shape.layer_norm_epsilon, normal)
-            kernels.linear(normal, block.c_fc, inner, gate=block.c_fc2)
-            kernels.linear(inner, block.mlp_c_proj, x, add=True)
+            kernels.linear(normal, block.up, inner, gate=block.gate)
+            kernels.linear(inner, block.down, x, add=True)
         wanted = np.ascontiguousarray(x[rows])
         kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, shape.layer_norm_epsilon, wanted)
         wanted *= np.float32(shape.logits_scale)
@@ -131,7 +142,7 @@ def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
     """
     if shape.bits is not None:
         return f"{shape.bits}bit"
-    name = "transformer.wte.weight"
+    name = f"{TOKEN_TABLE}.weight"
     tensor = _find(tensors, name)
     if tensor.dtype not in _FLOATS:
         raise _unreadable(name, tensor)
@@ -149,16 +160,16 @@ class _Loader:
     def block(self, index: int) -> _Block:
         width, inner = self.shape.n_embd, self.shape.n_inner
         if self.shape.bits is not None:
-            inner = -(-inner // self.shape.group_size) * self.shape.group_size
-        name = f"transformer.h.{index}"
+            inner = padded_size(inner, self.shape.group_size)
+        name = block_name(index)
         return _Block(
             self.norm(f"{name}.ln_1"),
-            self._projection(f"{name}.attn.c_attn", 3 * width, width),
-            self._projection(f"{name}.attn.c_proj", width, width),
+            self._projection(f"{name}.{QUERY_KEY_VALUE}", 3 * width, width),
+            self._projection(f"{name}.{ATTENTION_OUTPUT}", width, width),
             self.norm(f"{name}.ln_2"),
-            self._projection(f"{name}.mlp.c_fc", inner, width),
-            self._projection(f"{name}.mlp.c_fc2", inner, width),
-            self._projection(f"{name}.mlp.c_proj", width, inner),
+            self._projection(f"{name}.{UP}", inner, width),
+            self._projection(f"{name}.{GATE}", inner, width),
+            self._projection(f"{name}.{DOWN}", width, inner),
         )
 
     def norm(self, name: str) -> _Norm:
@@ -168,7 +179,7 @@ class _Loader:
     def table(self, name: str) -> WeightMatrix:
         rows, columns = self.shape.vocab_size, self.shape.n_embd
         if self.shape.bits is not None:
-            return self._packed(name, self.shape.table_bits, -(-rows // 16) * 16, columns, None)
+            return self._packed(name, self.shape.table_bits, padded_size(rows, BLOCK_ROWS), columns, None)
         return self._plain(name, rows, columns, None, input_major=False)
 
     def _projection(self, name: str, rows: int, columns: int) -> WeightMatrix:
@@ -178,9 +189,8 @@ class _Loader:
         return self._plain(name, rows, columns, bias, input_major=True)
 
     def _packed(self, name: str, bits: int, rows: int, columns: int, bias: Floats | None) -> WeightMatrix:
-        group, in_64_bytes = self.shape.group_size, 8 if bits == 4 else 4
-        weight = self._tensor(f"{name}.weight", ("U8",), (rows // 16, columns // in_64_bytes, 64))
-        scale = self._tensor(f"{name}.weight_scale", ("BF16",), (rows // 16, columns // group, 16))
+        weight = self._tensor(f"{name}.weight", ("U8",), packed_shape(bits, rows, columns))
+        scale = self._tensor(f"{name}.weight_scale", ("BF16",), scale_shape(self.shape.group_size, rows, columns))
         return self.kernels.matrix(f"int{bits}", weight, scale, bias)
 
     def _plain(self, name: str, rows: int, columns: int, bias: Floats | None, *, input_major: bool) -> WeightMatrix:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from btlm.checkpoint.shape import Shape
+from btlm.model.architecture_btlm import BTLM_3B, Architecture
+from btlm.model.config_keys_btlm import MODEL_TYPE
+from btlm.model.storage_btlm import stored_matrices
 
 DTYPES = ("4bit", "8bit", "bfloat16", "float32")
 
@@ -19,30 +21,36 @@ _POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows di
 _ITEM = {"U8": 1, "BF16": 2, "F32": 4}
 
 _COMMON: dict[str, Any] = {
-    "model_type": "btlm",
+    "model_type": MODEL_TYPE,
     "architectures": ["BTLMLMHeadModel"],
-    "activation_function": "swiglu",
-    "position_embedding_type": "alibi",
-    "layer_norm_epsilon": 1e-5,
-    "mup_scale_qk_dot_by_d": True,
-    "mup_embeddings_scale": 14.6,
-    "mup_output_alpha": 2.22,
-    "initializer_range": 0.073,
-    "alibi_scaling": None,
+    **{
+        key: getattr(BTLM_3B, key)
+        for key in (
+            "activation_function",
+            "position_embedding_type",
+            "layer_norm_epsilon",
+            "mup_scale_qk_dot_by_d",
+            "mup_embeddings_scale",
+            "mup_output_alpha",
+            "initializer_range",
+            "alibi_scaling",
+        )
+    },
 }
+_SIZES = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "mup_width_scale",
+    "tie_word_embeddings",
+)
 # Llama-7B (arXiv 2302.13971) has RMSNorm, rotary positions and no biases; this shape has BTLM's blocks at Llama's
 # sizes. The matrices, which cause nearly all of the cost, are the same.
 SHAPES: dict[str, dict[str, Any]] = {
-    "btlm-3b": {
-        "vocab_size": 50257,
-        "n_positions": 8192,
-        "n_embd": 2560,
-        "n_layer": 32,
-        "n_head": 32,
-        "n_inner": 6826,
-        "mup_width_scale": 0.1,
-        "tie_word_embeddings": True,
-    },
+    "btlm-3b": {key: getattr(BTLM_3B, key) for key in _SIZES},
     "llama-7b": {
         "vocab_size": 32000,
         "n_positions": 8192,
@@ -129,42 +137,22 @@ def _bits(dtype: str) -> int | None:
 
 def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
     """The tensors in the order of the file: first those whose size keeps the next ones aligned."""
-    shape = Shape.from_config(shape_config(sizes, dtype))
-    bits, plain = _bits(dtype), "BF16" if dtype == "bfloat16" else "F32"
-    width, inner, tensors = shape.n_embd, shape.n_inner, dict[str, _Tensor]()
-    if bits:
-        if width % _GROUP:
-            raise ValueError(f"n_embd is {width}, not a multiple of the group size of {_GROUP}.")
-        inner = -(-inner // _GROUP) * _GROUP
-
-    def matrix(name: str, rows: int, columns: int, *, table: bool = False) -> None:
-        if bits:
-            rows = -(-rows // 16) * 16
-            in_64_bytes = 8 if bits == 4 and not (table and _TABLE_BITS == 8) else 4
-            tensors[f"{name}.weight"] = _Tensor("U8", (rows // 16, columns // in_64_bytes, 64), "packed")
-            tensors[f"{name}.weight_scale"] = _Tensor("BF16", (rows // 16, columns // _GROUP, 16), "scale")
-        else:
-            tensors[f"{name}.weight"] = _Tensor(plain, (rows, columns) if table else (columns, rows), "matrix")
-        if not table:
-            tensors[f"{name}.bias"] = _Tensor("F32" if bits else plain, (rows,), "zero")
-
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = _Tensor("F32" if bits else plain, (width,), "one")
-        tensors[f"{name}.bias"] = _Tensor("F32" if bits else plain, (width,), "zero")
-
-    matrix("transformer.wte", shape.vocab_size, width, table=True)
-    for i in range(shape.n_layer):
-        name = f"transformer.h.{i}"
-        norm(f"{name}.ln_1")
-        matrix(f"{name}.attn.c_attn", 3 * width, width)
-        matrix(f"{name}.attn.c_proj", width, width)
-        norm(f"{name}.ln_2")
-        matrix(f"{name}.mlp.c_fc", inner, width)
-        matrix(f"{name}.mlp.c_fc2", inner, width)
-        matrix(f"{name}.mlp.c_proj", width, inner)
-    norm("transformer.ln_f")
-    if not shape.tied:
-        matrix("lm_head", shape.vocab_size, width, table=True)
+    architecture = Architecture.from_config(shape_config(sizes, dtype))
+    quantization = architecture.quantization
+    matrices = {} if quantization is None else stored_matrices(architecture, quantization)
+    plain, tensors = "BF16" if dtype == "bfloat16" else "F32", dict[str, _Tensor]()
+    for name, tensor in architecture.tensors.items():
+        module, _, part = name.rpartition(".")
+        matrix = matrices.get(module)
+        if tensor.kind in ("matrix", "token table"):
+            if matrix is None:
+                tensors[name] = _Tensor(plain, tensor.shape, "matrix")
+            else:
+                tensors[name] = _Tensor("U8", matrix.weight_shape, "packed")
+                tensors[f"{name}_scale"] = _Tensor("BF16", matrix.scale_shape, "scale")
+        elif tensor.kind in ("bias", "norm"):
+            size = tensor.shape if matrix is None else (matrix.padded_outputs,)
+            tensors[name] = _Tensor(plain, size, "one" if part == "weight" else "zero")
     return dict(sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0))  # stable
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from btlm.model.storage_btlm import BLOCK_BYTES, BLOCK_ROWS
+
 from .arrays import (
     DTYPES,
     ELEMENT,
@@ -30,9 +32,6 @@ from .arrays import (
 )
 from .cache import Cache
 from .implementation import Implementation
-
-_ROWS = 16  # outputs in a block of a packed matrix; groups are multiples of it too
-_BLOCK_BYTES = 64
 
 
 class WeightMatrix:
@@ -77,7 +76,7 @@ class Kernels:
         """Make a weight matrix; it keeps the arrays and reads them where they are.
 
         Args:
-            dtype: ``"int4"`` or ``"int8"``, packed as :mod:`btlm.model.quantization_btlm` describes it, ``"bfloat16"``
+            dtype: ``"int4"`` or ``"int8"``, packed as :mod:`btlm.model.storage_btlm` describes it, ``"bfloat16"``
                 or ``"float32"``.
             weight: uint8 ``[N/16, K/8, 64]`` for int4 and ``[N/16, K/4, 64]`` for int8; else uint16 or fp32 ``[N, K]``.
             scale: bf16 ``[N/16, K/G, 16]`` for int4 and int8, where G is a multiple of 16; else None.
@@ -92,18 +91,21 @@ class Kernels:
         if dtype in PACKED:
             require(weight.ndim == 3, f"an {dtype} weight is [N/16, columns, 64], and this one is {list(weight.shape)}")
             require(not input_major, f"an {dtype} matrix cannot be input-major")
-            rows, columns = weight.shape[0] * _ROWS, weight.shape[1] * (_BLOCK_BYTES // _ROWS) * 8 // DTYPES[dtype]
-            require_array("weight", weight, ELEMENT[dtype], (*weight.shape[:2], _BLOCK_BYTES))
+            rows, columns = (
+                weight.shape[0] * BLOCK_ROWS,
+                weight.shape[1] * (BLOCK_BYTES // BLOCK_ROWS) * 8 // DTYPES[dtype],
+            )
+            require_array("weight", weight, ELEMENT[dtype], (*weight.shape[:2], BLOCK_BYTES))
             require(
                 scale is not None and scale.ndim == 3 and scale.shape[1] > 0,
                 f"an {dtype} matrix needs scales [N/16, K/G, 16]",
             )
             assert scale is not None
-            require_array("scale", scale, UINT16, (weight.shape[0], scale.shape[1], _ROWS))
+            require_array("scale", scale, UINT16, (weight.shape[0], scale.shape[1], BLOCK_ROWS))
             group = columns // scale.shape[1]
             require(
-                group % _ROWS == 0 and group * scale.shape[1] == columns,
-                f"{scale.shape[1]} groups do not divide {columns} columns into multiples of {_ROWS}",
+                group % BLOCK_ROWS == 0 and group * scale.shape[1] == columns,
+                f"{scale.shape[1]} groups do not divide {columns} columns into multiples of {BLOCK_ROWS}",
             )
         else:
             require(weight.ndim == 2, f"a {dtype} weight has two dimensions, and this one is {list(weight.shape)}")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btlm.model.quantization_btlm import dequantize
+from btlm.model.storage_btlm import dequantize, packed_shape, scale_shape
 
 from .arrays import DTYPES, Floats, Halves
 
@@ -115,10 +115,9 @@ class _Matrix:
         if self.dtype in _LARGEST:
             assert self.scale is not None
             bits = DTYPES[self.dtype]
-            columns = self.columns // (8 if bits == 4 else 4)
-            stored = weight.view(self.rows // 16, columns, 64)
-            scale = _bf16(self.scale).view(self.rows // 16, self.columns // self.group, 16)
-            return dequantize(stored, scale, bits, self.group)
+            stored = self.weight.reshape(packed_shape(bits, self.rows, self.columns))
+            scale = self.scale.reshape(scale_shape(self.group, self.rows, self.columns))
+            return torch.from_numpy(dequantize(stored, scale, bits, self.group))
         plain = (_bf16(self.weight) if self.dtype == "bfloat16" else weight).float()
         if self.input_major:
             return plain.view(self.columns, self.rows).T

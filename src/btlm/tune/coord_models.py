@@ -23,7 +23,7 @@ HIDDEN_MATRICES, RESIDUAL_MATRICES = (
 QUANTITIES = {EMBEDDING: "embedding weights", HIDDEN: HIDDEN_MATRICES, RESIDUAL: RESIDUAL_MATRICES}
 
 ABLATIONS = {
-    "hidden-init": "c_attn, c_fc and c_fc2 start with the standard deviation of base width",
+    "hidden-init": f"{HIDDEN_MATRICES} start with the standard deviation of base width",
     "residual-init": "the residual projections c_proj start with the standard deviation of base width",
     "matrix-lr": "matrices get the learning rate of the embeddings",
     "scores": "scores are divided by the square root of head_dim",
