@@ -3,25 +3,22 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from btlm.errors import NotSupported
+from btlm.model.architecture_btlm import BTLM_3B, attention_scale, slope_exponents
+from btlm.model.config_keys_btlm import BITS, GROUP_SIZES, MODEL_TYPE, QUANT_METHOD
 
 from .locate import checkpoint_folder
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _NUMBERS = ("layer_norm_epsilon", "mup_width_scale", "mup_embeddings_scale", "mup_output_alpha")
 _KEYS = (*_SIZES, *_NUMBERS, "n_inner", "activation_function", "position_embedding_type", "mup_scale_qk_dot_by_d")
-_MODEL_TYPE = _QUANT_METHOD = "btlm"
-_QUANTIZATION = {
-    "bits": (4, 8),
-    "group_size": (64, 128),
-    "table_bits": (4, 8),
-}  # as btlm.model.quantization_btlm has it
+_QUANTIZATION = {"bits": BITS, "group_size": GROUP_SIZES, "table_bits": BITS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +62,9 @@ class Shape:
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        width, inner = self.n_embd, self.n_inner
-        block = 4 * width * width + 3 * width * inner + 4 * width + 2 * inner + width + 4 * width
-        return self.n_layer * block + 2 * width + self.vocab_size * width * (1 if self.tied else 2)
+        names = ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner")
+        sizes = {name: getattr(self, name) for name in names}
+        return replace(BTLM_3B, **sizes, tie_word_embeddings=self.tied).num_parameters()
 
     @property
     def slopes(self) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -75,10 +72,10 @@ class Shape:
 
         The same as :func:`btlm.model.alibi.alibi_slopes`, which needs torch.
         """
-        lower = 2 ** math.floor(math.log2(self.n_head))
-        steps = [8 * (i + 1) / lower for i in range(lower)]
-        steps += [4 * (2 * i + 1) / lower for i in range(self.n_head - lower)]
-        return (np.exp2(-np.array(steps, np.float32)) / np.float32(self.interpolation)).astype(np.float32)
+        exponents = [
+            first + step * np.arange(count, dtype=np.float32) for first, step, count in slope_exponents(self.n_head)
+        ]
+        return (np.exp2(-np.concatenate(exponents)) / np.float32(self.interpolation)).astype(np.float32)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], end_ids: object = None) -> Self:
@@ -95,8 +92,8 @@ class Shape:
         if problem := _problem(config):
             raise problem
         scaling = config.get("alibi_scaling") or {}
-        head_dim = config["n_embd"] // config["n_head"]
-        scale = 1 / head_dim if config["mup_scale_qk_dot_by_d"] else 1 / math.sqrt(head_dim)
+        by_head_dim, scaled = config["mup_scale_qk_dot_by_d"], config.get("scale_attn_weights", True)
+        scale = attention_scale(config["n_embd"] // config["n_head"], scaled=scaled, by_head_dim=by_head_dim)
         quantization = config.get("quantization_config") or {}
         ends: list[Any] = end_ids if isinstance(end_ids, list) else [] if end_ids is None else [end_ids]
         if not all(_whole(end) and end < config["vocab_size"] for end in ends):
@@ -106,7 +103,7 @@ class Shape:
             n_inner=4 * config["n_embd"] if config["n_inner"] is None else config["n_inner"],
             layer_norm_epsilon=config["layer_norm_epsilon"],
             embeddings_scale=config["mup_embeddings_scale"],
-            attention_scale=scale if config.get("scale_attn_weights", True) else 1.0,
+            attention_scale=scale,
             logits_scale=config["mup_output_alpha"] * config["mup_width_scale"],
             inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
             interpolation=scaling.get("factor", 1.0),
@@ -147,8 +144,8 @@ def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shap
 
 
 def _problem(config: Mapping[str, Any]) -> ValueError | None:
-    if config.get("model_type") != _MODEL_TYPE:
-        return ValueError(f"The model_type is {config.get('model_type')!r}, and the engine runs {_MODEL_TYPE!r}.")
+    if config.get("model_type") != MODEL_TYPE:
+        return ValueError(f"The model_type is {config.get('model_type')!r}, and the engine runs {MODEL_TYPE!r}.")
     if missing := [key for key in _KEYS if key not in config]:
         return ValueError(f"The configuration lacks {', '.join(missing)}.")
     for key in _SIZES:
@@ -182,7 +179,7 @@ def _quantization_problem(quantization: object) -> ValueError | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if not isinstance(quantization, dict) or method != _QUANT_METHOD:
+    if not isinstance(quantization, dict) or method != QUANT_METHOD:
         return ValueError(f"The engine runs weights that btlm quantize wrote, and these are quantized by {method!r}.")
     for key, choices in _QUANTIZATION.items():
         if quantization.get(key) not in choices:
