@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from btlm.checkpoint.shape import _QUANTIZATION, Shape, read_shape
+from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.shape import _QUANTIZATION, Shape
 from btlm.errors import NotSupported
 from btlm.model import BTLMConfig
 from btlm.model.alibi import alibi_slopes
@@ -24,7 +25,7 @@ def no_slow_path(monkeypatch):
     def refuse(*_):
         raise AssertionError("the configuration class was needed")
 
-    monkeypatch.setattr("btlm.checkpoint.config.load_config", refuse)
+    monkeypatch.setattr("btlm.checkpoint.config.read_config", refuse)
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
@@ -52,7 +53,7 @@ def test_slopes_are_those_of_the_model(heads):
 def test_the_fast_path_reads_what_the_model_has(tmp_path, values):
     model = tiny_model(**values)
     model.save_pretrained(tmp_path)
-    shape, full = read_shape(tmp_path), model.config
+    shape, full = Checkpoint.open(tmp_path).shape(), model.config
     assert shape.num_parameters == full.num_parameters() == sum(p.numel() for p in model.parameters())
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"):
         assert getattr(shape, name) == getattr(full, name)
@@ -72,9 +73,9 @@ def test_older_keys_take_the_slow_path(copy):
         "mup_embeddings_scale": "embeddings_scale",
         "mup_scale_qk_dot_by_d": "scale_qk_dot_by_d",
     }
-    expected = read_shape(copy)
+    expected = Checkpoint.open(copy).shape()
     set_config(copy, **dict.fromkeys(older, ...), **{old: stored[new] for new, old in older.items()})
-    assert read_shape(copy) == expected
+    assert Checkpoint.open(copy).shape() == expected
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_older_keys_take_the_slow_path(copy):
 def test_what_the_engine_does_not_run(copy, values, what):
     set_config(copy, **values)
     with pytest.raises(NotSupported, match=what) as error:
-        read_shape(copy)
+        Checkpoint.open(copy).shape()
     assert "\n" not in str(error.value)
 
 
@@ -137,7 +138,7 @@ def test_storage_is_that_of_the_model():
 def test_folders_of_an_older_version(copy):
     set_config(copy, quantization_config={"quant_method": "btlm", "bits": 8})
     with pytest.raises(ValueError, match="older version") as error:
-        read_shape(copy)
+        Checkpoint.open(copy).shape()
     assert "\n" not in str(error.value)
 
 
@@ -145,23 +146,23 @@ def test_folders_of_an_older_version(copy):
 def test_a_configuration_that_is_broken(copy, content):
     (copy / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json") as error:
-        read_shape(copy)
+        Checkpoint.open(copy).shape()
     assert "\n" not in str(error.value)
 
 
 def test_a_given_factor_replaces_the_stored_one(copy):
-    plain = read_shape(copy)
+    plain = Checkpoint.open(copy).shape()
     set_config(copy, alibi_scaling={"type": "linear", "factor": 4.0})
-    assert read_shape(copy).interpolation == 4
-    assert read_shape(copy, factor=2.0).interpolation == 2
-    assert read_shape(copy, factor=1.0) == plain
+    assert Checkpoint.open(copy).shape().interpolation == 4
+    assert Checkpoint.open(copy).shape(2.0).interpolation == 2
+    assert Checkpoint.open(copy).shape(1.0) == plain
     set_config(copy, alibi_scaling={"type": "linear", "train_seq_len": 64})
-    assert read_shape(copy, factor=2.0).interpolation == 2
+    assert Checkpoint.open(copy).shape(2.0).interpolation == 2
 
 
 def test_end_ids(copy):
     for stored, ends in ((None, set()), (7, {7}), ([7, END], {7, END})):
         (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
-        assert read_shape(copy).end_ids == ends
+        assert Checkpoint.open(copy).shape().end_ids == ends
     (copy / "generation_config.json").unlink()
-    assert read_shape(copy).end_ids == {END}
+    assert Checkpoint.open(copy).shape().end_ids == {END}

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from btlm.checkpoint import BUNDLED_MODEL
-from btlm.checkpoint.shape import read_shape
-from btlm.checkpoint.tensor_file import map_tensors
+from btlm.checkpoint.open import Checkpoint
 from btlm.engine import Engine, GenerationOptions
 from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.network import Network
@@ -26,7 +25,12 @@ LONGER = [*b"the same words again: to be or not to be, and the same words again"
 
 
 def engine(folder, *, max_tokens=256, kernels="auto", cache_dtype="float32", context=200, num_requests=1):
-    network = Network(load_kernels(kernels, 2), read_shape(folder), map_tensors(folder), max_tokens=max_tokens)
+    network = Network(
+        load_kernels(kernels, 2),
+        Checkpoint.open(folder).shape(),
+        Checkpoint.open(folder).tensors,
+        max_tokens=max_tokens,
+    )
     return Engine(network, cache_dtype=cache_dtype, context=context, num_requests=num_requests)
 
 

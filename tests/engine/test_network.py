@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from btlm.checkpoint.shape import read_shape
-from btlm.checkpoint.tensor_file import MappedTensor, map_tensors
+from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.tensor_file import MappedTensor
 from btlm.engine.network import weight_dtype
 from btlm.errors import NotSupported
 from tests.checkpoint.tiny import tiny_model
@@ -14,19 +14,19 @@ TABLE = "transformer.wte.weight"
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_of_plain_weights_is_that_of_the_token_table(tmp_path, dtype):
     tiny_model().to(getattr(torch, dtype)).save_pretrained(tmp_path)
-    tensors = map_tensors(tmp_path)
-    assert weight_dtype(read_shape(tmp_path), tensors) == dtype
+    tensors = Checkpoint.open(tmp_path).tensors
+    assert weight_dtype(Checkpoint.open(tmp_path).shape(), tensors) == dtype
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    assert weight_dtype(read_shape(tmp_path), bare) == dtype
+    assert weight_dtype(Checkpoint.open(tmp_path).shape(), bare) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I8", "F8_E4M3", "U8"])
 def test_a_dtype_that_the_engine_cannot_read_is_never_taken_for_another(checkpoint, dtype):
     tensors = {TABLE: MappedTensor(dtype, np.zeros(8, np.uint8))}
     with pytest.raises(NotSupported, match=f"{TABLE} is stored as {dtype}"):
-        weight_dtype(read_shape(checkpoint), tensors)
+        weight_dtype(Checkpoint.open(checkpoint).shape(), tensors)
 
 
 def test_weights_without_a_token_table(checkpoint):
     with pytest.raises(ValueError, match=f"lack {TABLE}"):
-        weight_dtype(read_shape(checkpoint), {})
+        weight_dtype(Checkpoint.open(checkpoint).shape(), {})

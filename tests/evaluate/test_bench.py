@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.shape import Shape
-from btlm.checkpoint.tensor_file import map_tensors
 from btlm.console import progress_bars
 from btlm.convert.quantize import quantize
 from btlm.engine import Engine, GenerationOptions
@@ -72,7 +72,7 @@ def test_random_model_runs(dtype, sizes, tmp_path):
     assert len(tokens) == 4
     assert all(math.isfinite(token.logprob) for token in tokens)
     assert engine.network.weight_dtype == dtype
-    size = sum(tensor.values.nbytes for tensor in map_tensors(tmp_path).values())
+    size = sum(tensor.values.nbytes for tensor in Checkpoint.open(tmp_path).tensors.values())
     assert size == random_weight_bytes(sizes, dtype) == told[-1]
 
 
@@ -87,7 +87,7 @@ def test_random_model_is_stored_as_a_saved_one(dtype, bits, tied, tmp_path):
     write_random_model(tmp_path / "random", {**SMALL, "tie_word_embeddings": tied}, dtype)
 
     def layout(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-        tensors = map_tensors(folder).items()
+        tensors = Checkpoint.open(folder).tensors.items()
         return {name: (tensor.dtype, tensor.values.shape) for name, tensor in tensors if "relative_pe" not in name}
 
     assert layout(tmp_path / "random") == layout(saved)
@@ -95,7 +95,7 @@ def test_random_model_is_stored_as_a_saved_one(dtype, bits, tied, tmp_path):
 
 def test_random_tensors_are_aligned_and_spread(tmp_path):
     write_random_model(tmp_path, SMALL, "bfloat16")
-    tensors = map_tensors(tmp_path)
+    tensors = Checkpoint.open(tmp_path).tensors
     assert all(tensor.values.ctypes.data % 64 == 0 for tensor in tensors.values() if tensor.values.nbytes % 64 == 0)
     stored = torch.from_numpy(tensors["transformer.h.0.attn.c_attn.weight"].values.copy()).view(torch.bfloat16)
     assert stored.float().std() == pytest.approx(0.02, rel=0.02)

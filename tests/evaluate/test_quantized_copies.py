@@ -16,27 +16,32 @@ def test_copies_are_compared_with_the_original_in_transformers(monkeypatch, tmp_
     happened = []
 
     def measure(index):
-        def loss(folder, shards, context, tokens):
+        def loss(checkpoint, shards, context, tokens):
             assert (context, tokens) == (32, 80)
-            happened.append(f"measured {folder}")
-            value = nats[str(folder)][index]
+            happened.append(f"measured {checkpoint.name}")
+            value = nats[checkpoint.name][index]
             return {"nats_per_token": {"books": 0.0, "mean": value}, "bits_per_byte": {"books": 0.0, "mean": value / 4}}
 
         return loss
 
-    def copies():
-        for name in ("a", "b"):
-            happened.append(f"made {name}")
-            yield name
+    def make(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+        happened.append(f"made {name}")
+        return name
 
+    def copies():
+        yield from map(make, ("a", "b"))
+
+    monkeypatch.chdir(tmp_path)
     given = write_streams(tmp_path / "shards", {"books": (np.arange(9), np.arange(9))})
     monkeypatch.setattr(quantized_copies, "ENGINES", {"transformers": measure(0), "engine": measure(1)})
-    rows = list(compare_copies("original", copies(), given, 32, 80))
+    rows = list(compare_copies(make("original"), copies(), given, 32, 80))
     for row, values in zip(rows, nats.values(), strict=True):
         for quality, value in zip(row.values(), values, strict=True):
             expected = Quality(math.exp(value), math.exp(value - 2.0) - 1, value / 4)
             assert quality == pytest.approx(expected)
-    steps = ["measured original", "made a", "measured a", "made b", "measured b"]
+    steps = ["made original", "measured original", "made a", "measured a", "made b", "measured b"]
     assert list(dict.fromkeys(happened)) == steps
 
 

@@ -82,7 +82,7 @@ def test_a_folder_that_is_none_is_an_error(shards: TokenShards, tmp_path: Path) 
 
 def test_a_folder_without_weights_is_an_error(shards: TokenShards, base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"start\.model is '.*', which cannot be read: "):
+    with pytest.raises(ValueError, match=r"start\.model is '.*', which cannot be used: "):
         next(train(tiny_from(tmp_path), shards, tmp_path / "run", TOKEN_BYTES))
 
 

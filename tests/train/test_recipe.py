@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from btlm.checkpoint.locate import checkpoint_folder
 from btlm.model import BTLMConfig
 from btlm.train import Recipe, load_recipe
 from btlm.train.recipe import (
@@ -420,14 +421,14 @@ def test_rows_longer_than_the_learned_positions_of_a_start(checkpoint: Path) -> 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "a folder without config.json"),
-        ("{", "which cannot be read (It looks like the config file at "),
-        ("[]", "which cannot be read ("),
-        ("{}", "a model of type None, not btlm"),
-        ('{"model_type": "gpt2"}', "a model of type 'gpt2', not btlm"),
+        (None, "{folder} has no config.json"),
+        ("{", "{folder}/config.json cannot be read as JSON"),
+        ("[]", "{folder} is not a BTLM checkpoint: its config.json names no model_type"),
+        ("{}", "{folder} is not a BTLM checkpoint: its config.json names no model_type"),
+        ('{"model_type": "gpt2"}', "{folder} is not a BTLM checkpoint: its config.json has the model_type 'gpt2'"),
         (
             '{"model_type": "btlm", "n_head": 7}',
-            "which cannot be read (Invalid BTLM configuration: n_head is 7, which do",
+            "{folder}/config.json: Invalid BTLM configuration: n_head is 7, which do",
         ),
     ],
 )
@@ -439,8 +440,8 @@ def test_a_start_that_is_no_checkpoint(tmp_path: Path, content: str | None, reas
     with pytest.raises(ValueError, match=r"^start\.model is ") as caught:
         _ = started(folder).config
     message = str(caught.value)
-    assert message.startswith(f"start.model is '{folder}', {reason}")
-    assert message.endswith("; give the folder of a checkpoint of BTLM, or its id on the Hugging Face Hub.")
+    place = f"start.model is '{folder}', which cannot be used: "
+    assert message.startswith(place + reason.replace("{folder}", str(folder)))
     assert "\n" not in message
 
 
@@ -449,9 +450,24 @@ def test_a_start_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     raw = {key: value for key, value in RAW.items() if key != "model"} | {"start": {"model": name}}
     recipe = load_recipe(write(tmp_path, raw))
-    place = "which is no folder here and cannot be read" if name else "a folder without config.json"
-    with pytest.raises(ValueError, match=rf"^start\.model is '{name}', {place}[^\n]*; give the folder of [^\n]*\.$"):
+    with pytest.raises(ValueError, match=rf"^start\.model is '{name}', which cannot be used: [^\n]+\.$"):
         _ = recipe.config
+
+
+def test_a_start_is_found_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Path | str] = []
+
+    def count(name: Path | str, *, weights: bool = True) -> Path:
+        found.append(name)
+        return checkpoint_folder(name, weights=weights)
+
+    monkeypatch.setattr("btlm.checkpoint.open.checkpoint_folder", count)
+    BTLMConfig(**MODEL).save_pretrained(checkpoint)
+    recipe = started(checkpoint)
+    first = recipe.config
+    first.n_embd = 7  # a new object each time
+    assert recipe.config.n_embd == MODEL["n_embd"]
+    assert found == [str(checkpoint)]
 
 
 # Problems

@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .locate import BUNDLED_MODEL
+from .open import Checkpoint
 
 if TYPE_CHECKING:
-    from .config import load_config
-    from .to_transformers import load_model
+    from .to_transformers import load_config, load_model
 
-__all__ = ["BUNDLED_MODEL", "load_config", "load_model"]
+__all__ = ["BUNDLED_MODEL", "Checkpoint", "load_config", "load_model"]
 
-_LATER = {"load_config": ".config", "load_model": ".to_transformers"}
+_LATER = {"load_config": ".to_transformers", "load_model": ".to_transformers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,20 +7,6 @@ from btlm.console import one_line
 from btlm.model import BTLMConfig
 from btlm.model.quantization_btlm import BTLMQuantizationConfig
 
-from .locate import checkpoint_folder
-
-
-def load_config(name_or_path: Path | str) -> BTLMConfig:
-    """The configuration of a checkpoint; its weights are neither read nor downloaded.
-
-    Args:
-        name_or_path: Folder of a checkpoint, or its id on the Hugging Face Hub.
-
-    Raises:
-        ValueError: There is no such checkpoint, it is not one of BTLM, or its values are impossible.
-    """
-    return read_config(checkpoint_folder(name_or_path, weights=False), name_or_path)
-
 
 def read_config(folder: Path, name: Path | str) -> BTLMConfig:
     """The configuration of a folder.

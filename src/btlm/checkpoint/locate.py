@@ -5,10 +5,9 @@ from pathlib import Path
 from btlm.console import one_line
 from btlm.errors import OptionError
 
-BUNDLED_MODEL = Path(__file__).parent / "btlm-tiny"
+from .weight_files import WEIGHTS
 
-# The names that Transformers reads, in the order in which it looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+BUNDLED_MODEL = Path(__file__).parent / "btlm-tiny"
 
 _DESCRIPTION = ("config.json", "generation_config.json")
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")

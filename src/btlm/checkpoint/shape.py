@@ -13,8 +13,6 @@ from btlm.errors import NotSupported
 from btlm.model.architecture_btlm import BTLM_3B, attention_scale, slope_exponents
 from btlm.model.config_keys_btlm import BITS, GROUP_SIZES, MODEL_TYPE, QUANT_METHOD
 
-from .locate import checkpoint_folder
-
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _NUMBERS = ("layer_norm_epsilon", "mup_width_scale", "mup_embeddings_scale", "mup_output_alpha")
 _KEYS = (*_SIZES, *_NUMBERS, "n_inner", "activation_function", "position_embedding_type", "mup_scale_qk_dot_by_d")
@@ -95,9 +93,6 @@ class Shape:
         by_head_dim, scaled = config["mup_scale_qk_dot_by_d"], config.get("scale_attn_weights", True)
         scale = attention_scale(config["n_embd"] // config["n_head"], scaled=scaled, by_head_dim=by_head_dim)
         quantization = config.get("quantization_config") or {}
-        ends: list[Any] = end_ids if isinstance(end_ids, list) else [] if end_ids is None else [end_ids]
-        if not all(_whole(end) and end < config["vocab_size"] for end in ends):
-            raise ValueError(f"eos_token_id is {end_ids!r}; it must be a token, a list of them, or null.")
         return cls(
             **{name: config[name] for name in _SIZES},
             n_inner=4 * config["n_embd"] if config["n_inner"] is None else config["n_inner"],
@@ -111,36 +106,33 @@ class Shape:
             bits=quantization.get("bits"),
             group_size=quantization.get("group_size", 0),
             table_bits=quantization.get("table_bits", 0),
-            end_ids=frozenset(ends),
+            end_ids=end_ids_of(end_ids, config["vocab_size"]),
         )
 
 
-def read_shape(name_or_path: Path | str, *, factor: float | None = None) -> Shape:
-    """The shape of a checkpoint.
+def stored_end(folder: Path, config: Mapping[str, Any]) -> object:
+    """``eos_token_id`` of the ``generation_config.json`` of a folder; that of its configuration if it has none."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        return generation.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return config.get("eos_token_id")
 
-    Args:
-        name_or_path: Folder of a checkpoint, or its id on the Hugging Face Hub.
-        factor: Interpolation instead of the stored one, at least 1.
+
+def end_ids_of(eos_token_id: object, vocab_size: int) -> frozenset[int]:
+    """The tokens that end a text: ``eos_token_id`` of a configuration, which may be a list or None.
 
     Raises:
-        NotSupported: The engine does not run this network.
-        ValueError: It is not a checkpoint of BTLM.
+        ValueError: It holds something that is not a token.
     """
-    if factor is not None and not 1 <= factor < math.inf:
-        raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
-    folder = checkpoint_folder(name_or_path)
-    scaling = {} if factor is None else {"alibi_scaling": {"type": "linear", "factor": factor} if factor > 1 else None}
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        generation = folder / "generation_config.json"
-        stored = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else config
-        return Shape.from_config({**config, **scaling}, stored.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
-        from .config import load_config
-
-        full = load_config(name_or_path)
-        return Shape.from_config({**full.to_dict(), **scaling}, full.eos_token_id)
+    given: list[Any] = (
+        [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    )
+    if not all(_whole(token) and token < vocab_size for token in given):
+        raise ValueError(
+            f"eos_token_id is {eos_token_id!r}; it must be a token below {vocab_size:,}, a list of them, or null."
+        )
+    return frozenset(given)
 
 
 def _problem(config: Mapping[str, Any]) -> ValueError | None:

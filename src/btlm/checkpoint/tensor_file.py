@@ -3,18 +3,22 @@ pages."""
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .locate import WEIGHTS
+from btlm.errors import NotSupported
 
 # The layout of safetensors: a length of 8 bytes, a JSON header, and the data (github.com/huggingface/safetensors).
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
 _DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
+# Where tensors start in files that btlm writes, so that vector instructions read them in place from a mapped file.
+ALIGNMENT = 64
 
 
 class MappedTensor(NamedTuple):
@@ -29,27 +33,16 @@ def resident_bytes(tensor: MappedTensor) -> int:
     return tensor.values.nbytes * (3 if tensor.dtype == "F16" else 1)
 
 
-def map_tensors(folder: Path) -> dict[str, MappedTensor]:
-    """The tensors of a folder in safetensors, by name.
+def map_tensors(files: Sequence[Path]) -> dict[str, MappedTensor]:
+    """The tensors of files in safetensors, by name.
 
     Raises:
-        ValueError: There are none, or a file is damaged or cut short.
+        NotSupported: The files are pickled.
+        ValueError: A file is damaged or cut short.
     """
-    if (folder / "model.safetensors").is_file():
-        return _map_file(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        kinds = [name for name in WEIGHTS if (folder / name).is_file()]
-        found = f"its weights are in {kinds[0]}" if kinds else "it holds no weights"
-        raise ValueError(f"{folder} has no model.safetensors; {found}.")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a valid index of weight files.") from error
-    if missing:
-        raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} names; download it again.")
-    return {key: tensor for name in names for key, tensor in _map_file(folder / name).items()}
+    if files[0].suffix != ".safetensors":
+        raise NotSupported(f"{files[0].parent} has no weights in safetensors; its weights are in {files[0].name}.")
+    return {name: tensor for file in files for name, tensor in _map_file(file).items()}
 
 
 class Stored(NamedTuple):
@@ -88,8 +81,43 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise ValueError(damaged) from error
         if not (whole and first <= last <= size - start):
             raise ValueError(damaged)
+        if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first:
+            raise ValueError(f"{path} is damaged or cut short: {name} has not the bytes of its shape; get it again.")
         stored[name] = Stored(dtype, shape, start + first, start + last)
     return stored
+
+
+class Header(NamedTuple):
+    """The beginning of a file that is to be written, and where its tensors go."""
+
+    content: bytes
+    starts: dict[str, int]
+    """Offset of each tensor in the file, in the order of the file."""
+    size: int
+    """Bytes of the whole file."""
+
+
+def make_header(layout: Mapping[str, tuple[str, Sequence[int]]]) -> Header:
+    """The header of a file in safetensors.
+
+    Tensors whose size is a multiple of :data:`ALIGNMENT` come first and start at multiples of it; the others follow
+    without gaps, which the format does not allow.
+
+    Args:
+        layout: Dtype of safetensors and shape of every tensor, in their order within each of the two parts.
+    """
+    sizes = {name: ITEM_BYTES[dtype] * math.prod(shape) for name, (dtype, shape) in layout.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name in sorted(layout, key=lambda name: sizes[name] % ALIGNMENT != 0):  # stable
+        dtype, shape = layout[name]
+        starts[name] = end
+        end += sizes[name]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
+    content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return Header(content, {name: len(content) + start for name, start in starts.items()}, len(content) + end)
 
 
 def _map_file(path: Path) -> dict[str, MappedTensor]:
@@ -99,10 +127,6 @@ def _map_file(path: Path) -> dict[str, MappedTensor]:
             tensors[name] = MappedTensor(dtype, content[start:end])
             continue
         item = np.dtype(_DTYPES[dtype])
-        if math.prod(shape) * item.itemsize != end - start:
-            raise ValueError(
-                f"{path} is damaged or cut short: {name} does not have the bytes of its shape; get it again."
-            )
         if start % item.itemsize:  # legal, and slow everywhere: take it into memory
             values = np.frombuffer(content[start:end].tobytes(), item)
         else:

@@ -3,10 +3,10 @@
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from btlm.console import first_of, one_line
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.alibi import alibi_slopes
 
+from .open import Checkpoint
 from .tensor_file import read_header
+from .weight_files import check_size
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _HEAD, _TABLE, _SLOPES = "lm_head.weight", "transformer.wte.weight", "transformer.relative_pe.slopes"
@@ -36,14 +38,16 @@ class Weights:
     the time of one tensor.
 
     Args:
-        files: Of the checkpoint, in safetensors or pickled, without damage that safetensors sees.
-        model: Of its configuration, on any device.
+        checkpoint: Not quantized, in safetensors or pickled.
+        model: Model of its configuration, on any device.
 
     Raises:
         ValueError: A file is damaged, or a tensor is missing, of another shape, or not one of BTLM.
     """
 
-    def __init__(self, files: Sequence[Path], model: BTLMLMHeadModel) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: BTLMLMHeadModel) -> None:
+        files = checkpoint.weight_files
+        check_size(files, model.config.num_parameters(), quantized=False)
         entries: dict[str, _Entry] = {}
         for file in files:
             entries |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
@@ -54,7 +58,7 @@ class Weights:
             # Some converted checkpoints leave them out; they follow from the number of heads.
             slopes = alibi_slopes(model.config.n_head)
             self._entries[_SLOPES] = _Entry(tuple(slopes.shape), slopes.dtype, lambda: slopes)
-        self._check(files[0].parent, model)
+        self._check(checkpoint.name, model)
 
     def dtype(self, name: str) -> torch.dtype:
         """That in which a tensor is stored."""
@@ -71,26 +75,56 @@ class Weights:
             raise ValueError(f"{name} holds NaN or infinity; such a checkpoint cannot be used.")
         return tensor
 
-    def _check(self, folder: Path, model: BTLMLMHeadModel) -> None:
+    def _check(self, name: str, model: BTLMLMHeadModel) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         given = {name: entry.shape for name, entry in self._entries.items()}
         tied = model.config.tie_word_embeddings
         if tied:
             del expected[_HEAD]
         has_copy = tied and given.pop(_HEAD, None) is not None
-        problems = [
-            *(f"{name} is missing" for name in sorted(expected.keys() - given.keys())),
-            *(f"{name} is not a tensor of BTLM" for name in sorted(given.keys() - expected.keys())),
-            *(
-                f"{name} is {list(given[name])} where config.json makes it {list(shape)}"
-                for name, shape in expected.items()
-                if given.get(name, shape) != shape
-            ),
-        ]
-        if has_copy and not problems and not torch.equal(self.read(_HEAD), self.read(_TABLE)):
-            problems.append(f"{_HEAD} differs from {_TABLE}, where config.json says that they are one")
-        if problems:
-            raise ValueError(f"The weights of {folder} do not fit its config.json: {first_of(problems)}.")
+        other = None
+        if has_copy and given.keys() == expected.keys() and not torch.equal(self.read(_HEAD), self.read(_TABLE)):
+            other = f"{_HEAD} differs from {_TABLE}, where config.json says that they are one"
+        check_fit(
+            name,
+            missing=expected.keys() - given.keys(),
+            unexpected=given.keys() - expected.keys(),
+            shapes=[(key, given[key], shape) for key, shape in expected.items() if given.get(key, shape) != shape],
+            others=[] if other is None else [other],
+        )
+
+
+def check_fit(
+    name: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    others: Iterable[str] = (),
+) -> None:
+    """Refuse weights that are not those of a configuration.
+
+    Args:
+        name: What the user calls the checkpoint.
+        missing: Names of tensors that it lacks.
+        unexpected: Names of tensors that are not of the model.
+        shapes: Names of tensors of another shape, each with its own shape and with that of the configuration.
+        others: Further problems.
+
+    Raises:
+        ValueError: There are such; names the first of them.
+    """
+    problems = [
+        *(f"{key} is missing" for key in sorted(missing)),
+        *(f"{key} is not a tensor of BTLM" for key in sorted(unexpected)),
+        *(
+            f"{key} is {list(stored)} where config.json makes it {list(wanted)}"
+            for key, stored, wanted in sorted(shapes)
+        ),
+        *others,
+    ]
+    if problems:
+        raise ValueError(f"The weights of {name} do not fit its config.json: {first_of(problems)}.")
 
 
 def empty_model(config: BTLMConfig) -> BTLMLMHeadModel:
@@ -126,30 +160,28 @@ def _reader(file: Path, start: int, end: int, dtype: torch.dtype, shape: tuple[i
 
 
 def _pickled(file: Path) -> dict[str, _Entry]:
-    mapped = zipfile.is_zipfile(file)  # the older format has to be read as a whole, and stays in memory
-    state = _unpickle(file, mapped)
-    entries = {}
-    for name, tensor in state.items():
-        if str(name).endswith(_OLD_BUFFERS):
-            continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
-            found = f"of {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"{name} in {file} is {found}; only tensors of numbers with a fraction can be converted.")
-        read = partial(_mapped_tensor, file, name) if mapped else tensor.clone
-        entries[name] = _Entry(tuple(tensor.shape), tensor.dtype, read)
-    return entries
+    mapped = zipfile.is_zipfile(file)
+    return {
+        name: _Entry(tuple(tensor.shape), tensor.dtype, partial(_mapped_tensor, file, name) if mapped else tensor.clone)
+        for name, tensor in unpickle(file).items()
+    }
 
 
 def _mapped_tensor(file: Path, name: str) -> Tensor:
-    tensor: Tensor = _unpickle(file, True)[name]
-    return tensor.clone()  # the map ends here
+    return unpickle(file)[name].clone()  # the map ends here
 
 
-def _unpickle(file: Path, mapped: bool) -> dict[str, Any]:
+def unpickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped; the older format has to be read as a whole, and stays in memory.
+
+    Nothing in the file is run.
+
+    Raises:
+        ValueError: It is damaged, or holds anything but tensors of numbers with a fraction.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch, about files that it then refuses
-            state = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-        return dict(state)
+            state = dict(torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} is damaged, or holds pickled objects besides tensors, which are never run; get the weights in "
@@ -157,3 +189,12 @@ def _unpickle(file: Path, mapped: bool) -> dict[str, Any]:
         ) from error
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{file} is damaged or cut short ({one_line(error)}); get it again.") from error
+    tensors = {}
+    for name, tensor in state.items():
+        if str(name).endswith(_OLD_BUFFERS):
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
+            found = f"of {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"{name} in {file} is {found}; only tensors of numbers with a fraction can be read.")
+        tensors[name] = tensor
+    return tensors

@@ -1,14 +1,12 @@
 """The tokenizer of a checkpoint: as the `tokenizers` library reads it, without torch, or as Transformers does."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from btlm.console import one_line
 from btlm.model.architecture_btlm import VOCAB_SIZE
-
-from .shape import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,33 +14,17 @@ if TYPE_CHECKING:
     from btlm.model import BTLMConfig
 
 
-def open_tokenizer(name_or_path: Path | str, folder: Path, shape: Shape) -> Tokenizer:
-    """The tokenizer of a checkpoint.
-
-    Args:
-        name_or_path: What the user calls the checkpoint.
-        folder: Where it lies.
-        shape: Of its network.
-
-    Raises:
-        ValueError: It has none, or one with more tokens than its vocabulary.
-    """
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception:  # the library raises bare exceptions; the slower way below names the problem
-            tokenizer = None
-    if tokenizer is None or tokenizer.get_vocab_size() > shape.vocab_size:
-        from .config import load_config
-
-        loaded: Any = load_tokenizer_of(folder, load_config(folder), name_or_path)
-        tokenizer = loaded.backend_tokenizer
-        assert isinstance(tokenizer, Tokenizer)
-    return tokenizer
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The ``tokenizer.json`` of a folder; None if there is none or it cannot be read."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # the library raises bare exceptions; Transformers' reader below names the problem
+        return None
 
 
-def load_tokenizer_of(folder: Path, config: "BTLMConfig", name: Path | str) -> "PreTrainedTokenizerBase":
+def load_transformers_tokenizer(folder: Path, config: "BTLMConfig", name: Path | str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder; that of GPT-2 where it has none but that vocabulary size.
 
     Raises:

@@ -17,17 +17,15 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import DownloadColumn
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from btlm.checkpoint.config import load_config
-from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensors import Weights, empty_model
-from btlm.checkpoint.to_transformers import check_weights, end_ids, load_model
-from btlm.checkpoint.tokenizer import load_tokenizer_of
+from btlm.checkpoint.to_transformers import load_model
 from btlm.console import note, progress_bars
 from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_file
-from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import (
     ATTENTION_OUTPUT,
     DOWN,
@@ -58,13 +56,13 @@ _TABLE, _HEAD = f"{TOKEN_TABLE}.weight", f"{HEAD}.weight"
 _TOKEN_BYTES = 100
 
 
-def export_gguf(model: str, output: Path | str, *, type: str) -> None:  # noqa: A002 - as on the command line
+def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str) -> None:  # noqa: A002 - as on the command line
     """Write a checkpoint, tokenizer included, as a GGUF file that stock llama.cpp runs.
 
     Vectors are stored in F32, and the head in more bits than other matrices (``HEAD_TYPES``).
 
     Args:
-        model: Folder or hub id; folders of `btlm quantize` are decoded.
+        model: An open checkpoint, its folder, or its id on the Hugging Face Hub; quantized weights are decoded.
         output: New file; appears when it is complete.
         type: Of the matrices, one of ``TYPES``.
 
@@ -80,24 +78,23 @@ def export_gguf(model: str, output: Path | str, *, type: str) -> None:  # noqa: 
         raise ValueError(f"{output} exists; give a new file or remove it.")
     import gguf
 
-    config = load_config(model)
+    checkpoint = Checkpoint.open(model)
+    config = checkpoint.config()
     if problem := architecture_problem(config, type):
-        raise ValueError(f"{model} cannot be exported: {problem}")
-    folder = checkpoint_folder(model)
-    tokenizer = load_tokenizer_of(folder, config, model)
-    vocabulary = _vocabulary(tokenizer, config, model)
-    ends = _ends(folder, config, tokenizer, model)
+        raise ValueError(f"{checkpoint.name} cannot be exported: {problem}")
+    vocabulary = _vocabulary(checkpoint, config)
+    ends = _ends(checkpoint)
     targets = list(_targets(config))
     types = [_type_of(target, type) for target in targets]
     sizes = [_num_bytes(target.shape, kind) for target, kind in zip(targets, types, strict=True)]
     _check_disk(output, sum(sizes) + _TOKEN_BYTES * config.vocab_size)
-    read = _reader(folder, config, model)
+    read = _reader(checkpoint, config)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial, progress_bars(DownloadColumn()) as progress:
         writer = gguf.GGUFWriter(partial, "jais")
         try:
-            _describe(writer, config, Path(model).name, type)
+            _describe(writer, config, checkpoint.name.rpartition("/")[2], type)
             _add_vocabulary(writer, vocabulary, ends, config)
             for target, kind, size in zip(targets, types, sizes, strict=True):
                 writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), size, raw_dtype=kind)
@@ -243,13 +240,14 @@ def _encode(target: _Target, read: Callable[[str], Tensor], kind: "GGMLQuantizat
 # Reading
 
 
-def _reader(folder: Path, config: BTLMConfig, name: str) -> Callable[[str], Tensor]:
+def _reader(checkpoint: Checkpoint, config: BTLMConfig) -> Callable[[str], Tensor]:
     """A function that gives tensors of the checkpoint by their names, one at a time where they are not quantized."""
+    name = checkpoint.name
     if getattr(config, "quantization_config", None) is not None:
         note(f"the weights of {name} are quantized and are decoded first; an export of the original loses less")
-        state = load_model(name, device="cpu")[0].state_dict()
+        state = load_model(checkpoint, device="cpu")[0].state_dict()
         return lambda key: state[key]
-    weights = Weights(check_weights(folder, config), empty_model(config))
+    weights = Weights(checkpoint, empty_model(config))
     tied = {_HEAD: _TABLE} if config.tie_word_embeddings else {}
     return lambda key: weights.read(tied.get(key, key))
 
@@ -263,14 +261,15 @@ class _Vocabulary(NamedTuple):
     merges: list[str]
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, config: BTLMConfig, name: str) -> _Vocabulary:
+def _vocabulary(checkpoint: Checkpoint, config: BTLMConfig) -> _Vocabulary:
     """Tokens by id, their types in llama.cpp, and the merges in the order of their ranks."""
     from gguf import TokenType
 
+    tokenizer = checkpoint.transformers_tokenizer
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     if problem := _tokenizer_problem(described, tokenizer, config.vocab_size):
         raise ValueError(
-            f"The tokenizer of {name} cannot be exported: {problem}, where GPT-2's byte-level BPE belongs."
+            f"The tokenizer of {checkpoint.name} cannot be exported: {problem}, where GPT-2's byte-level BPE belongs."
         )
     model = described["model"]
     # Rows of the table that are no token of the tokenizer, as in vocabularies that are rounded up, are never written.
@@ -305,20 +304,16 @@ def _tokenizer_problem(described: dict[str, Any], tokenizer: PreTrainedTokenizer
     return None
 
 
-def _ends(folder: Path, config: BTLMConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+def _ends(checkpoint: Checkpoint) -> list[int]:
     """Tokens that end a text, the first of them the tokenizer's if it is one."""
-    with torch.device("meta"):
-        model = BTLMLMHeadModel(config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    preferred = tokenizer.eos_token_id
-    ends = sorted(end_ids(model), key=lambda token: (token != preferred, token))
+    preferred = checkpoint.transformers_tokenizer.eos_token_id
+    ends = sorted(checkpoint.end_ids, key=lambda token: (token != preferred, token))
     if not ends and isinstance(preferred, int):
         ends = [preferred]
     if not 1 <= len(ends) <= len(_END_KEYS):
         raise ValueError(
-            f"{name} has {len(ends)} tokens that end a text, and GGUF names 1 to {len(_END_KEYS)}, without which "
-            "llama.cpp would end at one of its own; set eos_token_id in generation_config.json."
+            f"{checkpoint.name} has {len(ends)} tokens that end a text, and GGUF names 1 to {len(_END_KEYS)}, without "
+            "which llama.cpp would end at one of its own; set eos_token_id in generation_config.json."
         )
     return ends
 

@@ -11,14 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from btlm.checkpoint.config import read_config
-from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
 from btlm.checkpoint.tensors import Weights, empty_model
-from btlm.checkpoint.to_transformers import check_weights
-from btlm.checkpoint.tokenizer import load_tokenizer_of
 from btlm.console import progress_bars
 from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_folder
@@ -44,7 +41,7 @@ class MatrixError(NamedTuple):
 
 
 def quantize(
-    model: Path | str,
+    model: Checkpoint | Path | str,
     output: Path | str,
     *,
     bits: int = 4,
@@ -56,7 +53,7 @@ def quantize(
     """Write a quantized copy of a checkpoint, with its tokenizer. :mod:`btlm.model.storage_btlm` has the storage.
 
     Args:
-        model: Folder or hub id, not quantized.
+        model: An open checkpoint, its folder, or its id on the Hugging Face Hub; not quantized.
         output: New folder; appears when it is complete.
         bits: Of the matrices of the blocks, 4 or 8.
         group_size: Inputs that share a scale, 64 or 128; divides the width of the model.
@@ -77,18 +74,18 @@ def quantize(
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists; give a new folder or remove it.")
     quantization = _quantization(bits, group_size, table_bits)
-    folder = checkpoint_folder(model)
-    config = read_config(folder, model)
+    checkpoint = Checkpoint.open(model)
+    config = checkpoint.config()
     if (stored := getattr(config, "quantization_config", None)) is not None:
         raise ValueError(
-            f"{model} is quantized already ({stored.get('bits')} bits, groups of {stored.get('group_size')}); give the "
-            "folder that it was made from."
+            f"{checkpoint.name} is quantized already ({stored.get('bits')} bits, groups of {stored.get('group_size')});"
+            " give the folder that it was made from."
         )
     if problem := group_size_problem(config.n_embd, group_size):
         raise ValueError(problem)
     network = empty_model(config)
-    weights = Weights(check_weights(folder, config), network)
-    tokenizer = load_tokenizer_of(folder, config, model)
+    weights = Weights(checkpoint, network)
+    tokenizer = checkpoint.transformers_tokenizer
     rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
     matrices = stored_matrices(config.architecture, quantization)
     layout = _layout(weights, {name: tuple(value.shape) for name, value in network.state_dict().items()}, matrices)
@@ -101,7 +98,7 @@ def quantize(
     num_weights = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
     with whole_folder(output) as partial, progress_bars(console=console) as progress:
         task = progress.add_task("quantize", total=num_weights)
-        _write_description(partial, folder, config, quantization, weights, tokenizer)
+        _write_description(partial, checkpoint, config, quantization, weights)
         with SafetensorsWriter(partial / "model.safetensors", layout) as writer:
             errors = {}
             for name, weight, rounded in _rounded(network.config, weights, matrices, rows):
@@ -205,14 +202,13 @@ def _check_disk(output: Path, size: int) -> None:
 
 def _write_description(
     partial: Path,
-    folder: Path,
+    checkpoint: Checkpoint,
     config: BTLMConfig,
     quantization: Quantization,
     weights: Weights,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    if (folder / "generation_config.json").is_file():
-        shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+    if (checkpoint.folder / "generation_config.json").is_file():
+        shutil.copyfile(checkpoint.folder / "generation_config.json", partial / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(partial)
     config.quantization_config = {
@@ -226,7 +222,7 @@ def _write_description(
         config.dtype = weights.dtype("transformer.wte.weight")
     config.__dict__.pop("auto_map", None)  # names code that does not come along
     config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    checkpoint.transformers_tokenizer.save_pretrained(partial)
 
 
 # What is told at the end

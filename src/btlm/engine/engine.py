@@ -11,9 +11,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from btlm.checkpoint.locate import checkpoint_folder
-from btlm.checkpoint.shape import Shape, read_shape
-from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
+from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.shape import Shape
+from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes
 from btlm.errors import DoesNotFit, NotSupported, TooLong
 from btlm.kernels import load_kernels
@@ -54,7 +54,7 @@ class Engine:
     @classmethod
     def open(
         cls,
-        name_or_path: Path | str,
+        checkpoint: Checkpoint | Path | str,
         *,
         cache_dtype: str = "auto",
         context: int | None = None,
@@ -66,7 +66,8 @@ class Engine:
         """Make an engine for a checkpoint; its weights are mapped, not read.
 
         Args:
-            name_or_path: Folder, or id on the Hugging Face Hub; plain (bf16, fp16, fp32) or quantized, in safetensors.
+            checkpoint: An open checkpoint, its folder, or its id on the Hugging Face Hub; plain (bf16, fp16, fp32) or
+                quantized, in safetensors.
             cache_dtype, context, num_requests: See the class.
             kernels, threads: See :func:`btlm.kernels.load_kernels`.
             factor: Factor of position interpolation, instead of the stored one.
@@ -76,9 +77,10 @@ class Engine:
             NotSupported: The engine cannot run the model.
             ValueError: The checkpoint cannot be used, or a value is impossible.
         """
-        shape = read_shape(name_or_path, factor=factor)
+        checkpoint = Checkpoint.open(checkpoint)
+        shape = checkpoint.shape(factor)
         available = available_memory()  # before files are mapped, which count as address space
-        tensors = map_tensors(checkpoint_folder(name_or_path))
+        tensors = checkpoint.tensors
         weights = sum(resident_bytes(tensor) for tensor in tensors.values())
         context = shape.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, weight_dtype(shape, tensors))

@@ -20,8 +20,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from btlm.checkpoint.shape import Shape, read_shape
-from btlm.checkpoint.tensor_file import map_tensors, resident_bytes
+from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.shape import Shape
+from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes, progress_bars, three_digits
 from btlm.engine.cache import cache_bytes, cache_dtype_of
 from btlm.engine.memory import available_memory
@@ -148,9 +149,10 @@ class _Folder:
         if not Path(path).is_dir():
             raise ValueError(f"{path!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
         self.path, self.given = Path(path), path
-        self.name = self.path.resolve().name
-        self.shape = read_shape(path)
-        tensors = map_tensors(self.path)
+        checkpoint = Checkpoint.open(path)
+        self.name = checkpoint.title
+        self.shape = checkpoint.shape()
+        tensors = checkpoint.tensors
         self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
         self.dtype = weight_dtype(self.shape, tensors)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.shape import Shape
-from btlm.checkpoint.tensor_file import map_tensors
 from btlm.engine.cache import cache_bytes
 from btlm.engine.engine import Engine
 from btlm.engine.memory import peak_memory, read_rate
@@ -31,7 +31,8 @@ def measure(
         step reads; bytes of the full cache, and of the part that a step reads; and ``peak_bytes`` of the whole process.
     """
     start = time.perf_counter()
-    engine = Engine.open(folder, context=context, cache_dtype=cache_dtype, threads=threads)
+    checkpoint = Checkpoint.open(folder)
+    engine = Engine.open(checkpoint, context=context, cache_dtype=cache_dtype, threads=threads)
     opened = time.perf_counter()
     shape, dtype = engine.shape, engine.cache.dtype
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, context - new_tokens).tolist()
@@ -43,7 +44,7 @@ def measure(
         if engine.step():
             ends.append(time.perf_counter())
         _tell({"tokens": text.cached})
-    weights = {name: tensor.values.nbytes for name, tensor in map_tensors(folder).items()}
+    weights = {name: tensor.values.nbytes for name, tensor in checkpoint.tensors.items()}
     steps = np.diff(ends)
     return {
         "weight_dtype": engine.network.weight_dtype,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.to_transformers import load_model
 from btlm.data.shards import TokenShards
 from btlm.engine.engine import Engine
@@ -15,7 +16,7 @@ from btlm.train.step import LossModel
 
 
 def transformers_loss(
-    model: Path | str,
+    model: Checkpoint | Path | str,
     shards: TokenShards,
     context: int,
     tokens: int,
@@ -26,7 +27,7 @@ def transformers_loss(
     """Loss with Transformers on the CPU; quantized weights are decoded.
 
     Args:
-        model: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        model: An open checkpoint, its folder, or its id on the Hugging Face Hub.
         shards: Shards with held-out documents.
         context: Largest number of tokens per row; rows do not overlap.
         tokens: Largest number of held-out tokens per source.
@@ -43,7 +44,7 @@ def transformers_loss(
 
 
 def engine_loss(
-    model: Path | str, shards: TokenShards, context: int, tokens: int, *, cache_dtype: str = "auto"
+    model: Checkpoint | Path | str, shards: TokenShards, context: int, tokens: int, *, cache_dtype: str = "auto"
 ) -> dict[str, dict[str, float]]:
     """Loss in the engine: with 8-bit activations and cache if the weights are quantized, else in their dtype.
 

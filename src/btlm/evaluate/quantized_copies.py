@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.data.shards import TokenShards
 from btlm.data.tokenize import decode
 from btlm.model.architecture_btlm import END_OF_TEXT_ID
@@ -19,7 +20,7 @@ from .held_out import engine_loss, transformers_loss
 _PIECE = 4096
 
 # Ways to run a checkpoint, by name.
-ENGINES: dict[str, Callable[[Path | str, TokenShards, int, int], dict[str, dict[str, float]]]] = {
+ENGINES: dict[str, Callable[[Checkpoint | Path | str, TokenShards, int, int], dict[str, dict[str, float]]]] = {
     "transformers": transformers_loss,
     "engine": engine_loss,
     "engine, int4 cache": partial(engine_loss, cache_dtype="int4"),
@@ -37,12 +38,12 @@ class Quality(NamedTuple):
 
 
 def compare_copies(
-    original: Path | str, copies: Iterable[Path], shards: TokenShards, context: int, tokens: int
+    original: Checkpoint | Path | str, copies: Iterable[Path], shards: TokenShards, context: int, tokens: int
 ) -> Iterator[dict[str, Quality]]:
     """Measure a model and then its quantized copies in each of :data:`ENGINES`.
 
     Args:
-        original: Folder of the original, or its id on the Hugging Face Hub.
+        original: The original: an open checkpoint, its folder, or its id on the Hugging Face Hub.
         copies: Folders of the copies. Each is taken from the iterable when it is measured, so that it can be made then.
         shards: Shards with held-out documents.
         context: Largest number of tokens per row; rows do not overlap.
@@ -57,8 +58,9 @@ def compare_copies(
     reference: float | None = None
     for folder in chain([original], copies):
         row = {}
+        checkpoint = Checkpoint.open(folder)
         for name, measure in ENGINES.items():
-            loss = measure(folder, shards, context, tokens)
+            loss = measure(checkpoint, shards, context, tokens)
             if not loss:
                 raise ValueError("The shards hold no held-out text; prepare them with a holdout (mix.holdout).")
             perplexity = math.exp(loss["nats_per_token"]["mean"])

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from btlm.checkpoint.tensor_file import ITEM_BYTES, make_header
 from btlm.model.architecture_btlm import BTLM_3B, Architecture
 from btlm.model.config_keys_btlm import MODEL_TYPE
 from btlm.model.storage_btlm import stored_matrices
 
 DTYPES = ("4bit", "8bit", "bfloat16", "float32")
 
-_ALIGNMENT = 64  # as in the folders of `btlm quantize`: tensors that vector instructions read in place
 _GROUP, _TABLE_BITS = 128, 8
 _POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows differ
-_ITEM = {"U8": 1, "BF16": 2, "F32": 4}
 
 _COMMON: dict[str, Any] = {
     "model_type": MODEL_TYPE,
@@ -71,7 +70,7 @@ class _Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def shape_config(sizes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -109,18 +108,12 @@ def write_random_model(
     """
     (folder / "config.json").write_text(json.dumps(shape_config(sizes, dtype), indent=2) + "\n", encoding="utf-8")
     layout = _layout(sizes, dtype)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in layout.items():
-        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    header = make_header({name: (tensor.dtype, tensor.shape) for name, tensor in layout.items()})
     pools = _pools(dtype)
     written = 0
     with (folder / "model.safetensors").open("xb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in layout.values():
+        file.write(header.content)
+        for tensor in (layout[name] for name in header.starts):
             left = math.prod(tensor.shape)
             while left:
                 part = pools[tensor.dtype, tensor.role][:left]
@@ -136,7 +129,7 @@ def _bits(dtype: str) -> int | None:
 
 
 def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
-    """The tensors in the order of the file: first those whose size keeps the next ones aligned."""
+    """The tensors of a shape."""
     architecture = Architecture.from_config(shape_config(sizes, dtype))
     quantization = architecture.quantization
     matrices = {} if quantization is None else stored_matrices(architecture, quantization)
@@ -153,7 +146,7 @@ def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:
         elif tensor.kind in ("bias", "norm"):
             size = tensor.shape if matrix is None else (matrix.padded_outputs,)
             tensors[name] = _Tensor(plain, size, "one" if part == "weight" else "zero")
-    return dict(sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT != 0))  # stable
+    return tensors
 
 
 def _pools(dtype: str) -> dict[tuple[str, str], npt.NDArray[Any]]:

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from btlm.checkpoint.locate import BUNDLED_MODEL, checkpoint_folder
-from btlm.checkpoint.shape import read_shape
-from btlm.console import note, plain_warnings
+from btlm.checkpoint.locate import BUNDLED_MODEL
+from btlm.checkpoint.open import Checkpoint
+from btlm.console import note, one_line, plain_warnings
 from btlm.devices import has_cuda
 from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.options import GenerationOptions
@@ -22,7 +22,7 @@ def run_generate(
     prompt: Sequence[str] = (),
     *,
     prompt_file: Path | str | None = None,
-    model: Path | str = BUNDLED_MODEL,
+    model: Checkpoint | Path | str = BUNDLED_MODEL,
     options: GenerationOptions | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -38,7 +38,7 @@ def run_generate(
         prompt: Words to be joined by spaces; standard input is read where there are none, and for a single ``"-"``.
         prompt_file: Text file to take the prompt from instead. Of a file and of standard input, the line break at the
             very end is not part of the prompt.
-        model: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        model: An open checkpoint, its folder, or its id on the Hugging Face Hub.
         options: How to continue; greedily where not given.
         dtype, device, context_scaling: See :func:`btlm.checkpoint.load_model`.
         engine: ``"btlm"``, ``"transformers"``, or ``"auto"``: Transformers for what the engine does not do (beams,
@@ -59,48 +59,46 @@ def run_generate(
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character must not end the text
         sys.stdout.reconfigure(errors="replace")
     text = _read_prompt(list(prompt), prompt_file)
-    with plain_warnings():
-        reason = _not_for_the_engine(model, options, dtype, device, context_scaling)
-        if reason is not None and engine == "btlm":
-            raise NotSupported(f"The engine has {reason}; Transformers does.")
-        if reason is None and engine != "transformers":
+    checkpoint, reason = Checkpoint.open(model), ""
+    if engine != "transformers":
+        try:
+            _check_engine(options, dtype, device, context_scaling)
             factor = None if context_scaling == "none" else _factor(context_scaling)
-            run_engine(text, model, options, factor, cache_dtype, kernels, threads)
+            with plain_warnings():
+                run_engine(text, checkpoint, options, factor, cache_dtype, kernels, threads)
             return
+        except NotSupported as error:
+            if engine == "btlm":
+                raise
+            reason = f" ({one_line(error)})"
     ignored = {"cache_dtype": cache_dtype != "auto", "kernels": kernels != "auto", "threads": threads is not None}
     if given := [f"{{{name}}}" for name, is_given in ignored.items() if is_given]:
         raise OptionError(
             f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers{{}}; leave "
             "them out.",
-            "" if reason is None else f" (the engine has {reason})",
+            reason,
         )
     from .with_transformers import run_transformers  # imports torch
 
-    run_transformers(text, model, options, dtype, device, context_scaling)
+    run_transformers(text, checkpoint, options, dtype, device, context_scaling)
 
 
-def _not_for_the_engine(
-    model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
-) -> str | None:
-    """What of a generation the engine cannot do."""
+def _check_engine(options: GenerationOptions, dtype: str, device: str, context_scaling: float | str) -> None:
+    """Refuse what the engine cannot do with any checkpoint.
+
+    Raises:
+        NotSupported: Names it.
+    """
     if options.num_beams > 1:
-        return "no beams"
+        raise NotSupported("The engine has no beams.")
     if dtype != "auto":
-        return "no dtype but the stored one"
+        raise NotSupported("The engine has no dtype but the stored one.")
     if device not in ("auto", "cpu") or (device == "auto" and has_cuda()):
-        return "no device but the processor"
+        raise NotSupported("The engine has no device but the processor.")
     if context_scaling == "dynamic":
-        return "no dynamic interpolation"
+        raise NotSupported("The engine has no dynamic interpolation.")
     if context_scaling != "none" and not _factor(context_scaling) > 1:
-        return "no such interpolation"  # which loading refuses
-    folder = checkpoint_folder(model)
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return "only weights in safetensors"
-    try:
-        read_shape(model)
-    except NotSupported:
-        return "SwiGLU and ALiBi, at most with fixed interpolation and heads of 256"
-    return None
+        raise NotSupported(f"The engine has no context scaling {context_scaling}.")  # Transformers' loading refuses it
 
 
 def _factor(context_scaling: float | str) -> float:

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -66,11 +65,6 @@ def longer_than_trained(n_positions: int, trained: float, length: int) -> str | 
         f"the prompt and max_new_tokens make {length:,} tokens, more than the {trained:,.0f} that this model is made "
         f"for; the text gets better with context_scaling dynamic, or {factor:g}, which is faster"
     )
-
-
-def name_of(model: Path | str) -> str:
-    """What messages call a model."""
-    return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 
 def write_text(text: str) -> None:

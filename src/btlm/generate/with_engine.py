@@ -1,22 +1,19 @@
 """A prompt to its continuation by the engine."""
 
 import time
-from pathlib import Path
 
-from btlm.checkpoint.locate import checkpoint_folder
-from btlm.checkpoint.shape import read_shape
-from btlm.checkpoint.tokenizer import open_tokenizer
+from btlm.checkpoint.open import Checkpoint
 from btlm.console import note, warn
 from btlm.engine.engine import Engine
 from btlm.engine.options import GenerationOptions
 
 from .report import GenerationReport
-from .text import TextPieces, encode, longer_than_trained, name_of, write_text
+from .text import TextPieces, encode, longer_than_trained, write_text
 
 
 def run_engine(
     prompt: str,
-    model: Path | str,
+    checkpoint: Checkpoint,
     options: GenerationOptions,
     factor: float | None,
     cache_dtype: str,
@@ -26,18 +23,21 @@ def run_engine(
     """Write a prompt and its continuation to standard output; arguments as of ``run_generate``.
 
     Args:
-        factor: Position interpolation instead of the stored one.
+        factor: Factor of position interpolation instead of the stored one.
+
+    Raises:
+        NotSupported: The engine cannot run the checkpoint; nothing was written.
+        ValueError: One line that says what cannot be used, and what to do.
     """
-    shape = read_shape(model, factor=factor)
-    tokenizer = open_tokenizer(model, checkpoint_folder(model), shape)
+    tokenizer = checkpoint.tokenizer
     ids = encode(tokenizer, prompt)
     length = len(ids) + options.max_new_tokens
     engine = Engine.open(
-        model, cache_dtype=cache_dtype, context=length, kernels=kernels, threads=threads, factor=factor
+        checkpoint, cache_dtype=cache_dtype, context=length, kernels=kernels, threads=threads, factor=factor
     )
-    used = engine.network.kernels
+    shape, used = engine.shape, engine.network.kernels
     note(
-        f"{name_of(model)}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.name}, "
+        f"{checkpoint.title}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.name}, "
         f"{used.threads} {'thread' if used.threads == 1 else 'threads'})"
     )
     if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):

@@ -1,12 +1,10 @@
 """A prompt to its continuation, piece by piece."""
 
-import json
 import math
 import secrets
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from btlm.checkpoint.locate import checkpoint_folder
+from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.to_transformers import end_ids, load_model
 from btlm.console import note, one_line, plain_messages, warn
 from btlm.devices import has_cuda
@@ -23,18 +21,23 @@ from btlm.errors import DoesNotFit, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .report import GenerationReport
-from .text import TextPieces, longer_than_trained, name_of, write_text
+from .text import TextPieces, longer_than_trained, write_text
 
 
 def run_transformers(
-    text: str, model: Path | str, options: GenerationOptions, dtype: str, device: str, context_scaling: float | str
+    text: str,
+    checkpoint: Checkpoint,
+    options: GenerationOptions,
+    dtype: str,
+    device: str,
+    context_scaling: float | str,
 ) -> None:
     """Write a prompt and its continuation to standard output; arguments as of ``run_generate``."""
     with plain_messages():
-        group_size = _four_bits(model) if dtype == "auto" and device != "cpu" and has_cuda() else None
+        group_size = _four_bits(checkpoint) if dtype == "auto" and device != "cpu" and has_cuda() else None
         if group_size is not None:
             dtype = "bfloat16"
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device, context_scaling=context_scaling)
+        loaded, tokenizer = load_model(checkpoint, dtype=dtype, device=device, context_scaling=context_scaling)
         if group_size is not None and loaded.device.type == "cuda":
             if find_spec("torchao") is None:
                 note("the four-bit weights are decoded to bfloat16; with torchao installed they keep four bits")
@@ -44,8 +47,8 @@ def run_transformers(
                 loaded = to_int4(loaded, group_size)
         config = loaded.config
         note(
-            f"{name_of(model)}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} on "
-            f"{loaded.device}"
+            f"{checkpoint.title}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} "
+            f"on {loaded.device}"
         )
         if warning := length_warning(config, encode(tokenizer, text).shape[1] + options.max_new_tokens):
             warn(warning)
@@ -194,13 +197,12 @@ def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> Ge
     )
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
     """Beams pad what ended early."""
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
 
 
-def _four_bits(model: Path | str) -> int | None:
-    """The group size of a folder in four bits."""
-    config = json.loads((checkpoint_folder(model) / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config") or {}
+def _four_bits(checkpoint: Checkpoint) -> int | None:
+    """The group size of weights in four bits; None for other weights."""
+    quantization = getattr(checkpoint.config(), "quantization_config", None) or {}
     return quantization.get("group_size") if quantization.get("bits") == 4 else None

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from btlm.checkpoint.config import load_config
 from btlm.checkpoint.locate import BUNDLED_MODEL
+from btlm.checkpoint.open import Checkpoint
 from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import VECTOR, Architecture, MupRow
@@ -36,7 +36,7 @@ def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> Non
     is_recipe = path.suffix in {".yaml", ".yml"} and not path.is_dir()
     with plain_messages():
         recipe = load_recipe(path) if is_recipe else None
-        config = load_config(model) if recipe is None else recipe.config
+        config = Checkpoint.open(model, weights=False).config() if recipe is None else recipe.config
     adapters = None if recipe is None or recipe.lora is None else num_adapter_parameters(recipe, config)
     info = model_info(config, adapters)
     if as_json:

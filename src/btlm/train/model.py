@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from btlm.checkpoint.to_transformers import check_weights, load_weights
 from btlm.model import BTLMLMHeadModel
 
 from .recipe import Lora, Recipe
@@ -52,10 +53,10 @@ def prepare_model(recipe: Recipe) -> Trainee:
         network = BTLMLMHeadModel(config)
     else:
         try:
-            network = BTLMLMHeadModel.from_pretrained(recipe.start.model, config=config, dtype=torch.float32)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"start.model is {recipe.start.model!r}, which cannot be read: {reason}") from error
+            check_weights(recipe.started_from, config)
+            network = load_weights(recipe.started_from, config, torch.float32)
+        except ValueError as error:
+            raise ValueError(f"start.model is {recipe.start.model!r}, which cannot be used: {error}") from error
     saved = network if recipe.lora is None else _with_adapters(network, recipe.lora)
     if recipe.precision.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})

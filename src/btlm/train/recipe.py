@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import MATRIX_NAMES
 
@@ -185,12 +186,25 @@ class Recipe:
         if self.start is None:
             width_scale = {} if self.mup_base_width is None else {"mup_width_scale": self._width_scale}
             return BTLMConfig(**self.model | width_scale)
-        config = _stored_config(self.start.model)
+        try:
+            config = self.started_from.config()
+        except ValueError as error:
+            raise ValueError(f"start.model is {self.start.model!r}, which cannot be used: {error}") from error
         for key, value in self.model.items():
             setattr(config, key, value)
         config.raise_problems()
         config.raise_problems(length_problems(config, self.stages))
         return config
+
+    @cached_property
+    def started_from(self) -> Checkpoint:
+        """The checkpoint of ``start.model``, found once; its weights are downloaded when they are needed.
+
+        Raises:
+            ValueError: There is no such checkpoint.
+        """
+        assert self.start is not None
+        return Checkpoint.open(self.start.model, weights=False)
 
     @property
     def total_steps(self) -> int:
@@ -222,24 +236,6 @@ class Recipe:
 
 
 # Parts
-
-
-def _stored_config(model: str) -> BTLMConfig:
-    """The configuration of a checkpoint; that of another kind of model, or none, must not pass for one of BTLM."""
-    told = f"start.model is {model!r}"
-    remedy = "give the folder of a checkpoint of BTLM, or its id on the Hugging Face Hub"
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{told}, a folder without config.json; {remedy}.")
-    try:
-        kind = BTLMConfig.get_config_dict(model)[0].get("model_type")
-        config = BTLMConfig.from_pretrained(model) if kind == BTLMConfig.model_type else None
-    except Exception as error:  # What Transformers raises depends on what it finds.
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        place = "" if Path(model).is_dir() else "is no folder here and "
-        raise ValueError(f"{told}, which {place}cannot be read ({reason}); {remedy}.") from error
-    if config is None:
-        raise ValueError(f"{told}, a model of type {kind!r}, not btlm; {remedy}.")
-    return config
 
 
 def length_problems(config: BTLMConfig, stages: list[Stage]) -> list[str]:

@@ -1,0 +1,165 @@
+"""A checkpoint by its name or folder, found once and passed on; what it holds is read when it is first asked for."""
+
+import copy
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from btlm.errors import NotSupported
+
+from .locate import checkpoint_folder
+from .shape import Shape, end_ids_of, stored_end
+from .tensor_file import MappedTensor, map_tensors
+from .weight_files import weight_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from btlm.model import BTLMConfig
+
+
+class Checkpoint:
+    """An open checkpoint. Nothing of it needs torch except :meth:`config` and :attr:`transformers_tokenizer`.
+
+    Args:
+        name: What the user calls it.
+        folder: Folder on this machine.
+        has_weights: The folder has all that there is; else weights and tokenizer are downloaded when they are needed.
+    """
+
+    def __init__(self, name: Path | str, folder: Path, *, has_weights: bool = True) -> None:
+        self.name = str(name)
+        self.folder = folder
+        self._has_weights = has_weights
+
+    @classmethod
+    def open(cls, name_or_path: "Checkpoint | Path | str", *, weights: bool = True) -> "Checkpoint":
+        """Find a checkpoint; one that is open already is given back as it is.
+
+        Args:
+            name_or_path: Folder, or id on the Hugging Face Hub, whose files are downloaded to the Hub's cache.
+            weights: Download weights and tokenizer now, not when they are first needed.
+
+        Raises:
+            ValueError: There is no such checkpoint.
+        """
+        if isinstance(name_or_path, Checkpoint):
+            return name_or_path
+        folder = checkpoint_folder(name_or_path, weights=weights)
+        return cls(name_or_path, folder, has_weights=weights or Path(name_or_path).is_dir())
+
+    @property
+    def title(self) -> str:
+        """A short name for messages: that of the folder, or the id on the Hub."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    def config(self) -> "BTLMConfig":
+        """The configuration, checked; a new object that may be changed.
+
+        Raises:
+            ValueError: It is not one of BTLM, or its values are impossible.
+        """
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> "BTLMConfig":
+        from .config import read_config
+
+        return read_config(self.folder, self.name)
+
+    def shape(self, factor: float | None = None) -> Shape:
+        """What the engine needs to know of the network.
+
+        Args:
+            factor: Factor of position interpolation instead of the stored one, at least 1.
+
+        Raises:
+            NotSupported: The engine does not run this network.
+            ValueError: It is not one of BTLM, or its values are impossible.
+        """
+        if factor is not None and not 1 <= factor < math.inf:
+            raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
+        scaling: dict[str, Any] = {}
+        if factor is not None:
+            scaling["alibi_scaling"] = {"type": "linear", "factor": factor} if factor > 1 else None
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            return Shape.from_config({**config, **scaling}, stored_end(self.folder, config))
+        except NotSupported:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
+            config = self._config.to_dict()
+            return Shape.from_config({**config, **scaling}, stored_end(self.folder, config))
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a text.
+
+        Raises:
+            ValueError: The checkpoint names something that is not a token.
+        """
+        return end_ids_of(stored_end(self.folder, self._config.to_dict()), self._config.vocab_size)
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files of the weights, in safetensors where there are such.
+
+        Raises:
+            ValueError: There are none, or one is missing.
+        """
+        self._download()
+        return weight_files(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, MappedTensor]:
+        """The tensors where they lie in mapped files, by name.
+
+        Raises:
+            NotSupported: They are not in safetensors.
+            ValueError: There are none, or a file is damaged.
+        """
+        return map_tensors(self.weight_files)
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer, without Transformers where it has a ``tokenizer.json`` that fits.
+
+        Raises:
+            ValueError: There is none, or it has more tokens than the vocabulary.
+        """
+        from .tokenizer import read_tokenizer
+
+        self._download()
+        tokenizer = read_tokenizer(self.folder)
+        if tokenizer is None or tokenizer.get_vocab_size() > self.shape().vocab_size:
+            loaded: Any = self.transformers_tokenizer  # which names the problem
+            tokenizer = loaded.backend_tokenizer
+        return tokenizer
+
+    @cached_property
+    def transformers_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer as Transformers has it; GPT-2's where there is none but a vocabulary of that size.
+
+        Raises:
+            ValueError: There is none, or it has more tokens than the vocabulary.
+        """
+        from .tokenizer import load_transformers_tokenizer
+
+        self._download()
+        return load_transformers_tokenizer(self.folder, self._config, self.name)
+
+    def _download(self) -> None:
+        if not self._has_weights:
+            self.folder = checkpoint_folder(self.name)
+            self._has_weights = True
+
+    def __reduce__(self) -> Any:
+        return type(self)._again, (self.name, self.folder, self._has_weights)
+
+    @classmethod
+    def _again(cls, name: str, folder: Path, has_weights: bool) -> Self:
+        return cls(name, folder, has_weights=has_weights)
