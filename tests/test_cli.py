@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import btlm.plan.plan
 import btlm.train.command
 from btlm.checkpoint import BUNDLED_MODEL
 from btlm.cli import main
-from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
+from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Inspection, Mix, Read
 from btlm.engine import GenerationOptions
 from btlm.errors import NotFinite, OptionError
 from tests.checkpoint.tiny import save_tiny
@@ -37,6 +38,9 @@ COMMANDS = [
     "data",
     *(f"data {step}" for step in DATA_STEPS),
 ]
+
+# Without these, something is left out: there is no value in their place.
+NO_DEFAULT = {"--prompt-file", "--data", "--output", "--set", "--recipe"}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,31 @@ def test_help_fits_80_columns(capsys, monkeypatch, command):
     assert err == ""
     assert out.startswith(f"usage: btlm {command}".rstrip())
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_a_default_for_every_option_that_takes_a_value(capsys, command):
+    if command == "data":
+        return
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    for option in re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nexamples:")[0])[1:]:
+        flag, *rest = re.split(r"\s+", option)
+        # A folder to write to, a file to read, and a flag have none.
+        if flag not in NO_DEFAULT and rest[0].isupper() and len(rest[0]) < 20:
+            assert re.search(r"\(default:|\(required\)", option), option
+
+
+def test_help_waits_for_nothing_heavy():
+    program = (
+        "import sys\nfrom btlm.cli import main\n"
+        f"for command in {['', *COMMANDS]!r}:\n"
+        "    try: main([*command.split(), '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'yaml', 'rich'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
 
 
 def test_nothing_asked_is_answered_with_help(capsys):
@@ -170,7 +199,7 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
         ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda", {}), {})),
         ("train r.yaml --plan", ("run_plan", ("r.yaml", 0.4, 989.0, None, {}), {})),
         (
-            "train r.yaml --plan --mfu 0.55 --peak-tflops 312 --devices 8 64 --set seed=2",
+            "train r.yaml --plan --mfu 0.55 --peak-tflops 312 --devices 8,64 --set seed=2",
             ("run_plan", ("r.yaml", 0.55, 312.0, [8, 64], {"seed": 2}), {}),
         ),
         ("data prepare a b --output o", ("run_prepare", (["a", "b"], "o", DataRecipe(), Execution()), {})),
@@ -199,7 +228,15 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
             "data tokenize a --output o --read.text_field content",
             ("run_tokenize", (["a"], "o", Read(text_field="content"), Execution()), {}),
         ),
-        ("data inspect d", ("run_inspect", ("d",), {"stage": None, "examples": 3, "seed": 1})),
+        (
+            "data mix a --output o --mix.decontaminate x,y --read.source_fields=[a,'b,c']",
+            (
+                "run_mix",
+                (["a"], "o", Read(source_fields=["a", "b,c"]), Mix(decontaminate=["x", "y"]), Execution()),
+                {},
+            ),
+        ),
+        ("data inspect d", ("run_inspect", ("d", Inspection()), {})),
     ],
 )
 def test_the_other_commands(called, line, expected):
@@ -261,7 +298,30 @@ def test_settings_add_up_and_the_last_word_counts(called):
         ("generate --prompt-file /absent/file", "/absent/file cannot be read"),
         ("info ./absent", "There is no folder './absent'"),
         ("info absent.yaml", "absent.yaml"),
-        ("data nonsense", "'nonsense'"),
+        ("data nonsense", "'nonsense' is not a command (choose from prepare, clean, dedup, mix, tokenize, inspect)"),
+        ("trian", "'trian' is not a command: did you mean train?"),
+        ("generate x --temprature 1", "unrecognized arguments: --temprature 1: did you mean --temperature?"),
+        ("generate x --engine gpu", "--engine is 'gpu', not one of auto, btlm, transformers"),
+        ("generate x --threads 0", "--threads is 0, not a whole number from 1 to 1,024"),
+        ("generate x --top-k 0 --top-p 2", "--top-p is 2.0, not a number above 0 and at most 1; --top-k is 0"),
+        ("quantize m o --bits 5", "--bits is '5', not one of 4, 8"),
+        ("export-gguf m o --type F17", "--type is 'F17', not one of F32, F16, Q8_0, Q4_0"),
+        ("bench --dtypes 4bit,int3", "--dtypes is ('4bit', 'int3'), not a list of any of 4bit, 8bit"),
+        ("bench --contexts 512,many", "--contexts: 'many' is not a whole number"),
+        ("bench --contexts 512 2048", "2048"),
+        ("bench --contexts 8 --new-tokens 8", "--contexts are [8]; each must exceed the 8 of --new-tokens"),
+        ("coord-check --widths 64 --steps 0", "--steps is 0, not a whole number of at least 1"),
+        ("coord-check --widths 64,64", "--widths are [64, 64]; give two or more different ones"),
+        ("coord-check --ablate {x}", "--ablate is '{x}'; choose one of hidden-init"),
+        ("transfer r.yaml", "required: --data, --output, --trials"),
+        ("transfer r --data d --output o --trials 1 --output-alpha 2,1", "--output-alpha is searched from 2.0 to 1.0"),
+        ("transfer r --data d --output o --trials 1 --lr 0.1", "--lr is searched from 0.1; give a lower"),
+        ("data mix x", "required: --output"),
+        ("data mix x --output y --executor slurm", "--executor is slurm; name the partition of its jobs in --slurm-pa"),
+        ("data mix x --output y --workers 0 --mix.seed -1", "workers is 0, not a whole number of at least 1; mix.seed"),
+        ("data mix x --output y --read.source_field a", "did you mean --read.source_fields?"),
+        ("data mix x --output y --mix.weights [", "'[' is not YAML"),
+        ("data inspect x --examples 0", "--examples is 0"),
         ("data tokenize", "required"),
         ("data mix x --output y --dedup.bands 2", "dedup.bands"),
         ("train", "required"),
@@ -272,7 +332,7 @@ def test_settings_add_up_and_the_last_word_counts(called):
         ("train absent.yaml --plan", "absent.yaml is not a readable recipe: "),
         (f"train {ROOT}/recipes/btlm-tiny.yaml --data ./absent --output o", "absent holds no manifest.json"),
         ("train r.yaml --plan --mfu much", "--mfu: 'much' is not a number"),
-        ("train r.yaml --plan --devices 8 many", "--devices: 'many' is not a whole number"),
+        ("train r.yaml --plan --devices 8,many", "--devices: 'many' is not a whole number"),
         ("train r.yaml --plan --peak-tflops", "--peak-tflops: expected one argument"),
         ("train r.yaml --data d --output o --set seed", "--set 'seed' is not of the form KEY=VALUE"),
         ("train r.yaml --data d --output o --set =1", "--set '=1' is not of the form KEY=VALUE"),

@@ -111,9 +111,9 @@ def test_forms_of_a_checkpoint_give_the_same(wide, tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"bits": 3}, "bits are 3; choose 4 or 8"),
-        ({"group_size": 32}, "group size is 32; choose 64 or 128"),
-        ({"table_bits": 2}, "bits of tables are 2; choose 4 or 8"),
+        ({"bits": 3}, "bits is 3, not one of 4, 8"),
+        ({"group_size": 32}, "group_size is 32, not one of 64, 128"),
+        ({"table_bits": 2}, "table_bits is 2, not one of 4, 8"),
         ({"calibration": "missing.txt"}, "missing.txt cannot be read"),
     ],
 )

@@ -18,7 +18,8 @@ import yaml
 from btlm.cli import main
 from btlm.data import TokenShards
 from btlm.data.pipeline import run_clean, run_dedup, run_mix, run_prepare, run_tokenize
-from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read, as_settings
+from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
+from btlm.settings import plain
 from tests.data.corpus import text, write_corpus
 
 RECIPE = DataRecipe(read=Read(part_bytes=30_000), mix=Mix(holdout=0.05, partition_bytes=60_000, weights={"Web": 1.5}))
@@ -355,6 +356,56 @@ def test_a_recipe_sets_everything(corpus, tmp_path):
     assert (settings["dedup"]["threshold"], settings["dedup"]["rows"]) == (0.5, 5)
 
 
+def test_every_problem_of_a_recipe_is_told_at_once(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "read: {part_bytes: 0, source: 3}\ndedup: {bandz: 3, threshold: 1}\nmixx: {}\nworkers: 1.5\n"
+        "mix: {holdout: 1e-2, weights: {Web: -1, Code: much}, decontaminate: a.jsonl}\n"
+    )
+    assert main(["data", "prepare", "x", "--output", "y", "--recipe", str(recipe), "--clean.min_characters=-1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sorted(line.removeprefix(f"btlm: error: {recipe}: ").removesuffix(".").split("; ")) == sorted(
+        [
+            "mixx is not a key of a recipe: did you mean mix?",
+            "workers is 1.5, not a whole number of at least 1 (written out, as in 1_000_000)",
+            "read.part_bytes is 0, not a whole number of at least 1",
+            "read.source is 3, not a text",
+            "dedup.bandz is not a key of a recipe: did you mean bands?",
+            "dedup.threshold is 1, not a number above 0 and below 1",
+            "mix.holdout is '1e-2', not a number in [0, 1) (YAML takes 1e-3 for text: write 1.0e-3)",
+            "mix.weights of Web is -1, not a number of at least 0",
+            "mix.weights of Code is 'much', not a number of at least 0",
+            "mix.decontaminate is 'a.jsonl', not a list of texts",
+            "clean.min_characters is -1, not a whole number of at least 0",
+        ]
+    )
+
+
+@pytest.mark.parametrize("content", ["dedup: {bands: 2}", "3", "read: {", "read:"])
+def test_a_recipe_that_is_not_for_the_command_is_refused(tmp_path, capsys, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    assert main(["data", "mix", "x", "--output", "y", "--recipe", str(recipe)]) == 2
+    told = {
+        "dedup: {bands: 2}": ": dedup is not used here (only read, mix): leave it out.",
+        "3": ": the content is 3, not a mapping.",
+        "read: {": " is not a readable recipe: while parsing",
+        "read:": ": read is None, not a mapping.",
+    }
+    assert capsys.readouterr().err.startswith(f"btlm: error: {recipe}{told[content]}")
+
+
+def test_printed_settings_are_a_recipe(tmp_path, capsys, monkeypatch):
+    flags = ["--mix.weights=Web: 1.5, Code: 2", "--mix.decontaminate=a,b", "--workers=3", "--read.source=null"]
+    assert main(["data", "mix", "--print_config", *flags]) == 0
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    called = []
+    monkeypatch.setattr("btlm.data.pipeline.run_mix", lambda *arguments: called.append(arguments))
+    assert main(["data", "mix", "x", "--output", "y", "--recipe", str(tmp_path / "recipe.yaml")]) == 0
+    settings = Mix({"Web": 1.5, "Code": 2}, decontaminate=["a", "b"])
+    assert called == [(["x"], "y", Read(source="null"), settings, Execution(workers=3))]
+
+
 def test_the_recipe_of_slimpajama_is_the_defaults(monkeypatch):
     called = []
     monkeypatch.setattr("btlm.data.pipeline.run_prepare", lambda *arguments: called.append(arguments))
@@ -362,7 +413,7 @@ def test_the_recipe_of_slimpajama_is_the_defaults(monkeypatch):
     assert main(["data", "prepare", "x", "--output", "y", "--recipe", str(recipe)]) == 0
     assert called == [(["x"], "y", DataRecipe(), Execution())]
     given = yaml.safe_load(recipe.read_text())
-    assert given == as_settings(DataRecipe()), "every setting is there"
+    assert given == plain(DataRecipe()), "every setting is there"
 
 
 def test_inspect_shows_examples_of_everything(prepared, capsys):

@@ -252,7 +252,7 @@ def test_the_history_tells_of_all_stages_and_of_no_place_or_time(tmp_path):
         ({"workers": 0}, "workers is 0"),
         ({"memory_gb": 0.1}, "memory_gb is 0.1"),
         ({"executor": "slurm"}, "name the partition of its jobs in slurm_partition"),
-        ({"executor": "spark"}, "executor is 'spark'; give local, slurm or ray"),
+        ({"executor": "spark"}, "executor is 'spark', not one of local, slurm, ray"),
     ],
 )
 def test_execution_that_makes_no_sense(settings, message):

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_bench_measures_folders_and_shapes(tmp_path, capsys):
     folder.mkdir()
     write_random_model(folder, SMALL, "8bit")
     output = tmp_path / "new" / "bench"
-    rows = run_bench([str(folder), "untied"], dtypes="bfloat16", contexts="64", new_tokens=8, threads=1, output=output)
+    options: dict[str, Any] = {"dtypes": ["bfloat16"], "contexts": [64], "new_tokens": 8, "threads": 1}
+    rows = run_bench([str(folder), "untied"], **options, output=output)
     mine, untied = rows
     assert (mine["model"], mine["dtype"], mine["cache_dtype"]) == ("mine", "8bit", "int8")
     assert (untied["model"], untied["dtype"], untied["cache_dtype"]) == ("untied", "bfloat16", "bfloat16")
@@ -181,7 +183,7 @@ def test_every_dtype_and_context_is_measured_once(monkeypatch, tmp_path):
         return fake_child(task, progress, title, total)
 
     monkeypatch.setattr(bench_module, "_child", child)
-    rows = run_bench(["small", "small"], dtypes="bfloat16,float32", contexts="96,64,96", new_tokens=8)
+    rows = run_bench(["small", "small"], dtypes=["bfloat16", "float32"], contexts=[96, 64, 96], new_tokens=8)
     assert tasks == [(64, "bfloat16"), (96, "bfloat16"), (64, "float32"), (96, "float32")]
     assert rows[0]["share_of_read_rate"] == pytest.approx(2e9 * 10 / 40e9)
 
@@ -251,10 +253,10 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"dtypes": "4bit,int3"}, "'int3'; choose some of 4bit"),
-        ({"contexts": "512,many"}, "'512,many'; give whole numbers"),
-        ({"contexts": "8"}, "must exceed the 8 of new_tokens"),
-        ({"new_tokens": 2}, "new_tokens is 2 and must be at least 3"),
+        ({"dtypes": ["4bit", "int3"]}, "'int3'., not a list of any of 4bit"),
+        ({"contexts": [512, "many"]}, "512, 'many'., not a list of whole numbers"),
+        ({"contexts": [8]}, "must exceed the 8 of new_tokens"),
+        ({"new_tokens": 2}, "new_tokens is 2, not a whole number of at least 3"),
         ({"threads": 0}, "threads is 0"),
         ({"cache_dtype": "int3"}, "The cache dtype 'int3' is unknown; choose one of auto, int4"),
         ({"models": ["nowhere"]}, "'nowhere' is no folder, and the shapes are btlm-3b, llama-7b"),
@@ -264,7 +266,7 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
 def test_refusals(options, says, monkeypatch):
     monkeypatch.setattr(bench_module, "_child", None)  # errors are found before any measurement
     with pytest.raises(ValueError, match=says) as caught:
-        run_bench(**{"models": ["small"], "contexts": "64", "new_tokens": 8, **options})
+        run_bench(**{"models": ["small"], "contexts": [64], "new_tokens": 8, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -272,7 +274,7 @@ def test_memory_and_disk_are_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(bench_module, "_child", None)
     monkeypatch.setattr(bench_module, "available_memory", lambda: 8_000_000_000)
     with pytest.raises(ValueError, match=r"llama-7b in bfloat16 takes 14\.\d\d GB .* and 8\.00 GB of memory"):
-        run_bench(["llama-7b"], dtypes="bfloat16", contexts=[2048])
+        run_bench(["llama-7b"], dtypes=["bfloat16"], contexts=[2048])
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(2 * 10**9, 10**9, 10**9))
     with pytest.raises(ValueError, match=r"btlm-3b in 4bit takes 1\.44 GB on disk .* 1\.00 GB free; set TMPDIR"):

@@ -223,7 +223,7 @@ def test_recommendations_of_the_checkpoint_change_nothing(tokenizer):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0 and must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, not a whole number of at least 1"),
         ({"max_new_tokens": -3}, "max_new_tokens is -3"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
@@ -240,13 +240,13 @@ def test_recommendations_of_the_checkpoint_change_nothing(tokenizer):
     ],
 )
 def test_impossible_options(options, expected):
-    with pytest.raises(ValueError, match=r"and must be|needs|use one") as error:
+    with pytest.raises(ValueError, match=r", not |needs|use one") as error:
         GenerationOptions(**options)
     assert expected in str(error.value)
 
 
 def test_impossible_options_are_told_together():
-    with pytest.raises(ValueError, match=r"max_new_tokens is 0 .*top_p is 2 .*top_k is -1"):
+    with pytest.raises(ValueError, match=r"max_new_tokens is 0, .*top_p is 2, .*top_k is -1"):
         GenerationOptions(max_new_tokens=0, top_p=2, top_k=-1)
 
 

@@ -15,10 +15,10 @@ from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.plan.info import run_info
 from btlm.plan.memory import memory_per_device
 from btlm.plan.plan import plan, render, run_plan
+from btlm.settings import to_yaml
 from btlm.train import Recipe, load_recipe
 from btlm.train.loop import train
 from btlm.train.recipe import Lora, Parallelism, Precision, Stage, Start
-from btlm.train.recipe_file import dump_recipe
 from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +255,7 @@ def test_training_plan_and_info_count_the_same_flops(
     records = list(train(recipe, tiny_shards(tmp_path / "shards"), tmp_path / "run", TOKEN_BYTES))
     by_training = [record["mfu"] / record["tokens_per_s"] for record in records]
     by_plan = [stage["flops"] / stage["tokens"] for stage in plan(recipe)["stages"]]
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     run_info(tmp_path / "recipe.yaml", as_json=True)
     info = json.loads(capsys.readouterr().out)["flops_per_token"][-1]  # at the whole context, 32 tokens
     assert by_training == pytest.approx(by_plan)

@@ -9,12 +9,13 @@ import torch
 
 from btlm.model import BTLMConfig
 from btlm.model.alibi import alibi_slopes
+from btlm.settings import to_yaml
 from btlm.train.recipe import Optimizer
-from btlm.train.recipe_file import dump_recipe, load_recipe
+from btlm.train.recipe_file import load_recipe
 from btlm.tune import coord_check, coord_models
 from btlm.tune.coord_check import run_coord_check
-from btlm.tune.coord_models import ABLATIONS, CoordCheck
 from btlm.tune.coord_slopes import PREDICTIONS, Coordinates, draw_batches, fit_slopes, measure
+from btlm.tune.options import ABLATIONS, CoordCheck
 from tests.train.tiny import tiny_recipe, tiny_shards
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -216,7 +217,7 @@ def test_batches_come_from_shards(tmp_path):
 
 def test_the_command_writes_a_report(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(tiny_recipe()))
+    path.write_text(to_yaml(tiny_recipe()))
     small = CoordCheck(widths=(32, 64, 128), steps=2, seeds=1)
     tiny_shards(tmp_path / "shards")
     assert run_coord_check(path, small, tmp_path / "shards", tmp_path / "out", "cpu")
@@ -265,7 +266,7 @@ def test_bad_sizes_are_refused(values, match):
 )
 def test_bad_input_is_refused(tmp_path, recipe, options, match):
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(replace(tiny_recipe(), **recipe)))
+    path.write_text(to_yaml(replace(tiny_recipe(), **recipe)))
     tiny_shards(tmp_path / "shards")
     with pytest.raises(ValueError, match=match):
         run_coord_check(path, **{"data": tmp_path / "shards", "output": tmp_path / "out", "device": "cpu"} | options)

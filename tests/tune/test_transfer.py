@@ -16,10 +16,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from btlm.errors import NotFinite
+from btlm.settings import to_yaml
 from btlm.train import loop
 from btlm.train.recipe import Checkpoints, Optimizer, Recipe, Stage
-from btlm.train.recipe_file import dump_recipe, load_recipe
-from btlm.tune.transfer import JOURNAL, RESULT, SearchSpace, finished_trials, run_transfer
+from btlm.train.recipe_file import load_recipe
+from btlm.tune.options import SearchSpace
+from btlm.tune.transfer import JOURNAL, RESULT, finished_trials, run_transfer
 from btlm.tune.transfer_trials import Setting, run_jobs
 from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
 
@@ -40,7 +42,7 @@ def proxy_recipe(**overrides) -> Recipe:
 def files(tmp_path):
     """The proxy's recipe, the shards, and an output folder that does not exist yet."""
     tiny_shards(tmp_path / "shards")
-    (tmp_path / "proxy.yaml").write_text(dump_recipe(proxy_recipe()))
+    (tmp_path / "proxy.yaml").write_text(to_yaml(proxy_recipe()))
     return tmp_path / "proxy.yaml", tmp_path / "shards", tmp_path / "out"
 
 
@@ -273,7 +275,7 @@ def test_two_workers_find_what_one_finds(files, tmp_path):
 @pytest.mark.slow
 def test_workers_end_with_the_search_that_was_killed_and_their_trials_run_again(files):
     proxy, shards, output = files
-    proxy.write_text(dump_recipe(proxy_recipe(checkpoints=Checkpoints(every_steps=1))))
+    proxy.write_text(to_yaml(proxy_recipe(checkpoints=Checkpoints(every_steps=1))))
     code = (
         "from btlm.tune.transfer import run_transfer, SearchSpace\nfrom tests.train.tiny import TOKEN_BYTES\n"
         "if __name__ == '__main__':\n"
@@ -345,9 +347,9 @@ def refused(files, match, *, exists=False, **options):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"trials": 0}, "trials .0."),
-        ({"workers": 0}, "workers .0."),
-        ({"seed": -1}, "seed .-1."),
+        ({"trials": 0}, "trials is 0, not a whole number of at least 1"),
+        ({"workers": 0}, "workers is 0, not a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1, not a whole number of at least 0"),
         ({"device": "abacus"}, "The device 'abacus' is unknown"),
         ({"token_bytes": np.ones(201, dtype=np.int64)}, "vocab_size is 200"),
     ],
@@ -364,7 +366,7 @@ def test_bad_numbers_are_refused(files, options, match):
     ],
 )
 def test_a_bad_proxy_is_refused(files, change, match):
-    files[0].write_text(dump_recipe(replace(proxy_recipe(), **change)))
+    files[0].write_text(to_yaml(replace(proxy_recipe(), **change)))
     refused(files, match)
 
 
@@ -400,7 +402,7 @@ def test_another_study_in_the_folder_is_refused(files, tmp_path):
     result = (files[2] / RESULT).read_bytes()
     refused(files, "search with another seed", exists=True, seed=2)
     refused(files, "search with another space", exists=True, space=SearchSpace(lr=(1e-3, 2e-3)))
-    files[0].write_text(dump_recipe(proxy_recipe(seed=9)))
+    files[0].write_text(to_yaml(proxy_recipe(seed=9)))
     refused(files, "search with another proxy", exists=True)
     assert (files[2] / RESULT).read_bytes() == result
 

@@ -21,10 +21,11 @@ from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_folder
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import Quantization
-from btlm.model.config_keys_btlm import BITS, GROUP_SIZES, QUANT_METHOD
+from btlm.model.config_keys_btlm import QUANT_METHOD
 from btlm.model.storage_btlm import StoredMatrix, group_size_problem, pack, pack_scale, stored_matrices
 
 from .calibrate import CALIBRATION_TOKENS, Rounded, calibration_rows, round_blocks
+from .options import QuantizeOptions
 from .rounding import padded, round_weights, search_scales, values_of
 
 # Beside the weights: configuration and tokenizer.
@@ -44,9 +45,9 @@ def quantize(
     model: Checkpoint | Path | str,
     output: Path | str,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    table_bits: int = 8,
+    bits: int = QuantizeOptions.bits,
+    group_size: int = QuantizeOptions.group_size,
+    table_bits: int = QuantizeOptions.table_bits,
     calibration: Path | str | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
 ) -> dict[str, MatrixError]:
@@ -55,11 +56,8 @@ def quantize(
     Args:
         model: An open checkpoint, its folder, or its id on the Hugging Face Hub; not quantized.
         output: New folder; appears when it is complete.
-        bits: Of the matrices of the blocks, 4 or 8.
+        bits, table_bits, calibration: See :class:`btlm.convert.options.QuantizeOptions`; the text is UTF-8.
         group_size: Inputs that share a scale, 64 or 128; divides the width of the model.
-        table_bits: Of the token table, and of the head where it is not tied, 4 or 8.
-        calibration: Text in UTF-8 on which the outputs of every matrix shall change as little as can be; without it,
-            the weights themselves.
         calibration_tokens: Tokens of the text that are used, at most.
 
     Returns:
@@ -161,13 +159,7 @@ def _bf16(scale_NG: Tensor) -> Tensor:
 
 
 def _quantization(bits: int, group_size: int, table_bits: int) -> Quantization:
-    for name, value, choices in (
-        ("The bits are", bits, BITS),
-        ("The group size is", group_size, GROUP_SIZES),
-        ("The bits of tables are", table_bits, BITS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value}; choose {' or '.join(map(str, choices))}.")
+    QuantizeOptions(bits, group_size, table_bits)  # type: ignore[arg-type]  # it checks them
     return Quantization(bits, group_size, table_bits)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from btlm.files import write_text
+from btlm.settings import plain
 
 from .documents import Problem, Unit, list_units, read_unit
 from .minhash import normalized_length_reaches
 from .parts import PartWriter, add_counts
-from .recipe import Clean, Read, as_settings
+from .recipe import Clean, Read
 from .shards import MAX_SOURCES
 from .stage import DOCUMENTS, Run, begin, finish, load_stage
 from .tasks import run_tasks
@@ -42,12 +43,12 @@ def clean_documents(
     units, others = list_units(inputs, read)
     if others:
         run.say(f"  {len(others):,} files of unknown kinds were skipped, such as {others[0]}")
-    settings = as_settings(read)
+    settings = plain(read)
     limit = settings.pop("max_bad_documents")
     files: dict[str, list[Any]] = {}
     for unit in units:  # files of several folders may have the same name
         files.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
-    if begin(folder, name, {"read": settings, "clean": as_settings(clean), "input": files}, run):
+    if begin(folder, name, {"read": settings, "clean": plain(clean), "input": files}, run):
         return load_stage(folder)
     write_text(folder / UNITS, "".join(json.dumps(unit) + "\n" for unit in units))
     task = partial(_clean_unit, folder, read, clean)

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from btlm.settings import plain
+
 from .database import open_database, parquet, write_query
 from .minhash import band_keys, signatures
 from .parts import add_counts, first_document, part_number, read_groups, read_table, write_part, write_table
-from .recipe import Dedup, as_settings
+from .recipe import Dedup
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
 
@@ -39,7 +41,7 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
         The stage's result: ``parts``, and ``sources`` with the counts per source.
     """
     before = load_stage(source)
-    if begin(folder, "dedup", {"dedup": as_settings(dedup), "input": stage_digest(source)}, run):
+    if begin(folder, "dedup", {"dedup": plain(dedup), "input": stage_digest(source)}, run):
         return load_stage(folder)
     parts = [name for name, _, _ in before["parts"]]
     sizes = [size for _, _, size in before["parts"]]

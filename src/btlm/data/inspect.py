@@ -17,29 +17,24 @@ from .dedup import CLUSTERS
 from .minhash import document_hashes
 from .mix import CONTAMINATED, HELD_OUT
 from .parts import document_place
-from .recipe import Dedup
+from .recipe import Dedup, Inspection
 from .stage import COMPLETE, DOCUMENTS, load_stage
 
 _WIDTH = 100
 
 
-def run_inspect(folder: Path | str, stage: str | None = None, examples: int = 3, seed: int = 1) -> None:
+def run_inspect(folder: Path | str, options: Inspection | None = None) -> None:
     """Print examples of what the stages in ``folder`` removed and found.
 
     Args:
         folder: Output of one stage, or of all stages.
-        stage: Name of the only stage to show; all by default.
-        examples: Number of examples of each kind.
-        seed: Seed for the choice of examples.
+        options: What to show; the defaults of :class:`btlm.data.recipe.Inspection` without it.
 
     Raises:
-        ValueError: The folder holds no such stage, or a number is out of range.
+        ValueError: The folder holds no such stage.
     """
-    folder = Path(folder)
-    if examples < 1:
-        raise ValueError(f"examples is {examples}; give at least 1.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; give a number of at least 0.")
+    folder, options = Path(folder), options or Inspection()
+    stage = options.stage
     paths = [path for path in (folder, *sorted(folder.glob("*"))) if (path / COMPLETE).exists()]
     stages = {load_stage(path)["stage"]: path for path in paths}
     if not stages:
@@ -57,7 +52,7 @@ def run_inspect(folder: Path | str, stage: str | None = None, examples: int = 3,
     for name, inspect in shown.items():
         if name in stages and stage in (None, name):
             console.rule(Text(f"{name}: {stages[name]}"), align="left")
-            for line in inspect(stages[name], examples, np.random.default_rng(seed)):
+            for line in inspect(stages[name], options.examples, np.random.default_rng(options.seed)):
                 console.print(line)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btlm.files import file_sha256, whole_file
+from btlm.settings import plain
 
 from .database import open_database, parquet, write_query
 from .minhash import normalize, shingle_hashes
@@ -32,7 +33,7 @@ from .parts import (
     write_part,
     write_table,
 )
-from .recipe import Mix, as_settings
+from .recipe import Mix
 from .shards import SPLITS
 from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
 from .tasks import run_tasks
@@ -67,8 +68,8 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
             f"their sources are {', '.join(before['sources'])}."
         )
     files = [[Path(file).name, _digest(file)] for file in settings.decontaminate]
-    plain = {key: value for key, value in as_settings(settings).items() if key != "decontaminate"}
-    if begin(folder, "mix", {"mix": plain, "decontaminate": files, "input": stage_digest(source)}, run):
+    plain_settings = {key: value for key, value in plain(settings).items() if key != "decontaminate"}
+    if begin(folder, "mix", {"mix": plain_settings, "decontaminate": files, "input": stage_digest(source)}, run):
         return load_stage(folder)
     parts = [name for name, _, _ in before["parts"]]
     sizes = [size for _, _, size in before["parts"]]

@@ -3,12 +3,13 @@
 Sources of the defaults: Cerebras modelzoo, ``data_preparation/nlp/slimpajama``.
 """
 
-import dataclasses
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from btlm.errors import OptionError
+from btlm.settings import Count, Number, Range, Whole, apply_changes, check, hints, read_fields, read_yaml
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,16 @@ class Read:
 
     Args:
         text_field: Field that holds the text; dots lead into nested objects.
-        id_field: Field that holds the id; without it the id is ``file:line``.
-        source_fields: The first of these fields that holds a name is the source; else the name of the file up to its
-            first dot, or of its folder for text files.
+        id_field: Field that holds the id; a document without it is called ``file:line``.
+        source_fields: Fields that may hold the name of the source; the first one that does is used. Without any, the
+            source is the name of the file up to its first dot, or of its folder for text files.
         source: One name for the source of all documents, in place of these.
-        split: Of Hugging Face data sets.
-        config: Configuration of a Hugging Face data set, where it has several.
+        split: Split of a Hugging Face data set.
+        config: Configuration of a Hugging Face data set that has several.
         revision: Branch, tag or commit of a Hugging Face data set.
-        max_document_bytes: Longer documents are bad input.
-        max_bad_documents: More bad input than this ends the stage with an error.
-        part_bytes: Text in one file of the documents that stages hand on, and in one task.
+        max_document_bytes: Longest document in bytes; longer ones are bad input.
+        max_bad_documents: Bad documents that a stage passes over; one more is an error.
+        part_bytes: Bytes of text per task, and per file of the documents that stages hand on.
     """
 
     text_field: str = "text"
@@ -36,30 +37,31 @@ class Read:
     split: str = "train"
     config: str | None = None
     revision: str | None = None
-    max_document_bytes: int = 32_000_000
-    max_bad_documents: int = 100
-    part_bytes: int = 32_000_000
+    max_document_bytes: Count = 32_000_000
+    max_bad_documents: Whole = 100
+    part_bytes: Count = 32_000_000
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _at_least(self, "read", max_document_bytes=1, max_bad_documents=0, part_bytes=1)
+        check(self, "read")
 
 
 @dataclass(frozen=True)
 class Clean:
-    """Normalization and the filter of short documents.
+    """Normalization, and the filter of short documents.
 
     Args:
-        normalization: Unicode normal form of the text; ``none`` leaves it.
-        min_characters: Of the text in lower case, without punctuation, with white space collapsed; 0 keeps everything.
+        normalization: Unicode normal form of the text; ``none`` leaves it as it is.
+        min_characters: Fewest characters of a document, counted in lower case, without punctuation, and with white
+            space collapsed; 0 keeps everything.
     """
 
     normalization: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = "NFC"
-    min_characters: int = 200
+    min_characters: Whole = 200
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _at_least(self, "clean", min_characters=0)
+        check(self, "clean")
 
 
 @dataclass(frozen=True)
@@ -67,31 +69,29 @@ class Dedup:
     """Near-duplicates: MinHash, banded.
 
     Args:
-        shingle: Windows of characters, or n-grams of words, of the normalized text.
-        shingle_size: Characters or words of one.
-        permutations: Of MinHash.
-        bands: Documents that agree in one of them are duplicates.
-        rows: Permutations of a band.
-        threshold: Jaccard similarity to choose bands and rows for.
-        seed: Of the permutations.
+        shingle: Unit that texts are compared by: windows of characters, or n-grams of words, of the normalized text.
+        shingle_size: Characters or words per shingle.
+        permutations: Number of permutations of MinHash.
+        bands: Number of bands; documents that agree in one of them are duplicates.
+        rows: Permutations per band.
+        threshold: Jaccard similarity to choose bands and rows for, in place of these two.
+        seed: Seed of the permutations.
     """
 
     shingle: Literal["characters", "words"] = "characters"
-    shingle_size: int = 13
-    permutations: int = 128
-    bands: int = 9
-    rows: int = 13
-    threshold: float | None = None
-    seed: int = 1
+    shingle_size: Count = 13
+    permutations: Count = 128
+    bands: Count = 9
+    rows: Count = 13
+    threshold: Annotated[float, Range(above=0, below=1)] | None = None
+    seed: Whole = 1
 
     def __post_init__(self) -> None:
         """Check the values, and derive bands and rows where a threshold is given."""
-        _at_least(self, "dedup", shingle_size=1, permutations=1, bands=1, rows=1, seed=0)
+        check(self, "dedup")
         if self.threshold is not None:
             from .bands import bands_for_threshold
 
-            if not 0 < self.threshold < 1:
-                raise ValueError(f"dedup.threshold is {self.threshold}; give a Jaccard similarity between 0 and 1.")
             bands, rows = bands_for_threshold(self.threshold, self.permutations)
             if (self.bands, self.rows) not in ((Dedup.bands, Dedup.rows), (bands, rows)):
                 raise ValueError(
@@ -115,30 +115,25 @@ class Mix:
         weights: How often each training document of a source is read: 0.5 takes half of them, 2 each one twice. Sources
             that are not named have 1.
         holdout: Share of each source's documents for validation and test together.
-        min_holdout: Documents held out of each source at least, if it has more than that; 1 lets a small corpus be
-            measured source by source.
-        seed: Of the order of documents, and of what is held out.
+        min_holdout: Fewest documents held out per source, if it has more than that; 1 lets a small corpus be measured
+            source by source.
+        seed: Seed of the order of documents, and of the choice of held-out ones.
         decontaminate: Files of evaluation sets (JSON lines); documents that share an n-gram with them are dropped.
         decontaminate_words: Words of that n-gram.
-        partition_bytes: Text of one shard, about; a worker holds it in memory to put it in order.
+        partition_bytes: Bytes of text per shard, roughly; a worker holds them in memory to put them in order.
     """
 
-    weights: dict[str, float] = field(default_factory=dict)
-    holdout: float = 0.0017
-    min_holdout: int = 0
-    seed: int = 1
+    weights: dict[str, Number] = field(default_factory=dict)
+    holdout: Annotated[float, Range(0, below=1)] = 0.0017
+    min_holdout: Whole = 0
+    seed: Whole = 1
     decontaminate: list[str] = field(default_factory=list)
-    decontaminate_words: int = 13
-    partition_bytes: int = 64_000_000
+    decontaminate_words: Count = 13
+    partition_bytes: Count = 64_000_000
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _at_least(self, "mix", min_holdout=0, seed=0, decontaminate_words=1, partition_bytes=1)
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"mix.holdout is {self.holdout}; give a share of the documents in [0, 1).")
-        for source, weight in self.weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"mix.weights of {source} is {weight}; give a number of at least 0.")
+        check(self, "mix")
 
 
 @dataclass(frozen=True)
@@ -146,18 +141,18 @@ class Execution:
     """Where and how the tasks of a stage run. The output does not depend on it.
 
     Args:
-        executor: Processes of this machine, or a Slurm or Ray cluster that shares the output folder.
-        workers: Tasks at a time; every core of this machine by default.
-        memory_gb: Of a worker: what a cluster reserves for it; DuckDB's queries take half.
-        slurm_partition: Of the jobs.
+        executor: Where tasks run: processes of this machine, or a Slurm or Ray cluster that shares the output folder.
+        workers: Tasks at a time (default: one per core of this machine).
+        memory_gb: Memory per worker in GB: what a cluster reserves for it; DuckDB's queries take half.
+        slurm_partition: Partition of the jobs; Slurm needs one.
         slurm_time: Time limit of a job.
         slurm_setup: Shell command that a job starts with, such as one that activates the Python environment.
         force: Start over where the output holds the work of another recipe or input.
     """
 
     executor: Literal["local", "slurm", "ray"] = "local"
-    workers: int | None = None
-    memory_gb: float = 2.0
+    workers: Count | None = None
+    memory_gb: Annotated[float, Range(0.5)] = 2.0
     slurm_partition: str | None = None
     slurm_time: str = "24:00:00"
     slurm_setup: str = ""
@@ -165,14 +160,28 @@ class Execution:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.executor not in ("local", "slurm", "ray"):
-            raise ValueError(f"executor is {self.executor!r}; give local, slurm or ray.")
-        if self.workers is not None:
-            _at_least(self, "", workers=1)
-        if not 0.5 <= self.memory_gb < math.inf:
-            raise ValueError(f"memory_gb is {self.memory_gb}; a worker needs at least 0.5.")
+        check(self)
         if self.executor == "slurm" and not self.slurm_partition:
             raise OptionError("{executor} is slurm; name the partition of its jobs in {slurm_partition}.")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `btlm data inspect` shows.
+
+    Args:
+        stage: Stage to show: clean, dedup, mix or tokenize (default: all there are).
+        examples: Examples of each kind.
+        seed: Seed of the choice.
+    """
+
+    stage: str | None = None
+    examples: Count = 3
+    seed: Whole = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -185,17 +194,29 @@ class DataRecipe:
     mix: Mix = field(default_factory=Mix)
 
 
-def _at_least(settings: object, prefix: str, **least: int) -> None:
-    name = f"{prefix}." if prefix else ""
-    problems = [
-        f"{name}{key} is {getattr(settings, key)}; give a whole number of at least {value}."
-        for key, value in least.items()
-        if getattr(settings, key) < value
+def load_data_recipe(
+    path: Path | str | None, changes: dict[str, Any] | None = None, sections: Sequence[str] = ()
+) -> tuple[DataRecipe, Execution]:
+    """Read and check a recipe of data, which may also say how its tasks run.
+
+    Args:
+        path: YAML file with the sections of :class:`DataRecipe` and the keys of :class:`Execution`; the defaults
+            without it.
+        changes: Values to set on top of the file, by dotted key (``{"mix.holdout": 0.01, "workers": 3}``).
+        sections: Sections that will be used; others in the file are an error. All of them if empty.
+
+    Raises:
+        ValueError: Names every problem at once.
+    """
+    raw, problems = {} if path is None else read_yaml(path), list[str]()
+    apply_changes(raw, changes or {}, problems)
+    run = {key: raw.pop(key) for key in hints(Execution) if key in raw} if isinstance(raw, dict) else {}
+    execution, values = read_fields(Execution, run, problems), read_fields(DataRecipe, raw, problems)
+    problems += [
+        f"{name} is not used here (only {', '.join(sections)}): leave it out"
+        for name in values
+        if sections and name not in sections
     ]
     if problems:
-        raise ValueError(" ".join(problems))
-
-
-def as_settings(settings: object) -> dict[str, object]:
-    """The fields of one of the classes above as plain values."""
-    return dataclasses.asdict(settings)  # type: ignore[call-overload, no-any-return]  # one of the dataclasses above
+        raise ValueError(f"{'' if path is None else f'{path}: '}{'; '.join(problems)}.")
+    return DataRecipe(**values), Execution(**execution)

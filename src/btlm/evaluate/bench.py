@@ -30,7 +30,8 @@ from btlm.engine.network import weight_dtype
 from btlm.errors import DoesNotFit, OptionError
 from btlm.files import write_json
 
-from .random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
+from .options import Bench
+from .random_checkpoint import SHAPES, random_weight_bytes, shape_config, write_random_model
 
 _PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
 _SPARE = 100_000_000  # bytes of the disk to leave free
@@ -39,10 +40,10 @@ _SPARE = 100_000_000  # bytes of the disk to leave free
 def run_bench(
     models: Sequence[str],
     *,
-    dtypes: str | Sequence[str] = ("4bit",),
-    contexts: str | Sequence[int] = (512, 2048),
-    new_tokens: int = 32,
-    cache_dtype: str = "auto",
+    dtypes: Sequence[str] = Bench.dtypes,
+    contexts: Sequence[int] = Bench.contexts,
+    new_tokens: int = Bench.new_tokens,
+    cache_dtype: str = Bench.cache_dtype,
     threads: int | None = None,
     output: Path | str | None = None,
 ) -> list[dict[str, Any]]:
@@ -51,11 +52,7 @@ def run_bench(
     Args:
         models: Folders of checkpoints, measured as they are stored, and names of :data:`SHAPES`, measured with random
             weights in each of the dtypes. Those are written to a temporary folder (of ``TMPDIR``), one at a time.
-        dtypes: Of shapes, some of :data:`DTYPES`; or a string with commas.
-        contexts: Tokens, the decoded ones included, which are the last; or a string with commas.
-        new_tokens: To decode, at least 3: speed is that of the median step.
-        cache_dtype: Of keys and values; see :class:`btlm.engine.Engine`.
-        threads: See :func:`btlm.kernels.load_kernels`.
+        dtypes, contexts, new_tokens, cache_dtype, threads: See :class:`btlm.evaluate.options.Bench`.
         output: Folder that receives ``bench.json`` after every measurement, and ``figure-1.png`` and ``figure-2.png``.
 
     Returns:
@@ -65,9 +62,10 @@ def run_bench(
     Raises:
         ValueError: Something cannot be measured. If this is known beforehand, nothing is measured.
     """
-    formats, lengths = _dtypes(dtypes), _contexts(contexts, new_tokens)
-    if threads is not None and not 1 <= threads <= 1024:
-        raise OptionError("{threads} is {} and must be between 1 and 1,024.", threads)
+    Bench(dtypes=dtypes, contexts=contexts, new_tokens=new_tokens, threads=threads)  # type: ignore[arg-type]  # checks
+    formats, lengths = list(dict.fromkeys(dtypes)), sorted(set(contexts))
+    if lengths[0] <= new_tokens:
+        raise OptionError("{contexts} are {}; each must exceed the {} of {new_tokens}.", list(contexts), new_tokens)
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise OptionError("{output} draws with matplotlib: pip install 'btlm[data]', or leave it out.")
     subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats)]
@@ -253,27 +251,6 @@ def _child(task: dict[str, Any], progress: Progress, title: str, total: int) -> 
 
 
 # Arguments and results
-
-
-def _dtypes(given: str | Sequence[str]) -> list[str]:
-    dtypes = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise OptionError("{dtypes} names {!r}; choose some of {}.", dtype, ", ".join(DTYPES))
-    return list(dict.fromkeys(dtypes))
-
-
-def _contexts(given: str | Sequence[int], new_tokens: int) -> list[int]:
-    if new_tokens < 3:
-        raise OptionError("{new_tokens} is {} and must be at least 3: the median step is measured.", new_tokens)
-    parts: list[Any] = given.split(",") if isinstance(given, str) else list(given)
-    try:
-        contexts = sorted({int(part) for part in parts})
-    except ValueError:
-        raise OptionError("{contexts} is {!r}; give whole numbers with commas between them.", given) from None
-    if not contexts or contexts[0] <= new_tokens:
-        raise OptionError("{contexts} is {!r}; each must exceed the {} of {new_tokens}.", given, new_tokens)
-    return contexts
 
 
 def _make_folder(output: Path) -> None:

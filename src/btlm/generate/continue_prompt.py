@@ -13,6 +13,7 @@ from btlm.engine.cache import CACHE_DTYPES
 from btlm.engine.options import GenerationOptions
 from btlm.errors import NotSupported, OptionError
 
+from .options import Run
 from .with_engine import run_engine
 
 ENGINES = ("auto", "btlm", "transformers")
@@ -24,12 +25,12 @@ def run_generate(
     prompt_file: Path | str | None = None,
     model: Checkpoint | Path | str = BUNDLED_MODEL,
     options: GenerationOptions | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    context_scaling: float | str = "none",
-    engine: str = "auto",
-    cache_dtype: str = "auto",
-    kernels: str = "auto",
+    dtype: str = Run.dtype,
+    device: str = Run.device,
+    context_scaling: float | str = Run.context_scaling,
+    engine: str = Run.engine,
+    cache_dtype: str = Run.cache_dtype,
+    kernels: str = Run.kernels,
     threads: int | None = None,
 ) -> None:
     """Write a prompt and its continuation to standard output, as the tokens come.

@@ -18,11 +18,7 @@ from btlm.train.recipe import Recipe
 from btlm.train.recipe_file import load_recipe
 
 from .memory import adapted_matrices, memory_per_device
-
-# Assumptions, and printed as such. The peak is that of dense bf16 products on an NVIDIA H100 SXM (NVIDIA's data sheet:
-# 1,979 TFLOP/s with sparsity, half of it without).
-MFU = 0.4
-PEAK_TFLOPS = 989.0
+from .options import Assumptions
 
 # More shards are worth a row while doubling them frees at least this part of the memory.
 _WORTH_A_ROW = 0.05
@@ -30,8 +26,8 @@ _WORTH_A_ROW = 0.05
 
 def run_plan(
     recipe_path: Path | str,
-    mfu: float = MFU,
-    peak_tflops: float = PEAK_TFLOPS,
+    mfu: float = Assumptions.mfu,
+    peak_tflops: float = Assumptions.peak_tflops,
     devices: Sequence[int] | None = None,
     changes: dict[str, Any] | None = None,
 ) -> None:
@@ -53,8 +49,8 @@ def run_plan(
 
 def plan(
     recipe: Recipe,
-    mfu: float = MFU,
-    peak_tflops: float = PEAK_TFLOPS,
+    mfu: float = Assumptions.mfu,
+    peak_tflops: float = Assumptions.peak_tflops,
     devices: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """What a run needs, as plain numbers; nothing is allocated, and of ``start.model`` only its configuration is read.
@@ -165,7 +161,7 @@ def _raise_problems(
     if not (_is_number(peak_tflops) and 0 < peak_tflops <= 1e6):
         raise ValueError(
             f"peak_tflops is {peak_tflops!r}; give the peak of one device in TFLOP/s, above 0 and at most 1e6 "
-            f"({PEAK_TFLOPS:g} for an H100 SXM in bf16)."
+            f"({Assumptions.peak_tflops:g} for an H100 SXM in bf16)."
         )
     if recipe.lora is not None:
         # A name that only other activations have is none too many: PEFT passes over it.
@@ -278,7 +274,7 @@ def _days(numbers: dict[str, Any]) -> Padding:
             _duration(row["days"]),
         )
     peak = numbers["peak_tflops"]
-    default = peak == PEAK_TFLOPS
+    default = peak == Assumptions.peak_tflops
     notes = [
         f"assumptions: MFU {numbers['mfu']:g} at any number of devices, and a peak of {peak:g} TFLOP/s each",
         *(["(dense bf16 products on an H100 SXM, NVIDIA's data sheet)"] if default else []),

@@ -15,6 +15,7 @@ from btlm.console import progress_bars
 from btlm.data.shards import TokenShards
 from btlm.files import write_text
 from btlm.model import BTLMConfig
+from btlm.settings import plain, to_yaml
 
 from .cost import flops_by_stage, flops_per_token
 from .curve import plot_metrics
@@ -22,7 +23,7 @@ from .distributed import join_ranks
 from .held_out import token_bytes
 from .loop import train, training_batches
 from .recipe import Recipe
-from .recipe_file import as_dict, changes_of_result, dump_recipe, load_recipe
+from .recipe_file import changes_of_result, load_recipe
 from .state import FOLDER
 
 # Number of progress lines of a run without a terminal.
@@ -99,13 +100,13 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
     """
     kept = output / "recipe.yaml"
     begun = kept.exists() and (any((output / FOLDER).glob("step-????????")) or (output / "model").exists())
-    if begun and (changes := changes_of_result(as_dict(load_recipe(kept)), recipe)):
+    if begun and (changes := changes_of_result(plain(load_recipe(kept)), recipe)):
         raise ValueError(
             f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "
             "that recipe."
         )
     output.mkdir(parents=True, exist_ok=True)
-    write_text(kept, dump_recipe(recipe))
+    write_text(kept, to_yaml(recipe))
 
 
 def _say(console: Console, line: str) -> None:

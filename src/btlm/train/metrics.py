@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 
 from btlm.files import write_text
+from btlm.settings import plain
 
 from .recipe import Recipe, Watching
-from .recipe_file import as_dict
 
 METRICS = "metrics.jsonl"
 SPIKE_WINDOW = 128
@@ -129,7 +129,7 @@ class _WeightsAndBiases:
             id=number,
             name=output.name,
             dir=str(output),
-            config=as_dict(recipe),
+            config=plain(recipe),
             resume="allow",
         )
 

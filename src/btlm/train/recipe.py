@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 from btlm.checkpoint.open import Checkpoint
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import MATRIX_NAMES
+from btlm.settings import NOT_EMPTY, Count, Number, Range, Whole
 
-# Numbers with their least value, and the greatest; a row of one token has nothing to predict.
-Whole = Annotated[int, 0]
-Count = Annotated[int, 1]
-RowLength = Annotated[int, 2]
-Number = Annotated[float, 0.0]
-Share = Annotated[float, 0.0, 1.0]
+# A row of one token has nothing to predict.
+RowLength = Annotated[int, Range(2)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelowOne = Annotated[float, Range(0, below=1)]
 
 # What a model that is started from may be given anew; all else is part of its weights.
 OVERRIDES = ("n_positions", "alibi_scaling", "resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -34,8 +33,8 @@ class Lora:
 
     rank: Count = 16
     alpha: Number = 32.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = MATRIX_NAMES
+    dropout: ShareBelowOne = 0.0
+    target_modules: Annotated[tuple[str, ...], NOT_EMPTY] = MATRIX_NAMES
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) on the muP groups; ``lr`` is the peak at base width."""
 
     lr: Number
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: Number = 1e-8
     weight_decay: Number = 0.1
     clip_norm: Number = 1.0
@@ -162,7 +161,7 @@ class Recipe:
 
     optimizer: Optimizer
     schedule: Schedule
-    stages: list[Stage]
+    stages: Annotated[list[Stage], NOT_EMPTY]
     model: dict[str, Any] = field(default_factory=dict)
     mup_base_width: Count | None = None
     start: Start | None = None

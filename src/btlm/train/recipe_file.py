@@ -1,17 +1,13 @@
 """Recipes as YAML files: read, checked as a whole, and written."""
 
-import dataclasses
 import inspect
 import math
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import yaml
+from typing import Any
 
 from btlm.model import BTLMConfig
 from btlm.model.config_keys_btlm import MUP_KEYS
+from btlm.settings import apply_changes, did_you_mean, plain, read_fields, read_yaml
 
 from .recipe import OVERRIDES, Recipe, Stage, length_problems
 
@@ -26,47 +22,24 @@ def load_recipe(path: Path | str, changes: dict[str, Any] | None = None) -> Reci
     Raises:
         ValueError: Names every problem at once.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a readable recipe: {' '.join(str(error).split())}.") from error
-    problems: list[str] = []
-    for key, value in (changes or {}).items():
-        _set(raw, key, value, problems)
-    recipe = _build(Recipe, raw, "", problems)
+    raw, problems = read_yaml(path), list[str]()
+    apply_changes(raw, changes or {}, problems)
+    values = read_fields(Recipe, raw, problems)
+    if isinstance(raw, dict):
+        problems += _recipe_problems(values, started=raw.get("start") is not None)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
-    assert isinstance(recipe, Recipe)
-    return recipe
-
-
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain values, every key spelled out."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(recipe))
-    return result
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML that :func:`load_recipe` reads as the same recipe."""
-    text: str = yaml.safe_dump(as_dict(recipe), sort_keys=False)
-    return text
+    return Recipe(**values)
 
 
 def changes_of_result(there: dict[str, Any], here: Recipe) -> list[str]:
     """Where two recipes compute something else, by dotted key; how a run is executed, watched and kept may differ.
 
     Args:
-        there: What :func:`as_dict` gave of the one that a run began with.
+        there: What :func:`btlm.settings.plain` gave of the one that a run began with.
         here: The other.
     """
-    before, now = dict(there), as_dict(here)
+    before, now = dict(there), plain(here)
     for recipe in (before, now):
         for section in ("micro_batch_tokens", "parallelism", "evaluation", "checkpoints", "watching"):
             recipe.pop(section, None)
@@ -83,91 +56,6 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
         elif before != now:
             found.append(f"{prefix}{key} is {before!r} there, {now!r} here")
     return found
-
-
-# Reading
-
-
-def _set(raw: Any, key: str, value: Any, problems: list[str]) -> None:
-    *sections, last = key.split(".")
-    for i, section in enumerate(sections):
-        if isinstance(raw, dict):
-            if raw.get(section) is None:
-                raw[section] = {}
-            raw = raw[section]
-            if not isinstance(raw, dict):
-                whole = ".".join(sections[: i + 1])
-                problems.append(f"{key} cannot be set, since {whole} has no keys: set {whole} as a whole")
-    if isinstance(raw, dict):
-        raw[last] = value
-
-
-def _build(kind: Any, raw: object, where: str, problems: list[str]) -> Any:
-    """One of the dataclasses above from what YAML holds; adds to ``problems``, and is ``None`` where it did."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where or 'the content'} is {raw!r}, not a mapping")
-        return None
-    prefix = f"{where}." if where else ""
-    before = len(problems)
-    hints = typing.get_type_hints(kind, include_extras=True)
-    keys = f"{where or 'a recipe'} has {', '.join(hints)}"
-    problems += [f"{prefix}{key} is not a key of a recipe ({keys})" for key in raw if key not in hints]
-    for item in dataclasses.fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in raw:
-            problems.append(f"{prefix}{item.name} is missing")
-    values = {name: _value(hint, raw[name], prefix + name, problems) for name, hint in hints.items() if name in raw}
-    if kind is Recipe:
-        problems += _recipe_problems(values, started=raw.get("start") is not None)
-    return kind(**values) if len(problems) == before else None
-
-
-def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """A value in the type of its key; adds to ``problems``, and is ``None`` where it did."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        return None if value is None else _value(arguments[0], value, where, problems)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, problems)
-    if origin is list and isinstance(value, list) and value:
-        return [_value(arguments[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list) and value:
-        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-        if len(kinds) == len(value) and all(not _wanted(kind, item) for kind, item in zip(kinds, value, strict=True)):
-            return tuple(value)
-    if wanted := _wanted(hint, value):
-        problems.append(f"{where} is {value!r}, not {wanted}")
-        return None
-    return value
-
-
-def _wanted(hint: Any, value: Any) -> str:
-    """What the value of a key should be; empty where it is."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if origin is Annotated:
-        kind, least, *greatest = arguments
-        if kind is int:
-            digits = " (written out, as in 1_000_000)" if isinstance(value, (str, float)) else ""
-            return "" if type(value) is int and value >= least else f"a whole number of at least {least}{digits}"
-        text = " (YAML takes 1e-3 for text: write 1.0e-3)" if isinstance(value, str) else ""
-        limits = f"from {least:g} to {greatest[0]:g}" if greatest else f"of at least {least:g}"
-        return "" if number and least <= value <= max(greatest, default=math.inf) else f"a number {limits}{text}"
-    if origin is Literal:
-        return "" if value in arguments else f"one of {', '.join(arguments)}"
-    if hint == tuple[float, float]:
-        return "two numbers in [0, 1)"
-    if hint is float:
-        return "" if number and 0 <= value < 1 else "a number in [0, 1)"
-    names = {
-        bool: "true or false",
-        str: "a text",
-        dict: "a mapping",
-        list: "a list of stages",
-        tuple: "a list of texts",
-    }
-    kind = origin or hint
-    return "" if isinstance(value, kind) and kind not in (list, tuple) else names[kind]
 
 
 # What does not go together
@@ -187,7 +75,7 @@ def _recipe_problems(values: dict[str, Any], started: bool) -> list[str]:
     if model is not None:
         known = inspect.get_annotations(BTLMConfig)
         problems += [
-            f"model.{key} is not a key of BTLM's configuration (see btlm.BTLMConfig)"
+            f"model.{key} is not a key of BTLM's configuration{did_you_mean(key, known) or ' (see btlm.BTLMConfig)'}"
             for key in model
             if key not in known
         ]

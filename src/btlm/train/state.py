@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from transformers.utils import logging as transformers_logging
 
 from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder, sync
+from btlm.settings import plain
 
 from .distributed import Ranks
 from .model import Trainee
 from .recipe import Recipe
-from .recipe_file import as_dict
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def save_checkpoint(
                 "step": step,
                 "world_size": ranks.world_size,
                 "loader": dict(loader_state),
-                "recipe": as_dict(recipe),
+                "recipe": plain(recipe),
                 "files": _digests(partial),
             }
             (partial / MARKER).write_text(json.dumps(marker, indent=1))

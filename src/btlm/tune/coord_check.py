@@ -20,9 +20,10 @@ from btlm.model import BTLMConfig
 from btlm.train.recipe import Optimizer
 from btlm.train.recipe_file import load_recipe
 
-from .coord_models import CoordCheck, is_mup
+from .coord_models import is_mup
 from .coord_report import coord_table, write_report
 from .coord_slopes import draw_batches, fit_slopes, measure
+from .options import CoordCheck
 
 # BTLM's parametrization (recipes/btlm-3b.yaml), which is checked if no recipe is given.
 _BTLM: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,68 +11,13 @@ from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.architecture_btlm import EMBEDDING, HIDDEN, MUP_TABLE, RESIDUAL
 from btlm.train.recipe import Optimizer
 
+from .options import HIDDEN_MATRICES, RESIDUAL_MATRICES, CoordCheck
+
 # Fraction of the peak learning rate, since the check is early in warm-up. Smaller steps are closer to the theory of the
 # first steps. With 0.1, 0.3 and 1, muP passed and the ablations matrix-lr and scores failed.
 LR_FACTOR = 0.1
 
-# What the rows of the muP table are called.
-HIDDEN_MATRICES, RESIDUAL_MATRICES = (
-    ", ".join(layer for layer, row in MUP_TABLE.items() if row is kind) for kind in (HIDDEN, RESIDUAL)
-)
 QUANTITIES = {EMBEDDING: "embedding weights", HIDDEN: HIDDEN_MATRICES, RESIDUAL: RESIDUAL_MATRICES}
-
-ABLATIONS = {
-    "hidden-init": f"{HIDDEN_MATRICES} start with the standard deviation of base width",
-    "residual-init": "the residual projections c_proj start with the standard deviation of base width",
-    "matrix-lr": "matrices get the learning rate of the embeddings",
-    "scores": "scores are divided by the square root of head_dim",
-    "logits": "logits are not multiplied by the width scale",
-    "embedding-init": "the initial embeddings are scaled by the square root of the width scale, as matrices are",
-    "embedding-multiplier": "the embedding multiplier is scaled by the square root of the width scale",
-    "embedding-lr": "embeddings get the learning rate of matrices",
-    "bias-lr": "biases and norms get the learning rate of matrices",
-}
-# The rows that turn standard parametrization into muP; the other ablations scale what must stay constant.
-STANDARD = ("hidden-init", "residual-init", "matrix-lr", "scores", "logits")
-
-
-@dataclass(frozen=True)
-class CoordCheck:
-    """Models to train: one per width and seed, each on a batch of ``rows`` x ``row_length`` tokens.
-
-    ``ablate`` is a key of ``ABLATIONS``, or ``all`` for all rows of ``STANDARD`` together.
-    """
-
-    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    steps: int = 4
-    seeds: int = 2
-    layers: int = 2
-    heads: int = 1
-    rows: int = 4
-    row_length: int = 32
-    ablate: str | None = None
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}, not a positive number"
-            for name in ("steps", "seeds", "layers", "heads", "rows")
-            if getattr(self, name) < 1
-        ]
-        if self.row_length < 2:
-            problems.append(f"row_length is {self.row_length}; a row of one token has nothing to predict")
-        if len(set(self.widths)) < 2 or len(set(self.widths)) != len(self.widths):
-            problems.append(f"widths are {list(self.widths)}; give two or more different ones")
-        if self.heads > 0 and any(width < 1 or width % self.heads for width in self.widths):
-            problems.append(f"widths are {list(self.widths)}, not multiples of the number of heads ({self.heads})")
-        if self.ablate not in (None, "all", *ABLATIONS):
-            problems.append(f"ablate is {self.ablate!r}; choose one of {', '.join([*ABLATIONS, 'all'])}")
-        if problems:
-            raise ValueError(f"{'; '.join(problems)}.")
-
-    @property
-    def ablations(self) -> frozenset[str]:
-        """Rows of the muP table that are left out."""
-        return frozenset(STANDARD if self.ablate == "all" else [self.ablate] if self.ablate else [])
 
 
 def is_mup(config: BTLMConfig) -> bool:

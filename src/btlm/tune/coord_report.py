@@ -10,8 +10,8 @@ from rich.table import Table
 from btlm.files import write_json
 from btlm.plots import pyplot, save_figure
 
-from .coord_models import CoordCheck
 from .coord_slopes import TOLERANCE, Coordinates, Slope
+from .options import CoordCheck
 
 # Quantities in the picture; the table also has the parameters.
 _PANELS = (

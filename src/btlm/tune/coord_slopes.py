@@ -14,7 +14,8 @@ from btlm.model import BTLMConfig
 from btlm.train.distributed import join_ranks
 from btlm.train.recipe import Optimizer
 
-from .coord_models import HIDDEN_MATRICES, RESIDUAL_MATRICES, CoordCheck, build_model, build_optimizer, observe
+from .coord_models import build_model, build_optimizer, observe
+from .options import HIDDEN_MATRICES, RESIDUAL_MATRICES, CoordCheck
 
 # A slope passes within this distance of its prediction. The smallest shift by a mistake is 1/2; this is half of it.
 TOLERANCE = 0.25

@@ -7,12 +7,11 @@ The values of trial ``i`` depend only on ``seed`` and ``i``. The study is an Opt
 trial that was killed runs again with the same values, from its last checkpoint.
 """
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,13 @@ from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
 from btlm.files import locked, write_text
+from btlm.settings import plain, to_yaml
 from btlm.train.distributed import join_ranks
 from btlm.train.loop import training_batches
 from btlm.train.recipe import Recipe, Watching
-from btlm.train.recipe_file import as_dict, dump_recipe, load_recipe
+from btlm.train.recipe_file import load_recipe
 
+from .options import Search, SearchSpace, rounded, sampler
 from .transfer_trials import Job, Setting, run_jobs
 
 if TYPE_CHECKING:
@@ -37,57 +38,15 @@ LOCK = "lock"
 RESULT = "recipe.yaml"
 
 
-@dataclass(frozen=True)
-class SearchSpace:
-    """Lowest and highest value of each searched hyperparameter; values are drawn log-uniformly.
-
-    The defaults span more than a factor of ten around BTLM's values: 0.012, 0.073, 14.6 and 2.22.
-    """
-
-    lr: tuple[float, float] = (1e-3, 1e-1)
-    initializer_range: tuple[float, float] = (0.02, 0.3)
-    mup_embeddings_scale: tuple[float, float] = (3.0, 60.0)
-    mup_output_alpha: tuple[float, float] = (0.5, 10.0)
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is searched from {low} to {high}; give a lower and a higher positive number"
-            for name, (low, high) in self.ranges.items()
-            if not 0 < low < high < float("inf")
-        ]
-        if problems:
-            raise ValueError(f"{'; '.join(problems)}.")
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Lowest and highest values, by name."""
-        return dataclasses.asdict(self)
-
-    def draw(self, seed: int, number: int) -> dict[str, float]:
-        """Draw the values of a trial, by name, rounded to four significant digits."""
-        import optuna
-
-        optuna.logging.set_verbosity(logging.WARNING)
-        trial = optuna.create_study(sampler=_sampler(seed, number)).ask(self.distributions)
-        return _values(trial)
-
-    @property
-    def distributions(self) -> dict[str, Any]:
-        """The ranges as Optuna's distributions, by name."""
-        from optuna.distributions import FloatDistribution
-
-        return {name: FloatDistribution(low, high, log=True) for name, (low, high) in self.ranges.items()}
-
-
 def run_transfer(
     proxy: Path | str,
     data: Path | str,
     output: Path | str,
     trials: int,
-    workers: int = 1,
+    workers: int = Search.workers,
     target: Path | str | None = None,
     space: SearchSpace | None = None,
-    seed: int = 1,
+    seed: int = Search.seed,
     device: str = "auto",
     token_bytes: NDArray[np.int64] | None = None,
 ) -> Recipe:
@@ -121,8 +80,7 @@ def run_transfer(
 
     from .transfer_report import Watch, plot_trials, trials_table
 
-    if trials < 1 or workers < 1 or seed < 0:
-        raise ValueError(f"trials ({trials}) and workers ({workers}) must be at least 1, and seed ({seed}) at least 0.")
+    Search(trials, workers, seed=seed)  # checks them
     space = space or SearchSpace()
     recipe = _read_proxy(proxy)
     # Raises errors of the target's recipe before anything is trained.
@@ -138,7 +96,7 @@ def run_transfer(
         raise ValueError(f"vocab_size is {recipe.config.vocab_size}; the shards need at least {len(sizes)}.")
 
     settings = {
-        "proxy": as_dict(recipe),
+        "proxy": plain(recipe),
         "space": {name: list(limits) for name, limits in space.ranges.items()},
         "seed": seed,
         "data": [shards.fingerprint(split) for split in ("train", "validation")],
@@ -163,12 +121,12 @@ def run_transfer(
         if not best:
             raise ValueError(f"All {len(finished)} trials diverged; search lower learning rates.")
         chosen = min(best, key=lambda trial: trial.value or 0.0)
-        result = _result(target or proxy, recipe, _values(chosen))
+        result = _result(target or proxy, recipe, rounded(chosen.params))
         heading = (
             f"# Values of trial {chosen.user_attrs['number']}, the best of {len(finished)} on "
             f"{Path(proxy).name}: held-out loss {chosen.value:.4f} bits per byte.\n"
         )
-        write_text(output / RESULT, heading + dump_recipe(result))
+        write_text(output / RESULT, heading + to_yaml(result))
         plot_trials(finished, space.ranges, output / "transfer.png")
         console.print(trials_table(finished))
         console.print(f"Wrote {output / RESULT} and {output / 'transfer.png'}")
@@ -238,10 +196,10 @@ def _jobs(
     # An earlier call may have finished more trials than this one asks for.
     for number in range(trials):
         if number not in finished:
-            study.sampler = _sampler(seed, number)
+            study.sampler = sampler(seed, number)
             running[number] = trial = study.ask(space.distributions)
             trial.set_user_attr("number", number)
-            yield Job(number, _with_values(proxy, _values(trial)), _folder(output, number))
+            yield Job(number, _with_values(proxy, rounded(trial.params)), _folder(output, number))
 
 
 def _tell(study: "Study", trial: "Trial", value: float | str) -> None:
@@ -253,16 +211,6 @@ def _tell(study: "Study", trial: "Trial", value: float | str) -> None:
         study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, value)
-
-
-def _sampler(seed: int, number: int) -> Any:
-    from optuna.samplers import RandomSampler
-
-    return RandomSampler(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-
-
-def _values(trial: "Trial | FrozenTrial") -> dict[str, float]:
-    return {name: float(f"{value:.4g}") for name, value in trial.params.items()}
 
 
 def _folder(output: Path, number: int) -> Path:

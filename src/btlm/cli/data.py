@@ -1,0 +1,103 @@
+"""`btlm data` and its commands."""
+
+import sys
+
+from btlm.data.recipe import DataRecipe, Execution, Inspection, load_data_recipe
+from btlm.settings import hints, plain, to_yaml
+
+from .options import Parser, choose, options_of
+
+COMMANDS = {
+    "prepare": "run all stages: clean, dedup, mix, tokenize",
+    "clean": "normalize, and leave out short documents",
+    "dedup": "leave out near-duplicates",
+    "mix": "hold out, weight and shuffle documents",
+    "tokenize": "turn documents into token shards",
+    "inspect": "show examples of what each stage did",
+}
+EXAMPLES = {
+    "prepare": """  btlm data prepare corpus/ --output data
+  btlm data prepare hf://cerebras/SlimPajama-627B --output data --executor ray
+  btlm data prepare corpus/ --output data --recipe recipes/data/btlm-tiny.yaml""",
+    "clean": "  btlm data clean corpus/ --output clean --clean.min_characters 500",
+    "dedup": """  btlm data dedup clean --output dedup
+  btlm data dedup web.parquet --output dedup --dedup.threshold 0.7""",
+    "mix": "  btlm data mix dedup --output mix --mix.weights 'Books: 2' --mix.holdout 0.01",
+    "tokenize": "  btlm data tokenize mix --output shards",
+}
+# Settings that a command has.
+SECTIONS = {
+    "prepare": ("read", "clean", "dedup", "mix"),
+    "clean": ("read", "clean"),
+    "dedup": ("read", "dedup"),
+    "mix": ("read", "mix"),
+    "tokenize": ("read",),
+}
+
+
+def run(argv: list[str]) -> None:
+    """Run a command of `btlm data`."""
+    description = "Turn documents into training data, one stage at a time or all at once."
+    choose(argv, "btlm data", description, COMMANDS, _run)
+
+
+def _run(command: str, argv: list[str]) -> None:
+    if command == "inspect":
+        _inspect(argv)
+        return
+    text = COMMANDS[command]
+    parser = Parser(
+        f"btlm data {command} INPUT ... --output FOLDER [options]",
+        f"{text[0].upper()}{text[1:]}.\nThe same command continues an interrupted run.",
+        EXAMPLES[command],
+    )
+    parser.add_argument(
+        "input",
+        nargs="*",
+        metavar="INPUT",
+        help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt files, folders of them, or hf://DATA_SET"
+        + ("" if command in ("prepare", "clean") else "; or the output of another stage"),
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the result, reports and a log (required)")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="YAML file with any of the settings below, which the flags change"
+    )
+    parser.add_argument(
+        "--print-config",
+        "--print_config",
+        action="store_true",
+        help="print the settings as a recipe, and do nothing else",
+    )
+    parser.add_options(Execution, "execution (does not change the result)")
+    sections = {name: cls for name, cls in hints(DataRecipe).items() if name in SECTIONS[command]}
+    for name, cls in sections.items():
+        parser.add_options(cls, name, prefix=name)
+    arguments = parser.parse(argv)
+    keys = hints(Execution)
+    changes = {key: value for key, value in vars(arguments).items() if "." in key or key in keys}
+    recipe, execution = load_data_recipe(arguments.recipe, changes, SECTIONS[command])
+    if arguments.print_config:
+        sys.stdout.write(to_yaml(plain(execution) | {name: getattr(recipe, name) for name in sections}))
+        return
+    if missing := [name for name, value in (("INPUT", arguments.input), ("--output", arguments.output)) if not value]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+    from btlm.data import pipeline
+
+    settings = [recipe] if command == "prepare" else [getattr(recipe, name) for name in sections]
+    getattr(pipeline, f"run_{command}")(arguments.input, arguments.output, *settings, execution)
+
+
+def _inspect(argv: list[str]) -> None:
+    parser = Parser(
+        "btlm data inspect FOLDER [options]",
+        "Show examples of what the stages in a folder left out, and of clusters of\nduplicates.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="output of btlm data prepare or of one stage")
+    parser.add_options(Inspection)
+    arguments = parser.parse(argv)
+    options = options_of(Inspection, arguments)
+
+    from btlm.data.inspect import run_inspect
+
+    run_inspect(arguments.folder, options)

@@ -1,0 +1,33 @@
+"""Options of measurements."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from btlm.engine.options import Threads
+from btlm.settings import NOT_EMPTY, Count, Range, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What `btlm bench` measures.
+
+    Args:
+        dtypes: Dtypes of models with random weights; checkpoints are measured as they are stored.
+        contexts: Lengths in tokens, the decoded ones included, which are the last.
+        new_tokens: Tokens to decode; speed is that of the median step.
+        cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
+            the dtype of the weights.
+        threads: Number of threads (default: one per core).
+        output: Folder that receives bench.json, figure-1.png and figure-2.png.
+    """
+
+    dtypes: Annotated[tuple[Literal["4bit", "8bit", "bfloat16", "float32"], ...], NOT_EMPTY] = ("4bit",)
+    contexts: Annotated[tuple[Count, ...], NOT_EMPTY] = (512, 2048)
+    new_tokens: Annotated[int, Range(3)] = 32
+    cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    threads: Threads | None = None
+    output: Annotated[str, "FOLDER"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)
