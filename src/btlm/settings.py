@@ -8,7 +8,6 @@ help of a field is its text in the section ``Args:`` of the docstring of its cla
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import re
@@ -244,7 +243,6 @@ def to_yaml(settings: Any) -> str:
 # What a class says of its fields
 
 
-@functools.cache
 def hints(cls: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass, by name."""
     found = typing.get_type_hints(cls, include_extras=True)
