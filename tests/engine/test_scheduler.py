@@ -18,8 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from btlm.checkpoint.shape import read_shape
-from btlm.checkpoint.tensor_file import map_tensors
+from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions, Request
 from btlm.engine.cache import KVCache, common_prefix
 from btlm.engine.network import Network
@@ -306,7 +305,8 @@ SHORT = GenerationOptions(max_new_tokens=9)
 
 @pytest.fixture
 def open_engine(checkpoint):
-    network = Network(load_kernels("torch", 1), read_shape(checkpoint), map_tensors(checkpoint), max_tokens=16)
+    opened = Checkpoint.open(checkpoint)
+    network = Network(load_kernels("torch", 1), opened.shape(), opened.tensors, max_tokens=16)
     return lambda **given: Engine(network, cache_dtype="float32", context=64, **given)
 
 
@@ -428,9 +428,9 @@ def test_no_guess_is_written_past_the_context(open_engine, context):
 @native
 @pytest.mark.parametrize("examples", [pytest.param(20, id="few"), pytest.param(600, id="many", marks=pytest.mark.slow)])
 def test_requests_write_what_each_writes_alone(checkpoint, examples):
-    kernels, shape = load_kernels("native", 1), read_shape(checkpoint)
-    networks = {n: Network(kernels, shape, map_tensors(checkpoint), max_tokens=n) for n in STEP_TOKENS}
-    whole = Network(kernels, shape, map_tensors(checkpoint))
+    kernels, opened = load_kernels("native", 1), Checkpoint.open(checkpoint)
+    networks = {n: Network(kernels, opened.shape(), opened.tensors, max_tokens=n) for n in STEP_TOKENS}
+    whole = Network(kernels, opened.shape(), opened.tensors)
     alone = {dtype: Alone(whole, dtype) for dtype in DTYPES}
     run_state_machine_as_test(
         lambda: Callers(networks, alone),  # type: ignore[arg-type]  # any callable that makes a machine
