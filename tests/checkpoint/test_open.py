@@ -125,13 +125,18 @@ def test_end_ids_are_the_same_for_every_reader(copy, stored, ends):
     if stored is not ...:
         path.write_text(json.dumps({"eos_token_id": stored}))
     one = Checkpoint.open(copy)
-    assert one.end_ids == one.shape().end_ids == ends
+    assert one.end_ids == Engine.open(one, context=4).end_ids == ends
 
 
-@pytest.mark.parametrize("end", ["x", [1.5], 257, -1, True])
+@pytest.mark.parametrize("end", ["x", [1.5], 257, 300, -1, True])
 def test_an_end_that_is_no_token_is_refused_by_every_reader(copy, end):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    for read in (lambda one: one.end_ids, lambda one: one.shape(), lambda one: load_model(one, device="cpu")):
+    readers = (
+        lambda one: one.end_ids,
+        lambda one: Engine.open(one, context=4),
+        lambda one: load_model(one, device="cpu"),
+    )
+    for read in readers:
         with pytest.raises(ValueError, match=r"eos_token_id is .*; it must be a token below 257"):
             read(Checkpoint.open(copy))
 
@@ -145,3 +150,38 @@ def test_pickled_weights_load_as_safetensors_do(copy, checkpoint):
     assert not model.training
     for (name, parameter), (_, other) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(parameter, other), name
+
+
+def test_an_end_of_the_configuration_that_is_no_token(copy):
+    (copy / "generation_config.json").unlink()
+    for end in ("end", 300):
+        set_config(copy, eos_token_id=end)
+        with pytest.raises(ValueError, match="eos_token_id is ") as error:
+            Engine.open(copy, context=4)
+        assert "\n" not in str(error.value)
+
+
+# Its configuration, which is read without the configuration class
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]"])
+def test_a_configuration_that_is_broken(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        _ = Checkpoint.open(copy).architecture
+    assert "\n" not in str(error.value)
+
+
+def test_folders_of_an_older_version(copy):
+    set_config(copy, quantization_config={"quant_method": "btlm", "bits": 8})
+    with pytest.raises(ValueError, match="older version") as error:
+        _ = Checkpoint.open(copy).architecture
+    assert "\n" not in str(error.value)
+
+
+def test_missing_mup_keys_are_told_once_by_both_readers(copy, caplog):
+    set_config(copy, mup_output_alpha=...)
+    one = Checkpoint.open(copy)
+    assert one.config().architecture == one.architecture
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("btlm")]
+    assert ["mup_output_alpha" in line for line in told] == [True]

@@ -1,32 +1,33 @@
 import numpy as np
 import pytest
 
-from btlm.checkpoint.shape import Shape
 from btlm.engine.cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
+from btlm.engine.supported import slopes
 from btlm.kernels import load_kernels
 from btlm.kernels.arrays import DTYPES
-from tests.checkpoint.tiny import tiny_model
+from btlm.model.architecture_btlm import Architecture
+from tests.checkpoint.tiny import TINY
 
 
-def shape(n_head=4):
-    return Shape.from_config(tiny_model(n_embd=80, n_head=n_head).config.to_dict())
+def architecture(n_head=4):
+    return Architecture.from_config({**TINY, "n_embd": 80, "n_head": n_head})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capacity", [1, 64, 65, 200])
 def test_bytes_are_those_of_the_arrays(dtype, capacity):
-    cache = KVCache(load_kernels("torch", 1), shape(), dtype, 3, capacity)
+    cache = KVCache(load_kernels("torch", 1), architecture(), dtype, 3, capacity)
     arrays = [array for layer in cache.layers for array in vars(layer).values() if isinstance(array, np.ndarray)]
-    assert sum(array.nbytes for array in arrays) == cache_bytes(shape(), dtype, 3, capacity)
+    assert sum(array.nbytes for array in arrays) == cache_bytes(architecture(), dtype, 3, capacity)
     assert cache.capacity == capacity
-    assert len(cache.layers) == shape().n_layer
+    assert len(cache.layers) == architecture().n_layer
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_copies_hold_what_was_written(dtype, tokens):
     """A text continued from a copied slot is the same as from the original, and other slots do not change."""
-    kernels, sizes = load_kernels("torch", 1), shape()
+    kernels, sizes = load_kernels("torch", 1), architecture()
     cache = KVCache(kernels, sizes, dtype, 3, 200)
     rng = np.random.default_rng(0)
     before = rng.standard_normal((tokens, 240), dtype=np.float32)
@@ -35,7 +36,7 @@ def test_copies_hold_what_was_written(dtype, tokens):
 
     def attend(qkv, slot, start):
         out = np.empty((len(qkv), 80), np.float32)
-        kernels.attend(qkv, cache.layers[1], np.array([[0, slot, start, len(qkv)]]), sizes.slopes, 0.2, out)
+        kernels.attend(qkv, cache.layers[1], np.array([[0, slot, start, len(qkv)]]), slopes(sizes), 0.2, out)
         return out
 
     attend(before, 0, 0)

@@ -27,7 +27,7 @@ LONGER = [*b"the same words again: to be or not to be, and the same words again"
 def engine(folder, *, max_tokens=256, kernels="auto", cache_dtype="float32", context=200, num_requests=1):
     network = Network(
         load_kernels(kernels, 2),
-        Checkpoint.open(folder).shape(),
+        Checkpoint.open(folder).architecture,
         Checkpoint.open(folder).tensors,
         max_tokens=max_tokens,
     )
@@ -401,7 +401,7 @@ def test_fp16_counts_with_its_copy(tmp_path, monkeypatch):
     tiny_model().half().save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     needed = []
-    monkeypatch.setattr("btlm.engine.engine._check_memory", lambda shape, weights, *_: needed.append(weights))
+    monkeypatch.setattr("btlm.engine.engine._check_memory", lambda architecture, weights, *_: needed.append(weights))
     Engine.open(tmp_path, kernels="torch")
     assert 2.5 * size < needed[0] <= 3 * size
 

@@ -51,7 +51,7 @@ class Alone:
         self.known: dict[Any, Any] = {}
 
     def logits(self, ids, rows):
-        cache = KVCache(self.network.kernels, self.network.shape, self.cache_dtype, 1, len(ids))
+        cache = KVCache(self.network.kernels, self.network.architecture, self.cache_dtype, 1, len(ids))
         segments = np.array([[0, 0, 0, len(ids)]])
         return self.network.forward(np.array(ids), segments, cache, np.array(rows))
 
@@ -306,7 +306,7 @@ SHORT = GenerationOptions(max_new_tokens=9)
 @pytest.fixture
 def open_engine(checkpoint):
     opened = Checkpoint.open(checkpoint)
-    network = Network(load_kernels("torch", 1), opened.shape(), opened.tensors, max_tokens=16)
+    network = Network(load_kernels("torch", 1), opened.architecture, opened.tensors, max_tokens=16)
     return lambda **given: Engine(network, cache_dtype="float32", context=64, **given)
 
 
@@ -429,8 +429,8 @@ def test_no_guess_is_written_past_the_context(open_engine, context):
 @pytest.mark.parametrize("examples", [pytest.param(20, id="few"), pytest.param(600, id="many", marks=pytest.mark.slow)])
 def test_requests_write_what_each_writes_alone(checkpoint, examples):
     kernels, opened = load_kernels("native", 1), Checkpoint.open(checkpoint)
-    networks = {n: Network(kernels, opened.shape(), opened.tensors, max_tokens=n) for n in STEP_TOKENS}
-    whole = Network(kernels, opened.shape(), opened.tensors)
+    networks = {n: Network(kernels, opened.architecture, opened.tensors, max_tokens=n) for n in STEP_TOKENS}
+    whole = Network(kernels, opened.architecture, opened.tensors)
     alone = {dtype: Alone(whole, dtype) for dtype in DTYPES}
     run_state_machine_as_test(
         lambda: Callers(networks, alone),  # type: ignore[arg-type]  # any callable that makes a machine

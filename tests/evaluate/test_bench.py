@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.shape import Shape
 from btlm.console import progress_bars
 from btlm.convert.quantize import quantize
 from btlm.engine import Engine, GenerationOptions
 from btlm.evaluate import bench as bench_module
 from btlm.evaluate.bench import bench_table, run_bench
 from btlm.evaluate.random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
+from btlm.model.architecture_btlm import Architecture
 from tests.checkpoint.tiny import save_tiny
 
 SIZES = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 180, "vocab_size": 257, "n_positions": 128}
@@ -104,7 +104,7 @@ def test_random_tensors_are_aligned_and_spread(tmp_path):
 
 def test_named_shapes_have_the_published_sizes():
     # The released BTLM has 2,646,255,744 parameters, Llama-7B 6,738,415,616; Llama has no biases, not even in norms.
-    assert Shape.from_config(shape_config(SHAPES["btlm-3b"], "bfloat16")).num_parameters == 2_646_255_744
+    assert Architecture.from_config(shape_config(SHAPES["btlm-3b"], "bfloat16")).num_parameters() == 2_646_255_744
     assert random_weight_bytes(SHAPES["btlm-3b"], "bfloat16") == 2 * 2_646_255_744
     assert random_weight_bytes(SHAPES["llama-7b"], "bfloat16") == pytest.approx(2 * 6_738_415_616, rel=5e-4)
     # At most two thirds of a byte per parameter: half a byte, scales, and the tables in eight bits.

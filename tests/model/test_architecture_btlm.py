@@ -30,6 +30,7 @@ from tests.model.reference import press_slopes
 from tests.model.test_configuration_btlm import BTLM_3B as RELEASED
 from tests.model.tiny import TINY, tiny_config
 
+QUANTIZED = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False},
@@ -178,8 +179,9 @@ def test_older_and_common_spellings() -> None:
 
 
 def test_quantization() -> None:
-    stored = {"quant_method": "btlm", "bits": 4, "group_size": 64, "table_bits": 8}
-    assert Architecture.from_config({**TINY, "quantization_config": stored}).quantization == Quantization(4, 64, 8)
+    read = Architecture.from_config({**TINY, "quantization_config": QUANTIZED})
+    assert read.quantization == Quantization(bits=4, group_size=64, table_bits=8)
+    assert Architecture.from_config({**TINY, "quantization": {"bits": 4}}).quantization is None  # a key of others
 
 
 def test_all_problems_are_one_line() -> None:
@@ -198,6 +200,44 @@ def test_all_problems_are_one_line() -> None:
         Architecture.from_config({**TINY, **wrong})
     assert [key for key in wrong if f"{key} is " not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "gpt2"),
+        ("n_embd", "32"),
+        ("n_embd", 0),
+        ("n_head", 5),
+        ("n_layer", True),
+        ("n_inner", -1),
+        ("vocab_size", 1.5),
+        ("mup_width_scale", 0),
+        ("mup_output_alpha", math.inf),
+        ("layer_norm_epsilon", None),
+        ("alibi_scaling", {"type": "linear", "factor": 0}),
+        ("alibi_scaling", {"type": "linear", "factor": -2.0}),
+        ("alibi_scaling", {"type": "linear", "factor": math.nan}),
+        ("alibi_scaling", {"type": "linear", "factor": math.inf}),
+        ("alibi_scaling", {"type": "linear", "factor": 1.0}),
+        ("quantization_config", 8),
+        ("bits", {**QUANTIZED, "bits": 3}),
+        ("group_size", {**QUANTIZED, "group_size": 0}),
+        ("table_bits", {**QUANTIZED, "table_bits": None}),
+        ("gptq", {**QUANTIZED, "quant_method": "gptq"}),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_one_line_that_names_them(key: str, value: object) -> None:
+    given = {**TINY, key if key in {*TINY, *BTLMConfig().to_dict()} else "quantization_config": value}
+    with pytest.raises(ValueError, match=key) as error:
+        Architecture.from_config(given)
+    assert "\n" not in str(error.value)
+
+
+def test_an_impossible_scale_beside_an_older_key() -> None:
+    with pytest.raises(ValueError, match="mup_width_scale is 'x'"):
+        Architecture.from_config({**TINY, "mup_width_scale": "x", "output_logits_scale": 0.5})
 
 
 def test_another_type_of_model() -> None:

@@ -1,15 +1,33 @@
 """The configuration of a checkpoint, checked."""
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from btlm.console import one_line
-from btlm.model import BTLMConfig
-from btlm.model.quantization_btlm import BTLMQuantizationConfig
+from btlm.model.architecture_btlm import Architecture
+from btlm.model.config_keys_btlm import MODEL_TYPE, MUP_KEYS, missing_mup_keys
+
+if TYPE_CHECKING:
+    from btlm.model import BTLMConfig
+
+_logger = logging.getLogger(__name__)
 
 
-def read_config(folder: Path, name: Path | str) -> BTLMConfig:
-    """The configuration of a folder.
+def read_architecture(folder: Path, name: str) -> Architecture:
+    """The network that the ``config.json`` of a folder describes, read without torch, which takes seconds to import.
+
+    Missing muP keys are logged as a warning.
+
+    Args:
+        folder: Folder of the checkpoint.
+        name: What the user calls it.
+
+    Returns:
+        The architecture. Its ``eos_token_id``, which is not checked, is that of ``generation_config.json`` if there is
+        such a file.
 
     Raises:
         ValueError: It is not one of BTLM, or its values are impossible.
@@ -20,14 +38,36 @@ def read_config(folder: Path, name: Path | str) -> BTLMConfig:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}).") from error
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type != BTLMConfig.model_type:
+    if model_type != MODEL_TYPE:
         told = "names no model_type" if model_type is None else f"has the model_type {model_type!r}"
-        raise ValueError(f"{name} is not a BTLM checkpoint: its config.json {told}, where 'btlm' belongs.")
+        raise ValueError(f"{name} is not a BTLM checkpoint: its config.json {told}, where {MODEL_TYPE!r} belongs.")
     try:
-        if (stored := raw.get("quantization_config")) is not None:
-            BTLMQuantizationConfig(**stored)
-        return BTLMConfig.from_pretrained(folder, local_files_only=True)
+        architecture = Architecture.from_config(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # what Transformers raises for the keys that it reads itself depends on the key
-        raise ValueError(f"{path} cannot be used ({one_line(error)}).") from error
+    if warning := missing_mup_keys(raw):
+        _logger.warning(warning)
+    return replace(architecture, eos_token_id=_stored_end(folder, raw))
+
+
+def read_config(folder: Path, architecture: Architecture) -> "BTLMConfig":
+    """The same as the configuration class of Transformers.
+
+    Raises:
+        ValueError: A key that Transformers reads itself has an impossible value.
+    """
+    from btlm.model import BTLMConfig
+
+    mup = {key: getattr(architecture, key) for key in MUP_KEYS}  # given, so that missing ones are not told again
+    try:
+        return BTLMConfig.from_pretrained(folder, local_files_only=True, **mup)
+    except Exception as error:  # which one depends on the key
+        raise ValueError(f"{folder / 'config.json'} cannot be used ({one_line(error)}).") from error
+
+
+def _stored_end(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        return generation.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return config.get("eos_token_id")

@@ -1,16 +1,15 @@
 """A checkpoint by its name or folder, found once and passed on; what it holds is read when it is first asked for."""
 
 import copy
-import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from btlm.errors import NotSupported
+from btlm.model.architecture_btlm import Architecture
+from btlm.model.config_keys_btlm import end_ids
 
+from .config import read_architecture, read_config
 from .locate import checkpoint_folder
-from .shape import Shape, end_ids_of, stored_end
 from .tensor_file import MappedTensor, map_tensors
 from .weight_files import weight_files
 
@@ -66,34 +65,16 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> "BTLMConfig":
-        from .config import read_config
+        return read_config(self.folder, self.architecture)
 
-        return read_config(self.folder, self.name)
-
-    def shape(self, factor: float | None = None) -> Shape:
-        """What the engine needs to know of the network.
-
-        Args:
-            factor: Factor of position interpolation instead of the stored one, at least 1.
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The network; its ``eos_token_id`` is that of ``generation_config.json`` if there is such a file.
 
         Raises:
-            NotSupported: The engine does not run this network.
             ValueError: It is not one of BTLM, or its values are impossible.
         """
-        if factor is not None and not 1 <= factor < math.inf:
-            raise ValueError(f"The interpolation factor is {factor}; it must be at least 1.")
-        scaling: dict[str, Any] = {}
-        if factor is not None:
-            scaling["alibi_scaling"] = {"type": "linear", "factor": factor} if factor > 1 else None
-        try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            return Shape.from_config({**config, **scaling}, stored_end(self.folder, config))
-        except NotSupported:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            # Older spellings of keys, or a mistake, which the configuration class names better. It needs torch.
-            config = self._config.to_dict()
-            return Shape.from_config({**config, **scaling}, stored_end(self.folder, config))
+        return read_architecture(self.folder, self.name)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -102,7 +83,7 @@ class Checkpoint:
         Raises:
             ValueError: The checkpoint names something that is not a token.
         """
-        return end_ids_of(stored_end(self.folder, self._config.to_dict()), self._config.vocab_size)
+        return end_ids(self.architecture.eos_token_id, self.architecture.vocab_size)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -135,7 +116,7 @@ class Checkpoint:
 
         self._download()
         tokenizer = read_tokenizer(self.folder)
-        if tokenizer is None or tokenizer.get_vocab_size() > self.shape().vocab_size:
+        if tokenizer is None or tokenizer.get_vocab_size() > self.architecture.vocab_size:
             loaded: Any = self.transformers_tokenizer  # which names the problem
             tokenizer = loaded.backend_tokenizer
         return tokenizer

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from btlm.console import first_of, one_line
-from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.alibi import alibi_slopes
+from btlm.model.architecture_btlm import HEAD, SLOPES, TOKEN_TABLE, Architecture
 
 from .open import Checkpoint
 from .tensor_file import read_header
 from .weight_files import check_size
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_HEAD, _TABLE, _SLOPES = "lm_head.weight", "transformer.wte.weight", "transformer.relative_pe.slopes"
+_HEAD, _TABLE = f"{HEAD}.weight", f"{TOKEN_TABLE}.weight"
 # Causality buffers of old checkpoints, which loading passes over too.
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -39,26 +39,25 @@ class Weights:
 
     Args:
         checkpoint: Not quantized, in safetensors or pickled.
-        model: Model of its configuration, on any device.
 
     Raises:
         ValueError: A file is damaged, or a tensor is missing, of another shape, or not one of BTLM.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: BTLMLMHeadModel) -> None:
-        files = checkpoint.weight_files
-        check_size(files, model.config.num_parameters(), quantized=False)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        files, architecture = checkpoint.weight_files, checkpoint.architecture
+        check_size(files, architecture.num_parameters(), quantized=False)
         entries: dict[str, _Entry] = {}
         for file in files:
             entries |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         if not any(name.startswith("transformer.") for name in entries):  # a folder of the network without its head
             entries = {f"transformer.{name}": entry for name, entry in entries.items()}
         self._entries = entries
-        if model.config.position_embedding_type == "alibi" and _SLOPES not in self._entries:
+        if architecture.position_embedding_type == "alibi" and SLOPES not in self._entries:
             # Some converted checkpoints leave them out; they follow from the number of heads.
-            slopes = alibi_slopes(model.config.n_head)
-            self._entries[_SLOPES] = _Entry(tuple(slopes.shape), slopes.dtype, lambda: slopes)
-        self._check(checkpoint.name, model)
+            slopes = alibi_slopes(architecture.n_head)
+            self._entries[SLOPES] = _Entry(tuple(slopes.shape), slopes.dtype, lambda: slopes)
+        self._check(checkpoint.name, architecture)
 
     def dtype(self, name: str) -> torch.dtype:
         """That in which a tensor is stored."""
@@ -75,13 +74,10 @@ class Weights:
             raise ValueError(f"{name} holds NaN or infinity; such a checkpoint cannot be used.")
         return tensor
 
-    def _check(self, name: str, model: BTLMLMHeadModel) -> None:
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    def _check(self, name: str, architecture: Architecture) -> None:
+        expected = {name: facts.shape for name, facts in architecture.tensors.items()}
         given = {name: entry.shape for name, entry in self._entries.items()}
-        tied = model.config.tie_word_embeddings
-        if tied:
-            del expected[_HEAD]
-        has_copy = tied and given.pop(_HEAD, None) is not None
+        has_copy = architecture.tie_word_embeddings and given.pop(_HEAD, None) is not None
         other = None
         if has_copy and given.keys() == expected.keys() and not torch.equal(self.read(_HEAD), self.read(_TABLE)):
             other = f"{_HEAD} differs from {_TABLE}, where config.json says that they are one"
@@ -125,14 +121,6 @@ def check_fit(
     ]
     if problems:
         raise ValueError(f"The weights of {name} do not fit its config.json: {first_of(problems)}.")
-
-
-def empty_model(config: BTLMConfig) -> BTLMLMHeadModel:
-    """The modules of a model, without memory for its weights."""
-    with torch.device("meta"):
-        model = BTLMLMHeadModel(config)
-    model.eval()
-    return model
 
 
 def _safetensors(file: Path) -> dict[str, _Entry]:

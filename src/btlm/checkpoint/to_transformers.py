@@ -10,10 +10,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from btlm.console import one_line
 from btlm.devices import best_device, usable_device
 from btlm.errors import DoesNotFit
-from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.model import BTLMConfig, BTLMLMHeadModel, config_keys_btlm
 
 from .open import Checkpoint
-from .shape import end_ids_of
 from .tensor_file import read_header
 from .tensors import check_fit, unpickle
 from .weight_files import check_size
@@ -88,7 +87,8 @@ def end_ids(model: BTLMLMHeadModel) -> frozenset[int]:
     Raises:
         ValueError: The generation configuration names something that is not a token.
     """
-    return end_ids_of(getattr(model.generation_config, "eos_token_id", None), model.config.vocab_size)
+    stored = getattr(model.generation_config, "eos_token_id", None)
+    return config_keys_btlm.end_ids(stored, model.config.vocab_size)
 
 
 # Context

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.tensors import Weights, empty_model
+from btlm.checkpoint.tensors import Weights
 from btlm.checkpoint.to_transformers import load_model
 from btlm.console import note, progress_bars
 from btlm.errors import DoesNotFit
@@ -247,7 +247,7 @@ def _reader(checkpoint: Checkpoint, config: BTLMConfig) -> Callable[[str], Tenso
         note(f"the weights of {name} are quantized and are decoded first; an export of the original loses less")
         state = load_model(checkpoint, device="cpu")[0].state_dict()
         return lambda key: state[key]
-    weights = Weights(checkpoint, empty_model(config))
+    weights = Weights(checkpoint)
     tied = {_HEAD: _TABLE} if config.tie_word_embeddings else {}
     return lambda key: weights.read(tied.get(key, key))
 

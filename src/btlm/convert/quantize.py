@@ -15,12 +15,12 @@ from transformers import GenerationConfig
 
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
-from btlm.checkpoint.tensors import Weights, empty_model
+from btlm.checkpoint.tensors import Weights
 from btlm.console import progress_bars
 from btlm.errors import DoesNotFit
 from btlm.files import free_space, whole_folder
 from btlm.model import BTLMConfig
-from btlm.model.architecture_btlm import Quantization
+from btlm.model.architecture_btlm import Architecture, Quantization
 from btlm.model.config_keys_btlm import QUANT_METHOD
 from btlm.model.storage_btlm import StoredMatrix, group_size_problem, pack, pack_scale, stored_matrices
 
@@ -81,14 +81,11 @@ def quantize(
         )
     if problem := group_size_problem(config.n_embd, group_size):
         raise ValueError(problem)
-    network = empty_model(config)
-    weights = Weights(checkpoint, network)
+    weights = Weights(checkpoint)
     tokenizer = checkpoint.transformers_tokenizer
     rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
     matrices = stored_matrices(config.architecture, quantization)
-    layout = _layout(weights, {name: tuple(value.shape) for name, value in network.state_dict().items()}, matrices)
-    if config.tie_word_embeddings:
-        layout.pop("lm_head.weight")
+    layout = _layout(weights, config.architecture, matrices)
     size = file_size(layout)
     _check_disk(output, size)
 
@@ -99,7 +96,7 @@ def quantize(
         _write_description(partial, checkpoint, config, quantization, weights)
         with SafetensorsWriter(partial / "model.safetensors", layout) as writer:
             errors = {}
-            for name, weight, rounded in _rounded(network.config, weights, matrices, rows):
+            for name, weight, rounded in _rounded(config, weights, matrices, rows):
                 matrix = matrices[name]
                 writer.write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
                 writer.write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
@@ -164,14 +161,14 @@ def _quantization(bits: int, group_size: int, table_bits: int) -> Quantization:
 
 
 def _layout(
-    weights: Weights, shapes: dict[str, tuple[int, ...]], matrices: Mapping[str, StoredMatrix]
+    weights: Weights, architecture: Architecture, matrices: Mapping[str, StoredMatrix]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
+    for name, facts in architecture.tensors.items():
         matrix = matrices.get(name.rpartition(".")[0])
         if matrix is None:
-            keeps = name.endswith("relative_pe.slopes") and weights.dtype(name) != torch.float64
-            layout[name] = (weights.dtype(name) if keeps else torch.float32, shape)
+            keeps = facts.kind == "slopes" and weights.dtype(name) != torch.float64
+            layout[name] = (weights.dtype(name) if keeps else torch.float32, facts.shape)
         elif name.endswith(".bias"):
             layout[name] = (torch.float32, (matrix.padded_outputs,))
         else:

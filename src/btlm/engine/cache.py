@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from btlm.checkpoint.shape import Shape
 from btlm.kernels import Kernels
 from btlm.kernels import cache_bytes as layer_bytes
 from btlm.kernels.arrays import DTYPES
+from btlm.model.architecture_btlm import Architecture
 
 CACHE_DTYPES = ("auto", *DTYPES)
 _CACHE_OF_WEIGHTS = {
@@ -22,7 +22,7 @@ class KVCache:
 
     Args:
         kernels: The kernels that will use it.
-        shape: Shape of the network.
+        architecture: The network.
         dtype: ``"int4"`` or ``"int8"``, with one scale per token and head, ``"bfloat16"`` or ``"float32"``.
         num_slots: Number of slots.
         capacity: Tokens per slot.
@@ -31,13 +31,15 @@ class KVCache:
         ValueError: There is no such dtype, or a size is impossible.
     """
 
-    def __init__(self, kernels: Kernels, shape: Shape, dtype: str, num_slots: int, capacity: int) -> None:
+    def __init__(self, kernels: Kernels, architecture: Architecture, dtype: str, num_slots: int, capacity: int) -> None:
         self.dtype = dtype
         self.num_slots = num_slots
         self.capacity = capacity
         self.layers = [
-            kernels.cache(dtype, slots=num_slots, heads=shape.n_head, length=capacity, head_dim=shape.head_dim)
-            for _ in range(shape.n_layer)
+            kernels.cache(
+                dtype, slots=num_slots, heads=architecture.n_head, length=capacity, head_dim=architecture.head_dim
+            )
+            for _ in range(architecture.n_layer)
         ]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -63,14 +65,14 @@ def cache_dtype_of(name: str, weights: str) -> str:
     return _CACHE_OF_WEIGHTS[weights] if name == "auto" else name
 
 
-def cache_bytes(shape: Shape, dtype: str, num_slots: int, capacity: int) -> int:
+def cache_bytes(architecture: Architecture, dtype: str, num_slots: int, capacity: int) -> int:
     """Bytes of a full cache.
 
     Raises:
         ValueError: There is no such dtype, or a size is impossible.
     """
-    sizes = {"slots": num_slots, "heads": shape.n_head, "length": capacity, "head_dim": shape.head_dim}
-    return shape.n_layer * layer_bytes(dtype, **sizes)
+    sizes = {"slots": num_slots, "heads": architecture.n_head, "length": capacity, "head_dim": architecture.head_dim}
+    return architecture.n_layer * layer_bytes(dtype, **sizes)
 
 
 def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:

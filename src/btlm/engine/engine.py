@@ -12,17 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes
 from btlm.errors import DoesNotFit, NotSupported, TooLong
 from btlm.kernels import load_kernels
+from btlm.model.architecture_btlm import Architecture
+from btlm.model.config_keys_btlm import end_ids
 
 from .cache import KVCache, cache_bytes, cache_dtype_of
 from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
 from .scheduler import Request, Scheduler, Token
+from .supported import supported
 
 _SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
 
@@ -45,10 +47,11 @@ class Engine:
         self, network: Network, *, cache_dtype: str = "auto", context: int | None = None, num_requests: int = 1
     ) -> None:
         self.network = network
-        self.shape = network.shape
-        self.context = self.shape.n_positions if context is None else context
+        self.architecture = network.architecture
+        self.end_ids = end_ids(self.architecture.eos_token_id, self.architecture.vocab_size)
+        self.context = self.architecture.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
-        self.cache = KVCache(network.kernels, self.shape, dtype, num_requests, self.context)
+        self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context)
         self._scheduler = Scheduler(self.cache, network.max_tokens, LOGIT_ROWS)
 
     @classmethod
@@ -78,14 +81,14 @@ class Engine:
             ValueError: The checkpoint cannot be used, or a value is impossible.
         """
         checkpoint = Checkpoint.open(checkpoint)
-        shape = checkpoint.shape(factor)
+        architecture = supported(checkpoint.architecture, factor)
         available = available_memory()  # before files are mapped, which count as address space
         tensors = checkpoint.tensors
         weights = sum(resident_bytes(tensor) for tensor in tensors.values())
-        context = shape.n_positions if context is None else context
-        dtype = cache_dtype_of(cache_dtype, weight_dtype(shape, tensors))
-        _check_memory(shape, weights, dtype, context, num_requests, available)
-        network = Network(load_kernels(kernels, threads), shape, tensors)
+        context = architecture.n_positions if context is None else context
+        dtype = cache_dtype_of(cache_dtype, weight_dtype(architecture, tensors))
+        _check_memory(architecture, weights, dtype, context, num_requests, available)
+        network = Network(load_kernels(kernels, threads), architecture, tensors)
         return cls(network, cache_dtype=cache_dtype, context=context, num_requests=num_requests)
 
     # One request, or a given number of them
@@ -211,7 +214,7 @@ class Engine:
         """
         options = options or GenerationOptions()
         self._check(ids, options.max_new_tokens, options)
-        stop_ids = self.shape.end_ids if stop_ids is None else stop_ids
+        stop_ids = self.end_ids if stop_ids is None else stop_ids
         request = Request(list(ids), options, stop_ids, options.max_new_tokens)
         self._scheduler.add(request)
         return request
@@ -240,8 +243,8 @@ class Engine:
         if not len(ids):
             raise ValueError("The prompt has no tokens; give at least one.")
         for token in ids:
-            if not 0 <= token < self.shape.vocab_size:
-                raise ValueError(f"Token {token} is not in the vocabulary of {self.shape.vocab_size:,}.")
+            if not 0 <= token < self.architecture.vocab_size:
+                raise ValueError(f"Token {token} is not in the vocabulary of {self.architecture.vocab_size:,}.")
         if options is not None and options.num_beams > 1:
             raise NotSupported("The engine has no beams.")
         length = len(ids) + max_new_tokens - 1  # the last token is not read again
@@ -253,19 +256,19 @@ class Engine:
 
 
 def _check_memory(
-    shape: Shape, weights: int, cache_dtype: str, context: int, num_requests: int, available: int | None
+    architecture: Architecture, weights: int, cache_dtype: str, context: int, num_requests: int, available: int | None
 ) -> None:
     if context < 1 or num_requests < 1:
         raise ValueError(
             f"A context of {context} tokens and {num_requests} requests are not possible; both are at least 1."
         )
-    cache = cache_bytes(shape, cache_dtype, num_requests, context)
-    rest = weights + activation_bytes(shape) + _SPARE
+    cache = cache_bytes(architecture, cache_dtype, num_requests, context)
+    rest = weights + activation_bytes(architecture) + _SPARE
     needed = rest + cache
     if available is not None and needed > available:
-        smallest = cache_bytes(shape, "int4", num_requests, context)
+        smallest = cache_bytes(architecture, "int4", num_requests, context)
         remedy = "a shorter context (prompt and new tokens)"
-        if rest + cache_bytes(shape, "int4", 1, 1) > available:
+        if rest + cache_bytes(architecture, "int4", 1, 1) > available:
             remedy = "weights in fewer bits (btlm quantize)"
         elif smallest < cache and rest + smallest <= available:
             remedy += f", or an int4 cache ({gigabytes(smallest)})"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import MappedTensor
 from btlm.errors import NotSupported
 from btlm.kernels import Kernels, WeightMatrix
@@ -20,14 +19,17 @@ from btlm.model.architecture_btlm import (
     DOWN,
     FINAL_NORM,
     GATE,
+    HEAD,
     QUERY_KEY_VALUE,
     TOKEN_TABLE,
     UP,
+    Architecture,
     block_name,
 )
-from btlm.model.storage_btlm import BLOCK_ROWS, packed_shape, padded_size, scale_shape
+from btlm.model.storage_btlm import stored_matrices
 
 from .cache import KVCache
+from .supported import slopes
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,30 +60,35 @@ class Network:
 
     Args:
         kernels: Kernels to compute with.
-        shape: Shape of the network.
+        architecture: The network, which the engine supports.
         tensors: Tensors by their names in the checkpoint.
         max_tokens: Tokens per forward pass at most; memory for their activations is allocated here.
 
     Raises:
         NotSupported: The engine cannot read the dtype of a tensor.
-        ValueError: A tensor is missing or does not fit the shape.
+        ValueError: A tensor is missing or does not fit the architecture.
     """
 
     def __init__(
-        self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor], *, max_tokens: int = MAX_TOKENS
+        self,
+        kernels: Kernels,
+        architecture: Architecture,
+        tensors: Mapping[str, MappedTensor],
+        *,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         self.kernels = kernels
-        self.shape = shape
+        self.architecture = architecture
         self.max_tokens = max_tokens
-        load = _Loader(kernels, shape, tensors)
-        self._blocks = [load.block(i) for i in range(shape.n_layer)]
+        load = _Loader(kernels, architecture, tensors)
+        self._blocks = [load.block(i) for i in range(architecture.n_layer)]
         self._ln_f = load.norm(FINAL_NORM)
-        self._table = load.table(TOKEN_TABLE)
-        self._head = self._table if shape.tied else load.table("lm_head")
-        self.weight_dtype = weight_dtype(shape, tensors)
-        self._slopes = shape.slopes
-        sizes = {"x": shape.n_embd, "normal": shape.n_embd, "attended": shape.n_embd, "qkv": 3 * shape.n_embd}
-        sizes["inner"] = self._blocks[0].up.rows
+        self._table = load.matrix(TOKEN_TABLE)
+        self._head = self._table if architecture.tie_word_embeddings else load.matrix(HEAD)
+        self.weight_dtype = weight_dtype(architecture, tensors)
+        self._slopes = slopes(architecture)
+        width, inner = architecture.n_embd, self._blocks[0].up.rows
+        sizes = {"x": width, "normal": width, "attended": width, "qkv": 3 * width, "inner": inner}
         self._activations = {name: np.zeros((max_tokens, size), np.float32) for name, size in sizes.items()}
 
     def forward(
@@ -103,34 +110,34 @@ class Network:
         Returns:
             Logits, muP's multiplier included, ``[R, V]``.
         """
-        kernels, shape = self.kernels, self.shape
+        kernels, architecture = self.kernels, self.architecture
         x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._activations.values())
-        kernels.embed(ids, self._table, shape.embeddings_scale, x)
+        kernels.embed(ids, self._table, architecture.mup_embeddings_scale, x)
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
-            scale = shape.attention_scale / (i + 1 if shape.inverse_layer_idx else 1)
-            kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, shape.layer_norm_epsilon, normal)
+            scale = architecture.attention_scale / (i + 1 if architecture.scale_attn_by_inverse_layer_idx else 1)
+            kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, architecture.layer_norm_epsilon, normal)
             kernels.linear(normal, block.query_key_value, qkv)
             kernels.attend(qkv, layer, segments, self._slopes, scale, attended)
             kernels.linear(attended, block.attention_output, x, add=True)
-            kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, shape.layer_norm_epsilon, normal)
+            kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, architecture.layer_norm_epsilon, normal)
             kernels.linear(normal, block.up, inner, gate=block.gate)
             kernels.linear(inner, block.down, x, add=True)
         wanted = np.ascontiguousarray(x[rows])
-        kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, shape.layer_norm_epsilon, wanted)
-        wanted *= np.float32(shape.logits_scale)
+        kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, architecture.layer_norm_epsilon, wanted)
+        wanted *= np.float32(architecture.logits_scale)
         logits = np.empty((len(rows), self._head.rows), np.float32)
         if len(rows):
             kernels.linear(wanted, self._head, logits)
-        return logits[:, : shape.vocab_size]
+        return logits[:, : architecture.vocab_size]
 
 
-def activation_bytes(shape: Shape, max_tokens: int = MAX_TOKENS) -> int:
+def activation_bytes(architecture: Architecture, max_tokens: int = MAX_TOKENS) -> int:
     """Bytes of a forward pass: activations, in fp32 and as the kernels round them, and logits."""
-    widths = 6 * shape.n_embd + 5 * shape.n_inner // 4
-    return 4 * (max_tokens * widths + LOGIT_ROWS * shape.vocab_size)
+    widths = 6 * architecture.n_embd + 5 * architecture.inner_dim // 4
+    return 4 * (max_tokens * widths + LOGIT_ROWS * architecture.vocab_size)
 
 
-def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
+def weight_dtype(architecture: Architecture, tensors: Mapping[str, MappedTensor]) -> str:
     """Dtype of the weights: ``"4bit"`` or ``"8bit"`` if they are quantized, else that of the token table.
 
     Returns:
@@ -140,8 +147,8 @@ def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
         NotSupported: The engine cannot read the dtype of the table.
         ValueError: The table is missing.
     """
-    if shape.bits is not None:
-        return f"{shape.bits}bit"
+    if architecture.quantization is not None:
+        return f"{architecture.quantization.bits}bit"
     name = f"{TOKEN_TABLE}.weight"
     tensor = _find(tensors, name)
     if tensor.dtype not in _FLOATS:
@@ -152,61 +159,50 @@ def weight_dtype(shape: Shape, tensors: Mapping[str, MappedTensor]) -> str:
 class _Loader:
     """Makes the network's parameters from the tensors of a checkpoint."""
 
-    def __init__(self, kernels: Kernels, shape: Shape, tensors: Mapping[str, MappedTensor]) -> None:
-        self.kernels = kernels
-        self.shape = shape
-        self.tensors = tensors
+    def __init__(self, kernels: Kernels, architecture: Architecture, tensors: Mapping[str, MappedTensor]) -> None:
+        self._kernels = kernels
+        self._tensors = tensors
+        self._shapes = {name: facts.shape for name, facts in architecture.tensors.items()}
+        quantization = architecture.quantization
+        self._stored = {} if quantization is None else stored_matrices(architecture, quantization)
+        for name, stored in self._stored.items():
+            if f"{name}.bias" in self._shapes:
+                self._shapes[f"{name}.bias"] = (stored.padded_outputs,)
 
     def block(self, index: int) -> _Block:
-        width, inner = self.shape.n_embd, self.shape.n_inner
-        if self.shape.bits is not None:
-            inner = padded_size(inner, self.shape.group_size)
         name = block_name(index)
         return _Block(
             self.norm(f"{name}.ln_1"),
-            self._projection(f"{name}.{QUERY_KEY_VALUE}", 3 * width, width),
-            self._projection(f"{name}.{ATTENTION_OUTPUT}", width, width),
+            self.matrix(f"{name}.{QUERY_KEY_VALUE}"),
+            self.matrix(f"{name}.{ATTENTION_OUTPUT}"),
             self.norm(f"{name}.ln_2"),
-            self._projection(f"{name}.{UP}", inner, width),
-            self._projection(f"{name}.{GATE}", inner, width),
-            self._projection(f"{name}.{DOWN}", width, inner),
+            self.matrix(f"{name}.{UP}"),
+            self.matrix(f"{name}.{GATE}"),
+            self.matrix(f"{name}.{DOWN}"),
         )
 
     def norm(self, name: str) -> _Norm:
-        size = self.shape.n_embd
-        return _Norm(self._vector(f"{name}.weight", size), self._vector(f"{name}.bias", size))
+        return _Norm(self._vector(f"{name}.weight"), self._vector(f"{name}.bias"))
 
-    def table(self, name: str) -> WeightMatrix:
-        rows, columns = self.shape.vocab_size, self.shape.n_embd
-        if self.shape.bits is not None:
-            return self._packed(name, self.shape.table_bits, padded_size(rows, BLOCK_ROWS), columns, None)
-        return self._plain(name, rows, columns, None, input_major=False)
-
-    def _projection(self, name: str, rows: int, columns: int) -> WeightMatrix:
-        bias = self._vector(f"{name}.bias", rows)
-        if self.shape.bits is not None:
-            return self._packed(name, self.shape.bits, rows, columns, bias)
-        return self._plain(name, rows, columns, bias, input_major=True)
-
-    def _packed(self, name: str, bits: int, rows: int, columns: int, bias: Floats | None) -> WeightMatrix:
-        weight = self._tensor(f"{name}.weight", ("U8",), packed_shape(bits, rows, columns))
-        scale = self._tensor(f"{name}.weight_scale", ("BF16",), scale_shape(self.shape.group_size, rows, columns))
-        return self.kernels.matrix(f"int{bits}", weight, scale, bias)
-
-    def _plain(self, name: str, rows: int, columns: int, bias: Floats | None, *, input_major: bool) -> WeightMatrix:
-        shape = (columns, rows) if input_major else (rows, columns)
-        weight = self._tensor(f"{name}.weight", tuple(_FLOATS), shape)
+    def matrix(self, name: str) -> WeightMatrix:
+        """A matrix of a block, which has a bias and is stored as ``[inputs, outputs]``, or a table with neither."""
+        bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._shapes else None
+        if stored := self._stored.get(name):
+            weight = self._tensor(f"{name}.weight", ("U8",), stored.weight_shape)
+            scale = self._tensor(f"{name}.weight_scale", ("BF16",), stored.scale_shape)
+            return self._kernels.matrix(f"int{stored.bits}", weight, scale, bias)
+        weight = self._tensor(f"{name}.weight", tuple(_FLOATS), self._shapes[f"{name}.weight"])
         dtype = "bfloat16" if weight.dtype == np.uint16 else "float32"
-        return self.kernels.matrix(dtype, weight, bias=bias, input_major=input_major)
+        return self._kernels.matrix(dtype, weight, bias=bias, input_major=bias is not None)
 
-    def _vector(self, name: str, size: int) -> Floats:
-        vector = self._tensor(name, tuple(_FLOATS), (size,))
+    def _vector(self, name: str) -> Floats:
+        vector = self._tensor(name, tuple(_FLOATS), self._shapes[name])
         if vector.dtype == np.uint16:
             return (vector.astype(np.uint32) << 16).view(np.float32)
         return vector
 
     def _tensor(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        tensor = _find(self.tensors, name)
+        tensor = _find(self._tensors, name)
         if tensor.dtype not in ("U8", *_FLOATS):
             raise _unreadable(name, tensor)
         if tensor.values.shape != shape or tensor.dtype not in dtypes:

@@ -21,14 +21,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.shape import Shape
 from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes, progress_bars, three_digits
 from btlm.engine.cache import cache_bytes, cache_dtype_of
 from btlm.engine.memory import available_memory
 from btlm.engine.network import weight_dtype
+from btlm.engine.supported import supported
 from btlm.errors import DoesNotFit, OptionError
 from btlm.files import write_json
+from btlm.model.architecture_btlm import Architecture
 
 from .options import Bench
 from .random_checkpoint import SHAPES, random_weight_bytes, shape_config, write_random_model
@@ -149,13 +150,13 @@ class _Folder:
         self.path, self.given = Path(path), path
         checkpoint = Checkpoint.open(path)
         self.name = checkpoint.title
-        self.shape = checkpoint.shape()
+        self.architecture = supported(checkpoint.architecture)
         tensors = checkpoint.tensors
         self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
-        self.dtype = weight_dtype(self.shape, tensors)
+        self.dtype = weight_dtype(self.architecture, tensors)
 
     def check(self, context: int, cache_dtype: str) -> None:
-        cache = cache_bytes(self.shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        cache = cache_bytes(self.architecture, cache_dtype_of(cache_dtype, self.dtype), 1, context)
         _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
 
     @contextmanager
@@ -173,8 +174,8 @@ class _RandomModel:
         self.weight_bytes = random_weight_bytes(self.sizes, dtype)
 
     def check(self, context: int, cache_dtype: str) -> None:
-        shape = Shape.from_config(shape_config(self.sizes, self.dtype))
-        cache = cache_bytes(shape, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        architecture = Architecture.from_config(shape_config(self.sizes, self.dtype))
+        cache = cache_bytes(architecture, cache_dtype_of(cache_dtype, self.dtype), 1, context)
         _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
         self._check_disk()
 

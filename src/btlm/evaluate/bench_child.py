@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.shape import Shape
 from btlm.engine.cache import cache_bytes
 from btlm.engine.engine import Engine
 from btlm.engine.memory import peak_memory, read_rate
 from btlm.engine.options import GenerationOptions
+from btlm.model.architecture_btlm import Architecture
 
 
 def measure(
@@ -34,8 +34,8 @@ def measure(
     checkpoint = Checkpoint.open(folder)
     engine = Engine.open(checkpoint, context=context, cache_dtype=cache_dtype, threads=threads)
     opened = time.perf_counter()
-    shape, dtype = engine.shape, engine.cache.dtype
-    ids = np.random.default_rng(0).integers(0, shape.vocab_size, context - new_tokens).tolist()
+    architecture, dtype = engine.architecture, engine.cache.dtype
+    ids = np.random.default_rng(0).integers(0, architecture.vocab_size, context - new_tokens).tolist()
     options = GenerationOptions(max_new_tokens=new_tokens, lookup_tokens=0)
     begun = time.perf_counter()
     text = engine.add(ids, options, stop_ids=frozenset())
@@ -53,16 +53,16 @@ def measure(
         "prefill_tokens_per_s": len(ids) / (ends[0] - begun),
         "decode_tokens_per_s": 1 / float(np.median(steps)),
         "weight_bytes": sum(weights.values()),
-        "weight_bytes_read": sum(weights.values()) - _unread(shape, weights),
-        "cache_bytes": cache_bytes(shape, dtype, 1, context),
-        "cache_bytes_read": cache_bytes(shape, dtype, 1, context - new_tokens // 2),
+        "weight_bytes_read": sum(weights.values()) - _unread(architecture, weights),
+        "cache_bytes": cache_bytes(architecture, dtype, 1, context),
+        "cache_bytes_read": cache_bytes(architecture, dtype, 1, context - new_tokens // 2),
         "peak_bytes": peak_memory(),
     }
 
 
-def _unread(shape: Shape, weights: dict[str, int]) -> int:
+def _unread(architecture: Architecture, weights: dict[str, int]) -> int:
     """Bytes of a token table that is not also the head: a step reads only one row of it."""
-    if shape.tied:
+    if architecture.tie_word_embeddings:
         return 0
     return sum(size for name, size in weights.items() if name.removeprefix("transformer.").startswith("wte."))
 

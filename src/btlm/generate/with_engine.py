@@ -6,6 +6,7 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.console import note, warn
 from btlm.engine.engine import Engine
 from btlm.engine.options import GenerationOptions
+from btlm.engine.supported import interpolation
 
 from .report import GenerationReport
 from .text import TextPieces, encode, longer_than_trained, write_text
@@ -35,12 +36,13 @@ def run_engine(
     engine = Engine.open(
         checkpoint, cache_dtype=cache_dtype, context=length, kernels=kernels, threads=threads, factor=factor
     )
-    shape, used = engine.shape, engine.network.kernels
+    architecture, used = engine.architecture, engine.network.kernels
     note(
-        f"{checkpoint.title}, {shape.num_parameters:,} parameters, {engine.network.weight_dtype} on cpu ({used.name}, "
-        f"{used.threads} {'thread' if used.threads == 1 else 'threads'})"
+        f"{checkpoint.title}, {architecture.num_parameters():,} parameters, {engine.network.weight_dtype} on cpu "
+        f"({used.name}, {used.threads} {'thread' if used.threads == 1 else 'threads'})"
     )
-    if warning := longer_than_trained(shape.n_positions, shape.n_positions * shape.interpolation, length):
+    trained = architecture.n_positions
+    if warning := longer_than_trained(trained, trained * interpolation(architecture), length):
         warn(warning)
     write_text(prompt)
     pieces = TextPieces(tokenizer, write_text)
@@ -53,7 +55,7 @@ def run_engine(
             if written:
                 last = time.perf_counter()
                 first = last if first == start else first
-            pieces.put([token.id for _, token in written if token.id not in shape.end_ids])
+            pieces.put([token.id for _, token in written if token.id not in engine.end_ids])
         pieces.end()
     finally:
         write_text("\n")

@@ -166,6 +166,7 @@ class Architecture:
             problems.append(problem)
         if problems:
             raise ValueError(f"Invalid BTLM configuration: {'; '.join(problems)}.")
+        values["quantization"] = None  # a key of this name is not BTLM's
         if stored is not None:
             values["quantization"] = Quantization(stored["bits"], stored["group_size"], stored["table_bits"])
         return cls(**values)

@@ -146,7 +146,7 @@ def adopt_older_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     if "width_scale" in older:
         current["mup_width_scale"] = older["width_scale"]
     width_scale = current.get("mup_width_scale", 1.0)
-    if "output_logits_scale" in older and width_scale:
+    if "output_logits_scale" in older and _is_number(width_scale) and width_scale:
         current["mup_output_alpha"] = older["output_logits_scale"] / width_scale
     return current, problems
 
