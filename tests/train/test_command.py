@@ -255,7 +255,9 @@ def test_what_cannot_be_used_is_an_error_that_leaves_no_folder(tmp_path: Path, d
         run_training(write_recipe(tmp_path, seed="x"), data, output, "cpu")
     with pytest.raises(ValueError, match="seed is 'y'"):
         run_training(recipe, data, output, "cpu", {"seed": "y"})
-    with pytest.raises(ValueError, match=rf"start\.model is '{tmp_path}', which cannot be used: {tmp_path} has no config\.json"):
+    with pytest.raises(
+        ValueError, match=rf"start\.model is '{tmp_path}', which cannot be used: {tmp_path} has no config\.json"
+    ):
         run_training(recipe, data, output, "cpu", {"model": {}, "start.model": str(tmp_path)})
     assert not output.exists()
 
