@@ -134,7 +134,7 @@ def held_out_windows(stream: ByteStream, length: int, num_windows: int) -> Tenso
 
 @torch.no_grad()
 def loss_at_end(model: BTLMLMHeadModel, windows: Tensor, length: int, num_bytes: int) -> Tensor:
-    """Loss of the last bytes of each window in a pass over its last ``length`` bytes, nats a byte, ``[windows]``.
+    """Loss of the last bytes of each window in a pass over its last ``length`` bytes, nats per byte, ``[windows]``.
 
     The first byte of a pass has nothing before it and is not predicted, so a pass of ``num_bytes`` counts one less.
     """

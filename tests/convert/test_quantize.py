@@ -86,7 +86,7 @@ def test_calibration_keeps_outputs_better(wide, text, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "Relative error of the weights" in err
     assert "/ of the outputs for the text" in err
-    assert "bits a weight" in err
+    assert "bits per weight" in err
     assert all(error.outputs is None for error in plain.values())
     ids = torch.tensor([byte_tokenizer()(text.read_text()[:400])["input_ids"]])
     with torch.no_grad():

@@ -225,7 +225,7 @@ def test_tables_hold_the_numbers(capsys: pytest.CaptureFixture[str], monkeypatch
     text = capsys.readouterr().out
     assert "assumptions: MFU 0.5 at any number of devices, and a peak of 312 TFLOP/s each" in text
     assert "H100" not in text
-    assert "16,384 tokens a micro-batch" in text
+    assert "16,384 tokens per micro-batch" in text
 
 
 def test_tables_of_variants() -> None:

@@ -115,7 +115,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
 def architecture_problem(config: BTLMConfig, type: str) -> str | None:  # noqa: A002
     """Why llama.cpp's `jais` cannot compute this model, in one sentence with the remedy; ``None`` if it can."""
     if config.position_embedding_type != "alibi":
-        return f"position_embedding_type is {config.position_embedding_type!r}, and llama.cpp's jais knows ALiBi alone."
+        return f"position_embedding_type is {config.position_embedding_type!r}, and llama.cpp's jais knows only ALiBi."
     if config.activation_function != "swiglu":
         return f"activation_function is {config.activation_function!r}, and llama.cpp's jais knows swiglu alone."
     if config.alibi_scaling is not None:

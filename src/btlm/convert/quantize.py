@@ -111,7 +111,7 @@ def quantize(
     Console(stderr=True, width=max(console.width, 100)).print(_error_table(errors, matrices))
     total, blocks = _bits_per_weight(layout, matrices, config)
     console.print(
-        f"Wrote {output}: {size / 1e6:,.1f} MB, {total:.2f} bits a weight ({blocks:.2f} in the blocks), in "
+        f"Wrote {output}: {size / 1e6:,.1f} MB, {total:.2f} bits per weight ({blocks:.2f} in the blocks), in "
         f"{time.monotonic() - started:,.0f} s",
         soft_wrap=True,
         highlight=False,

@@ -129,7 +129,7 @@ def _message(error: Exception) -> str:
 
 
 class _ProgressFile:
-    """How far a task is, and which process runs it; there while the task runs, and written twice a second at most."""
+    """How far a task is, and which process runs it; there while the task runs, and written at most twice per second."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._done, self._written = path, 0, 0.0

@@ -1,4 +1,4 @@
-"""Weights in four or eight bits, one scale a group of inputs, decoded while loading.
+"""Weights in four or eight bits, one scale per group of inputs, decoded while loading.
 
 A folder whose ``config.json`` holds
 

@@ -81,7 +81,7 @@ def plan(
         - ``mfu``, ``peak_tflops``: the assumptions behind
         - ``days``: rows of ``devices``, ``shards`` (devices that one copy of the state is cut over), ``micro_batches``
           (of each device in a step, the most of any stage), ``micro_batch_tokens`` (less than the recipe's where a
-          device gets less), ``memory`` (bytes a device), and ``days``.
+          device gets less), ``memory`` (bytes per device), and ``days``.
 
     Raises:
         ValueError: ``mfu``, ``peak_tflops`` or ``devices`` cannot be, replicas cannot share the batches, or ``lora``
@@ -223,7 +223,7 @@ def render(name: str, numbers: dict[str, Any]) -> Group:
 
 
 def _stages(numbers: dict[str, Any]) -> Padding:
-    table = _table("stages", ("tokens a row", 12), ("a step", 10), ("steps", 9), ("tokens", 8), ("FLOPs", 9))
+    table = _table("stages", ("tokens per row", 14), ("per step", 10), ("steps", 9), ("tokens", 8), ("FLOPs", 9))
     for index, stage in enumerate(numbers["stages"], start=1):
         table.add_row(
             str(index),
@@ -254,7 +254,7 @@ def _memory(numbers: dict[str, Any]) -> Padding:
         moments.setdefault(row["moment"], []).append(str(row["shards"]))
     fullest = "; ".join(f"{moment} ({', '.join(shards)})" for moment, shards in moments.items())
     notes = [
-        f"estimate for one device, {numbers['micro_batch_tokens']:,} tokens a micro-batch, at the fullest moment of",
+        f"estimate for one device, {numbers['micro_batch_tokens']:,} tokens per micro-batch, at the fullest moment of",
         f"a step, by shards: {fullest}",
         "gathered: weights in use, gathered or cast, and gradients not yet reduced",
         *(["activations: block inputs are kept, the rest is recomputed"] if numbers["checkpointing"] else []),

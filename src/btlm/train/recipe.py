@@ -81,7 +81,7 @@ class Data:
     """How rows are used; the shards themselves are an argument of the command.
 
     ``mask_documents`` keeps attention and loss within the documents of a row. It costs a mask of
-    ``sequence_length**2`` bytes a row; BTLM was trained without.
+    ``sequence_length**2`` bytes per row; BTLM was trained without.
     """
 
     mask_documents: bool = False
