@@ -126,11 +126,16 @@ def test_what_the_shipped_recipes_are_for() -> None:
     # The factor of position interpolation is the new context divided by the training context of 8,192 (model card).
     assert long.model["alibi_scaling"] == {"type": "linear", "factor": 32_768 / 8192}
     assert long.model["n_positions"] == long.stages[0].sequence_length == 32_768
-    for name in ("btlm-tiny", "btlm-proxy-40m"):
-        assert recipes[name].config.n_embd == 256
+    multipliers = ("initializer_range", "mup_embeddings_scale", "mup_output_alpha")
+    # The proxies begin with BTLM-3B's values at their own width; btlm-tiny has those found at its proxy's width.
+    for name, width in (("btlm-proxy-40m", 256), ("btlm-tiny-proxy", 128)):
+        assert recipes[name].config.n_embd == recipes[name].mup_base_width == width
         assert recipes[name].config.mup_width_scale == 1.0
-        for key in ("initializer_range", "mup_embeddings_scale", "mup_output_alpha"):
+        for key in multipliers:
             assert getattr(recipes[name].config, key) == getattr(recipes["btlm-3b"].config, key)
+    tiny = recipes["btlm-tiny"]
+    assert (tiny.config.n_embd, tiny.mup_base_width, tiny.config.mup_width_scale) == (256, 128, 0.5)
+    assert [getattr(tiny.config, key) for key in multipliers] == [0.0815, 4.03, 1.311]
     # 40 M parameters, 800 M tokens: the nearest published proxy (Cerebras-GPT).
     assert recipes["btlm-proxy-40m"].total_tokens == pytest.approx(800e6, rel=1e-3)
 
