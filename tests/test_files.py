@@ -14,6 +14,7 @@ from btlm.files import (
     remove_folder,
     remove_partial_files,
     replace_folder,
+    sync,
     whole_file,
     whole_folder,
     write_json,
@@ -53,6 +54,40 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
         assert (tmp_path / "a.txt").read_text() == "faster"
     assert (tmp_path / "a.txt").read_text() == "slower"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_power_cut_leaves_no_file_or_folder_that_only_counts_as_whole(tmp_path, power_cut):
+    """Without the syncs, and in this order, a file may have its name before it has its content."""
+    write_text(tmp_path / "a.txt", "all of it")
+    write_json(tmp_path / "deep/a.json", {})
+    with whole_folder(tmp_path / "folder") as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep/file").write_text("a")
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial/file").write_text("b")
+    replace_folder(tmp_path / "b.partial", tmp_path / "folder")
+    assert [path.name for path in power_cut.renamed] == ["a.txt", "a.json", "folder", "folder"]
+    assert power_cut.lost == []
+
+
+def test_what_a_power_cut_would_take_is_found(tmp_path, power_cut):
+    (tmp_path / "a.partial").write_text("never synced")
+    (tmp_path / "a.partial").replace(tmp_path / "a")
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial/file").write_text("synced, ")
+    for path in (tmp_path / "b.partial/file", tmp_path / "b.partial"):
+        sync(path)
+    with (tmp_path / "b.partial/file").open("a") as file:
+        file.write("then written")
+    (tmp_path / "b.partial").rename(tmp_path / "b")
+    assert power_cut.lost == [
+        f"{tmp_path}/a would be empty",
+        f"{tmp_path}/b/file would be empty",
+        f"{tmp_path}/a would not be there",
+        f"{tmp_path}/b would not be there",
+    ]
+    sync(tmp_path)
+    assert len(power_cut.lost) == 2
 
 
 def test_text_is_utf_8(tmp_path):

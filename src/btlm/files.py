@@ -20,12 +20,16 @@ PARTIAL = ".partial"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, which replaces ``path`` when the block ends without an error."""
+    """Yield a temporary file beside ``path``, which replaces ``path`` when the block ends without an error.
+
+    After a power cut, ``path`` holds all of the new content or all of the old.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield partial
         sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -56,8 +60,8 @@ def remove_partial_files(folder: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder with a temporary name, which becomes ``path`` when the block ends without an error.
 
-    After an error nothing is left. Temporary folders beside ``path`` that killed processes of this machine left are
-    removed.
+    After an error nothing is left, and after a power cut all of the folder or nothing. Temporary folders beside
+    ``path`` that killed processes of this machine left are removed.
 
     Raises:
         OSError: At the end, if ``path`` exists by then and is not empty.
@@ -69,7 +73,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(path)
+        _rename_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -78,8 +82,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def replace_folder(partial: Path, path: Path) -> None:
     """Give a complete folder its final name, replacing what has that name now; the change survives a power cut."""
     remove_folder(path)
-    partial.rename(path)
-    sync(path.parent)
+    _rename_folder(partial, path)
 
 
 def remove_folder(path: Path) -> None:
@@ -89,6 +92,13 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
         path.rename(leftover)
         shutil.rmtree(leftover)
+
+
+def _rename_folder(partial: Path, path: Path) -> None:
+    for written in (*partial.rglob("*"), partial):
+        sync(written)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def _lives(process: str) -> bool:
@@ -108,6 +118,8 @@ def _lives(process: str) -> bool:
 
 def sync(path: Path) -> None:
     """Sync a file's content, or the names in a folder, to the disk, so that they survive a power cut."""
+    if os.name != "posix" and path.is_dir():
+        return  # other systems cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
