@@ -1,6 +1,7 @@
 """Preallocated key-value cache, one slot per request."""
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from btlm.kernels import Kernels
 from btlm.kernels import cache_bytes as layer_bytes
@@ -77,9 +78,4 @@ def cache_bytes(architecture: Architecture, dtype: str, num_slots: int, capacity
 
 def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:
     """Number of tokens at the beginning that two sequences share."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

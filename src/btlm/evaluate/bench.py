@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,9 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
     table.add_column("model", min_width=8, overflow="fold")
     table.add_column("dtype", no_wrap=True)
-    for title in ("context", "weights\nGB", "cache\nGB", "peak\nGB", "open\ns", "prefill\ntok/s", "decode\ntok/s"):
+    titles = "context", "weights\nGB", "cache\nGB", "peak\nGB", "open\ns", "prefill\ntok/s", "decode\ntok/s"
+    for title in (*titles, "memory\nGB/s", "share"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("memory\nGB/s", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
     before = None
     for row in rows:
         if before not in (None, (row["model"], row["dtype"])):
@@ -141,43 +141,36 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
 # Models to measure
 
 
-class _Folder:
-    """A checkpoint as it is stored."""
+@dataclass
+class _Subject:
+    """A checkpoint as it is stored, or a shape with random weights.
 
-    def __init__(self, path: str) -> None:
-        if not Path(path).is_dir():
-            raise ValueError(f"{path!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
-        self.path, self.given = Path(path), path
-        checkpoint = Checkpoint.open(path)
-        self.name = checkpoint.title
-        self.architecture = supported(checkpoint.architecture)
-        tensors = checkpoint.tensors
-        self.weight_bytes = sum(resident_bytes(tensor) for tensor in tensors.values())
-        self.dtype = weight_dtype(self.architecture, tensors)
+    Args:
+        name: Name in the table.
+        given: What the user calls it: the path of a folder, or one of :data:`SHAPES`.
+        dtype: Dtype of the weights.
+        architecture: The network.
+        weight_bytes: Memory of the weights, and for a shape their size on the disk.
+    """
+
+    name: str
+    given: str
+    dtype: str
+    architecture: Architecture
+    weight_bytes: int
 
     def check(self, context: int, cache_dtype: str) -> None:
+        """Refuse what does not fit the memory or, for a shape, the disk."""
         cache = cache_bytes(self.architecture, cache_dtype_of(cache_dtype, self.dtype), 1, context)
-        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
-
-    @contextmanager
-    def folder(self, progress: Progress) -> Iterator[Path]:
-        yield self.path
-
-
-class _RandomModel:
-    """A shape with random weights."""
-
-    def __init__(self, name: str, dtype: str) -> None:
-        self.name = self.given = name
-        self.dtype = dtype
-        self.sizes = SHAPES[name]
-        self.weight_bytes = random_weight_bytes(self.sizes, dtype)
-
-    def check(self, context: int, cache_dtype: str) -> None:
-        architecture = Architecture.from_config(shape_config(self.sizes, self.dtype))
-        cache = cache_bytes(architecture, cache_dtype_of(cache_dtype, self.dtype), 1, context)
-        _check_memory(self.name, self.dtype, self.weight_bytes, cache, context)
-        self._check_disk()
+        needed, available = self.weight_bytes + cache + _PROGRAM, available_memory()
+        if available is not None and needed > available:
+            raise DoesNotFit(
+                f"{self.name} in {self.dtype} takes {gigabytes(needed)} at {context:,} tokens (weights "
+                f"{gigabytes(self.weight_bytes)}, cache {gigabytes(cache)}) and {gigabytes(available)} of memory are "
+                "available; choose another dtype or shorter contexts."
+            )
+        if self.given in SHAPES:
+            self._check_disk()
 
     def _check_disk(self) -> None:
         place = tempfile.gettempdir()
@@ -190,37 +183,47 @@ class _RandomModel:
 
     @contextmanager
     def folder(self, progress: Progress) -> Iterator[Path]:
+        """The folder to measure; that of a shape is written, and removed afterwards."""
+        if self.given not in SHAPES:
+            yield Path(self.given)
+            return
         self._check_disk()
         with tempfile.TemporaryDirectory(prefix="btlm-bench-") as name:
             description = f"writing {self.name} {self.dtype}, {gigabytes(self.weight_bytes)}"
             task = progress.add_task(description, total=self.weight_bytes)
             write_random_model(
-                Path(name), self.sizes, self.dtype, on_bytes=lambda done: progress.update(task, completed=done)
+                Path(name), SHAPES[self.given], self.dtype, on_bytes=lambda done: progress.update(task, completed=done)
             )
             progress.remove_task(task)
             yield Path(name)
 
 
-def _subjects(model: str, dtypes: Sequence[str]) -> list[_Folder | _RandomModel]:
-    return [_RandomModel(model, dtype) for dtype in dtypes] if model in SHAPES else [_Folder(model)]
+def _subjects(model: str, dtypes: Sequence[str]) -> list[_Subject]:
+    if sizes := SHAPES.get(model):
+        return [
+            _Subject(
+                model,
+                model,
+                dtype,
+                Architecture.from_config(shape_config(sizes, dtype)),
+                random_weight_bytes(sizes, dtype),
+            )
+            for dtype in dtypes
+        ]
+    if not Path(model).is_dir():
+        raise ValueError(f"{model!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
+    checkpoint = Checkpoint.open(model)
+    architecture, tensors = supported(checkpoint.architecture), checkpoint.tensors
+    weight_bytes = sum(map(resident_bytes, tensors.values()))
+    return [_Subject(checkpoint.title, model, weight_dtype(architecture, tensors), architecture, weight_bytes)]
 
 
-def _tell_apart(subjects: Sequence[_Folder | _RandomModel]) -> None:
+def _tell_apart(subjects: Sequence[_Subject]) -> None:
     """Give folders of the same name the paths that the user gave as names."""
     names = Counter((subject.name, subject.dtype) for subject in subjects)
     for subject in subjects:
         if names[subject.name, subject.dtype] > 1:
             subject.name = subject.given
-
-
-def _check_memory(name: str, dtype: str, weights: int, cache: int, context: int) -> None:
-    needed, available = weights + cache + _PROGRAM, available_memory()
-    if available is not None and needed > available:
-        raise DoesNotFit(
-            f"{name} in {dtype} takes {gigabytes(needed)} at {context:,} tokens (weights {gigabytes(weights)}, cache "
-            f"{gigabytes(cache)}) and {gigabytes(available)} of memory are available; choose another dtype or shorter "
-            "contexts."
-        )
 
 
 # Processes

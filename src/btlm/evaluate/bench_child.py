@@ -38,12 +38,12 @@ def measure(
     ids = np.random.default_rng(0).integers(0, architecture.vocab_size, context - new_tokens).tolist()
     options = GenerationOptions(max_new_tokens=new_tokens, lookup_tokens=0)
     begun = time.perf_counter()
-    text = engine.add(ids, options, stop_ids=frozenset())
+    request = engine.add(ids, options, stop_ids=frozenset())
     ends: list[float] = []
-    while text.finished is None:
+    while request.finished is None:
         if engine.step():
             ends.append(time.perf_counter())
-        _tell({"tokens": text.cached})
+        _tell({"tokens": request.cached})
     weights = {name: tensor.values.nbytes for name, tensor in checkpoint.tensors.items()}
     steps = np.diff(ends)
     return {

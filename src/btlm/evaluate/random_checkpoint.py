@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from btlm.checkpoint.tensor_file import ITEM_BYTES, make_header
 from btlm.model.architecture_btlm import BTLM_3B, Architecture
-from btlm.model.config_keys_btlm import MODEL_TYPE
+from btlm.model.config_keys_btlm import MODEL_TYPE, QUANT_METHOD
 from btlm.model.storage_btlm import stored_matrices
 
 DTYPES = ("4bit", "8bit", "bfloat16", "float32")
@@ -19,47 +20,15 @@ DTYPES = ("4bit", "8bit", "bfloat16", "float32")
 _GROUP, _TABLE_BITS = 128, 8
 _POOL = 4_194_301  # bytes or elements that a file repeats; odd, so that rows differ
 
-_COMMON: dict[str, Any] = {
-    "model_type": MODEL_TYPE,
-    "architectures": ["BTLMLMHeadModel"],
-    **{
-        key: getattr(BTLM_3B, key)
-        for key in (
-            "activation_function",
-            "position_embedding_type",
-            "layer_norm_epsilon",
-            "mup_scale_qk_dot_by_d",
-            "mup_embeddings_scale",
-            "mup_output_alpha",
-            "initializer_range",
-            "alibi_scaling",
-        )
-    },
-}
-_SIZES = (
-    "vocab_size",
-    "n_positions",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-    "mup_width_scale",
-    "tie_word_embeddings",
-)
+# Random weights have no end-of-text.
+_LEFT_OUT = ("quantization", "bos_token_id", "eos_token_id")
+_BTLM_3B = {key: value for key, value in asdict(BTLM_3B).items() if key not in _LEFT_OUT}
 # Llama-7B (arXiv 2302.13971) has RMSNorm, rotary positions and no biases; this shape has BTLM's blocks at Llama's
 # sizes. The matrices, which cause nearly all of the cost, are the same.
+_LLAMA_7B = {"vocab_size": 32000, "n_embd": 4096, "n_inner": 11008, "mup_width_scale": 0.0625}
 SHAPES: dict[str, dict[str, Any]] = {
-    "btlm-3b": {key: getattr(BTLM_3B, key) for key in _SIZES},
-    "llama-7b": {
-        "vocab_size": 32000,
-        "n_positions": 8192,
-        "n_embd": 4096,
-        "n_layer": 32,
-        "n_head": 32,
-        "n_inner": 11008,
-        "mup_width_scale": 0.0625,
-        "tie_word_embeddings": False,
-    },
+    "btlm-3b": _BTLM_3B,
+    "llama-7b": {**_BTLM_3B, **_LLAMA_7B, "tie_word_embeddings": False},
 }
 
 
@@ -77,17 +46,14 @@ def shape_config(sizes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The ``config.json`` of a shape.
 
     Args:
-        sizes: Sizes as in :data:`SHAPES`.
+        sizes: Sizes as in :data:`SHAPES`; those of BTLM-3B where one is missing.
         dtype: One of :data:`DTYPES`; quantized weights have groups of 128 and tables of eight bits.
     """
-    config = {**_COMMON, **sizes, "dtype": dtype if dtype in ("bfloat16", "float32") else "float32"}
-    if bits := _bits(dtype):
-        config["quantization_config"] = {
-            "quant_method": "btlm",
-            "bits": bits,
-            "group_size": _GROUP,
-            "table_bits": _TABLE_BITS,
-        }
+    config = {"model_type": MODEL_TYPE, "architectures": ["BTLMLMHeadModel"], **_BTLM_3B, **sizes}
+    config["dtype"] = dtype if dtype in ("bfloat16", "float32") else "float32"
+    if bits := {"4bit": 4, "8bit": 8}.get(dtype):
+        stored = {"bits": bits, "group_size": _GROUP, "table_bits": _TABLE_BITS}
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, **stored}
     return config
 
 
@@ -122,10 +88,6 @@ def write_random_model(
                 written += part.nbytes
                 if on_bytes is not None:
                     on_bytes(written)
-
-
-def _bits(dtype: str) -> int | None:
-    return {"4bit": 4, "8bit": 8}.get(dtype)
 
 
 def _layout(sizes: Mapping[str, Any], dtype: str) -> dict[str, _Tensor]:

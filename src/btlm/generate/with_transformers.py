@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -21,7 +22,7 @@ from btlm.errors import DoesNotFit, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .report import GenerationReport
-from .text import TextPieces, longer_than_trained, write_text
+from .text import TextPieces, encode, longer_than_trained, write_text
 
 
 def run_transformers(
@@ -50,7 +51,7 @@ def run_transformers(
             f"{checkpoint.title}, {config.num_parameters():,} parameters, {str(loaded.dtype).removeprefix('torch.')} "
             f"on {loaded.device}"
         )
-        if warning := length_warning(config, encode(tokenizer, text).shape[1] + options.max_new_tokens):
+        if warning := length_warning(config, len(encode(backend(tokenizer), text)) + options.max_new_tokens):
             warn(warning)
         write_text(text)
         try:
@@ -80,7 +81,7 @@ def generate_text(
         DoesNotFit: The memory of the device ends.
         ValueError: The prompt has no tokens.
     """
-    inputs = encode(tokenizer, prompt).to(model.device)
+    inputs = torch.tensor([encode(backend(tokenizer), prompt)], device=model.device)
     seed = options.seed
     if options.samples and seed is None:
         seed = secrets.randbelow(2**31)
@@ -121,16 +122,9 @@ def generate_text(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids of a prompt, int64 ``[1, Q]``.
-
-    Raises:
-        ValueError: There are none.
-    """
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    if not ids:
-        raise ValueError("The prompt is empty; give some text to continue.")
-    return torch.tensor([ids])
+def backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer without what Transformers adds to it."""
+    return cast(Tokenizer, cast(Any, tokenizer).backend_tokenizer)
 
 
 def length_warning(config: BTLMConfig, length: int) -> str | None:
@@ -153,7 +147,7 @@ class _Streamer(BaseStreamer):
     """Receives token ids, the prompt's first, and passes on the others."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        self.pieces = TextPieces(cast(Any, tokenizer).backend_tokenizer, write)
+        self.pieces = TextPieces(backend(tokenizer), write)
         self.seen_prompt = False
         self.first_token_at = self.last_token_at = 0.0
 

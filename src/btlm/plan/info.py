@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ from btlm.train.cost import num_adapter_parameters
 
 # Context of three quarters of BTLM's training, and of the models that it is compared with.
 SHORT_CONTEXT = 2048
+
+_FORMATS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}  # bits per weight
+# What is shown of an architecture, and its name there.
+_ARCHITECTURE = {
+    "layers": "n_layer",
+    "width": "n_embd",
+    "heads": "n_head",
+    "head_dim": "head_dim",
+    "feed_forward": "inner_dim",
+    "activation": "activation_function",
+    "vocabulary": "vocab_size",
+    "tied_embeddings": "tie_word_embeddings",
+    "positions": "n_positions",
+    "position_embedding": "position_embedding_type",
+    "alibi_scaling": "alibi_scaling",
+}
 
 
 def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> None:
@@ -58,46 +75,28 @@ def model_info(config: BTLMConfig, adapters: int | None = None) -> dict[str, Any
         the peak learning rate is multiplied by; ``parameters``; ``flops_per_token`` at two contexts; ``kv_cache_bytes``
         in bf16; and ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file.
     """
-    contexts = sorted({min(SHORT_CONTEXT, config.n_positions), config.n_positions})
-    parameters = config.num_parameters()
-    cached = config.kv_bytes_per_token()
+    architecture = config.architecture
+    positions, cached = architecture.n_positions, architecture.kv_bytes_per_token()
+    flops = partial(architecture.flops_per_token, adapters=adapters)
     return {
-        "architecture": {
-            "layers": config.n_layer,
-            "width": config.n_embd,
-            "heads": config.n_head,
-            "head_dim": config.head_dim,
-            "feed_forward": config.inner_dim,
-            "activation": config.activation_function,
-            "vocabulary": config.vocab_size,
-            "tied_embeddings": config.tie_word_embeddings,
-            "positions": config.n_positions,
-            "position_embedding": config.position_embedding_type,
-            "alibi_scaling": config.alibi_scaling,
-        },
+        "architecture": {name: getattr(architecture, key) for name, key in _ARCHITECTURE.items()},
         "mup": {
-            "width_scale": config.mup_width_scale,
-            "embeddings_multiplier": config.mup_embeddings_scale,
-            "scores_multiplier": config.attention_scale,
-            "logits_multiplier": config.logits_scale,
-            "tensors": _tensors(config.architecture),
+            "width_scale": architecture.mup_width_scale,
+            "embeddings_multiplier": architecture.mup_embeddings_scale,
+            "scores_multiplier": architecture.attention_scale,
+            "logits_multiplier": architecture.logits_scale,
+            "tensors": _tensors(architecture),
         },
-        "parameters": {"total": parameters, "without_embeddings": config.num_parameters(embeddings=False)},
+        "parameters": {
+            "total": architecture.num_parameters(),
+            "without_embeddings": architecture.num_parameters(embeddings=False),
+        },
         "flops_per_token": [
-            {
-                "context": context,
-                "forward": config.flops_per_token(context, adapters=adapters),
-                "training": config.flops_per_token(context, training=True, adapters=adapters),
-            }
-            for context in contexts
+            {"context": context, "forward": flops(context), "training": flops(context, training=True)}
+            for context in sorted({min(SHORT_CONTEXT, positions), positions})
         ],
-        "kv_cache_bytes": {"per_token": cached, "at_n_positions": cached * config.n_positions},
-        "weight_bytes": {
-            "fp32": config.architecture.weight_bytes(32),
-            "bf16": config.architecture.weight_bytes(16),
-            "int8": config.architecture.weight_bytes(8),
-            "int4": config.architecture.weight_bytes(4),
-        },
+        "kv_cache_bytes": {"per_token": cached, "at_n_positions": cached * positions},
+        "weight_bytes": {name: architecture.weight_bytes(bits) for name, bits in _FORMATS.items()},
     }
 
 
@@ -127,16 +126,9 @@ _NAMES = {"swiglu": "SwiGLU", "relu": "ReLU", "silu": "SiLU", "alibi": "ALiBi"}
 def render(name: str, info: dict[str, Any]) -> Group:
     """Tables that fit 80 columns."""
     parameters = info["parameters"]
-    title = Text(name, "bold cyan")
     counts = f"  {parameters['total']:,} parameters, {parameters['without_embeddings']:,} without embeddings"
-    return Group(
-        title,
-        counts,
-        _architecture(info["architecture"]),
-        _mup(info["mup"]),
-        _compute(info["flops_per_token"]),
-        _memory(info),
-    )
+    tables = _architecture(info["architecture"]), _mup(info["mup"]), _compute(info["flops_per_token"]), _memory(info)
+    return Group(Text(name, "bold cyan"), counts, *tables)
 
 
 def _architecture(architecture: dict[str, Any]) -> Padding:
@@ -174,7 +166,7 @@ def _mup(mup: dict[str, Any]) -> Padding:
 
 
 def _compute(rows: list[dict[str, Any]]) -> Padding:
-    table = _table("FLOPs a token", "forward", "training")
+    table = _table("FLOPs per token", "forward", "training")
     for row in rows:
         table.add_row(f"at context {row['context']:,}", scaled(row["forward"]), scaled(row["training"]))
     return _section(table)
