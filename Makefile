@@ -3,6 +3,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Without a prompt and options text is sampled, since the most probable words of a small model soon repeat themselves.
+ifeq ($(origin PROMPT)$(origin ARGS),undefinedundefined)
+generate: ARGS = --temperature 0.8 --top-p 0.95 --seed 1
+endif
 PROMPT ?= Albert Einstein was known for
 ARGS ?=
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/btlm/kernels/native/*)

@@ -153,7 +153,7 @@ def test_generate_by_default(called):
 
 
 def test_generate_with_every_option(called):
-    given = "--model m --dtype float32 --device cpu --context-scaling 2 --prompt-file p --max-new-tokens 3"
+    given = "--model m --dtype float32 --device cpu --context-scaling 2 --prompt-file p --max-new-tokens 3 --no-echo"
     sampling = "--temperature 0.5 --top-p 0.9 --top-k 7 --seed 1 --no-repeat-ngram-size 2"
     assert main(["generate", *given.split(), *sampling.split()]) == 0
     ((_, _, options),) = called
@@ -164,6 +164,7 @@ def test_generate_with_every_option(called):
         "device": "cpu",
         "context_scaling": "2",
         "prompt_file": "p",
+        "no_echo": True,
         "options": GenerationOptions(
             max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, no_repeat_ngram_size=2
         ),
@@ -285,7 +286,8 @@ def test_settings_add_up_and_the_last_word_counts(called):
         ("generate x --max-new-tokens 0", "--max-new-tokens is 0"),
         ("generate x --max-new-tokens -1", "--max-new-tokens is -1"),
         ("generate x --num-beams 0", "--num-beams is 0"),
-        ("generate x --temperature 0", "--temperature is 0.0"),
+        ("generate x --temperature -1", "--temperature is -1.0"),
+        ("generate x --temperature 0 --top-k 5", "--temperature 0 always takes the most probable token"),
         ("generate x --temperature nan", "--temperature is nan"),
         ("generate x --top-p 0", "--top-p is 0.0"),
         ("generate x --top-p 1.01", "--top-p is 1.01"),

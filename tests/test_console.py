@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from btlm.console import first_of, gigabytes, one_line, plain_messages, progress_bars, scaled, three_digits
+from btlm.console import first_of, gigabytes, one_line, plain_messages, plural, progress_bars, scaled, three_digits
 
 
 def test_warnings_of_btlm_are_lines_and_transformers_is_silent(capsys):
@@ -34,6 +34,11 @@ def test_warnings_of_btlm_are_lines_and_transformers_is_silent(capsys):
 )
 def test_one_line(error, expected):
     assert one_line(error) == expected
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 tokens"), (1, "1 token"), (2000, "2,000 tokens")])
+def test_plural(count, text):
+    assert plural(count, "token") == text
 
 
 @pytest.mark.parametrize(("size", "text"), [(1_234_000, "1.2 MB"), (99_900_000, "99.9 MB"), (2_640_000_000, "2.64 GB")])

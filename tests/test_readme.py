@@ -59,6 +59,16 @@ def commands(block: Block) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
+def test_make_generate_samples_if_nothing_is_given(tmp_path):
+    fake = tmp_path / "btlm"
+    fake.write_text("#!/bin/sh\nprintf '%s|' \"$@\"\n")
+    fake.chmod(0o755)
+    argv = ["make", "-s", "-o", ".venv/.base", "generate", f"BIN={tmp_path}"]
+    assert run(argv, ROOT) == "generate|Albert Einstein was known for|--temperature|0.8|--top-p|0.95|--seed|1|"
+    assert run([*argv, "PROMPT=Once"], ROOT) == "generate|Once|"
+    assert run([*argv, "ARGS=--top-k 5"], ROOT) == "generate|Albert Einstein was known for|--top-k|5|"
+
+
 def run(argv: list[str], folder: Path) -> str:
     """Run a program with this environment's `btlm` on its path; returns its output, or fails the test."""
     environment = {

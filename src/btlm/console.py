@@ -137,6 +137,11 @@ def scaled(value: float) -> str:
     return f"{value:.0f} "
 
 
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted: "1 token", "2,000 tokens"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def gigabytes(size: float) -> str:
     """A number of bytes as GB (10^9 bytes), or below 0.1 GB as MB (10^6 bytes)."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -420,6 +420,20 @@ def test_a_full_engine(checkpoint):
     assert len(texts[1].tokens) == 12  # every step continued this text as well
 
 
+def test_text_instead_of_tokens_is_refused_by_name(checkpoint):
+    one = engine(checkpoint)
+    for use in (
+        lambda: write(one, "Hello"),
+        lambda: one.add("Hello"),
+        lambda: one.score("Hello"),
+        lambda: list(one.generate_batch("Hello")),
+        lambda: list(one.generate_batch(["Hello"])),
+    ):
+        with pytest.raises(TypeError, match=r"takes token ids, not text; btlm\.generate\.TextGenerator takes text"):
+            use()
+    assert one.has_room
+
+
 def test_unknown_cache_dtypes(checkpoint):
     with pytest.raises(ValueError, match=r"'fp8' is unknown; choose one of auto, int4, int8, bfloat16, float32"):
         Engine.open(checkpoint, cache_dtype="fp8", kernels="torch")

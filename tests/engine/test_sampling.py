@@ -120,6 +120,12 @@ def test_the_smallest_temperatures_are_greedy(logits, temperature):
     assert {sampler.choose(logits, [0]) for _ in range(20)} == {int(logits.argmax())}
 
 
+def test_temperature_0_is_greedy(logits):
+    sampler = Sampler(GenerationOptions(temperature=0))
+    assert {sampler.choose(logits, [0]) for _ in range(20)} == {int(logits.argmax())}
+    assert sampler.seed is None
+
+
 def test_a_tie_is_kept_by_top_k():
     counts = distribution(GenerationOptions(top_k=1, seed=0), np.array([1.0, 2.0, 2.0, 0.0], np.float32), draws=100)
     assert counts[[0, 3]].sum() == 0

@@ -58,6 +58,17 @@ def test_a_prompt_from_a_file(checkpoint, capsys, tmp_path):
     assert capsys.readouterr().out == continuation("Sch\u00f6n")
 
 
+@pytest.mark.parametrize("engine", ["btlm", "transformers"])
+def test_the_continuation_without_the_prompt(checkpoint, capsys, engine):
+    run_generate(["Once"], model=checkpoint, options=SHORT, engine=engine, no_echo=True)
+    assert capsys.readouterr().out == continuation("Once").removeprefix("Once")
+
+
+def test_one_token_is_singular(checkpoint, capsys):
+    run_generate(["O"], model=checkpoint, options=SHORT)
+    assert "\nbtlm: 1 prompt token, 6 new (" in capsys.readouterr().err
+
+
 def test_beams(checkpoint, capsys):
     run_generate(["Once"], model=checkpoint, options=GenerationOptions(max_new_tokens=6, num_beams=3))
     out, err = capsys.readouterr()

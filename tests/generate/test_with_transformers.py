@@ -226,7 +226,9 @@ def test_recommendations_of_the_checkpoint_change_nothing(tokenizer):
         ({"max_new_tokens": 0}, "max_new_tokens is 0, not a whole number of at least 1"),
         ({"max_new_tokens": -3}, "max_new_tokens is -3"),
         ({"num_beams": 0}, "num_beams is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 0, "top_p": 0.9}, "temperature 0 always takes the most probable token; leave top_p and top_k"),
+        ({"temperature": 0, "seed": 1}, "seed needs sampling"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_p": 0.0}, "top_p is 0.0"),
@@ -240,7 +242,7 @@ def test_recommendations_of_the_checkpoint_change_nothing(tokenizer):
     ],
 )
 def test_impossible_options(options, expected):
-    with pytest.raises(ValueError, match=r", not |needs|use one") as error:
+    with pytest.raises(ValueError, match=r", not |needs|use one|leave") as error:
         GenerationOptions(**options)
     assert expected in str(error.value)
 

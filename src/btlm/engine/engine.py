@@ -111,6 +111,7 @@ class Engine:
             EngineFull: Other requests have all slots.
             NotSupported: The options ask for beams.
             TooLong: Prompt and continuation do not fit the context.
+            TypeError: The prompt is text; :class:`btlm.generate.TextGenerator` takes text.
             ValueError: The prompt is empty, or has an id beyond the vocabulary.
         """
         for _, token in self.generate_batch([ids], options, stop_ids=stop_ids):
@@ -240,6 +241,8 @@ class Engine:
         return self._scheduler.record(step, logits)
 
     def _check(self, ids: Sequence[int], max_new_tokens: int, options: GenerationOptions | None = None) -> None:
+        if isinstance(ids, str):
+            raise TypeError("The engine takes token ids, not text; btlm.generate.TextGenerator takes text.")
         if not len(ids):
             raise ValueError("The prompt has no tokens; give at least one.")
         for token in ids:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from btlm.errors import OptionError
-from btlm.settings import Count, Range, check
+from btlm.settings import Count, Number, Range, check
 
 Threads = Annotated[int, Range(1, 1024)]
 Positive = Annotated[float, Range(above=0)]
@@ -18,7 +18,8 @@ class GenerationOptions:
         max_new_tokens: Most tokens to generate; the text may end earlier.
         num_beams: Number of beams. Above 1, the most probable of that many continuations; it is known only at the end,
             so not streamed.
-        temperature: Randomness of sampling: below 1 safer, above 1 wilder (default: no sampling).
+        temperature: Randomness of sampling: below 1 safer, above 1 wilder; 0 always takes the most probable token
+            (default: no sampling).
         top_p: Share of the probability; tokens are sampled from the most probable ones that hold it.
         top_k: Number of most probable tokens to sample from.
         repetition_penalty: Penalty on tokens that the text has: positive logits are divided by it, negative ones
@@ -34,7 +35,7 @@ class GenerationOptions:
 
     max_new_tokens: Count = 128
     num_beams: Count = 1
-    temperature: Positive | None = None
+    temperature: Number | None = None
     top_p: Annotated[float, Range(above=0, most=1)] | None = None
     top_k: Count | None = None
     repetition_penalty: Positive | None = None
@@ -48,6 +49,8 @@ class GenerationOptions:
         problems = []
         if self.samples and self.num_beams > 1:
             problems.append("{num_beams} searches and {temperature}, {top_p} and {top_k} sample; use one or the other")
+        if self.temperature == 0 and (self.top_p, self.top_k) != (None, None):
+            problems.append("{temperature} 0 always takes the most probable token; leave {top_p} and {top_k} out")
         if self.seed is not None and not self.samples:
             problems.append("{seed} needs sampling; add {temperature}, {top_p} or {top_k}")
         if problems:
@@ -56,4 +59,4 @@ class GenerationOptions:
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn."""
-        return any(option is not None for option in (self.temperature, self.top_p, self.top_k))
+        return self.temperature != 0 and any(x is not None for x in (self.temperature, self.top_p, self.top_k))

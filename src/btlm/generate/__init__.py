@@ -1,4 +1,4 @@
-"""The command `btlm generate`: a prompt to its continuation. What needs torch loads when it is first used."""
+"""Text to text: :class:`TextGenerator`, and the command `btlm generate`. What is heavy loads when it is first used."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from .report import GenerationReport
 
 if TYPE_CHECKING:
+    from .text_generator import TextGenerator
     from .with_transformers import generate_text
 
-__all__ = ["GenerationReport", "generate_text"]
+__all__ = ["GenerationReport", "TextGenerator", "generate_text"]
 
-_LATER = {"generate_text": ".with_transformers"}
+_LATER = {"TextGenerator": ".text_generator", "generate_text": ".with_transformers"}
 
 
 def __getattr__(name: str) -> Any:

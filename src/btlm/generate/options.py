@@ -22,6 +22,7 @@ class Run:
         device: Device of torch: cpu, cuda, cuda:1, mps ... or auto, which is the fastest here.
         context_scaling: Position interpolation for text longer than the training length: dynamic, a factor above 1, or
             none, which is as stored.
+        no_echo: Write the continuation only, without the prompt.
     """
 
     model: Annotated[str, "MODEL"] | None = None
@@ -32,6 +33,7 @@ class Run:
     kernels: Annotated[str, "NAME"] = "auto"
     device: Annotated[str, "DEVICE"] = "auto"
     context_scaling: Annotated[str, "SCALING"] = "none"
+    no_echo: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from btlm.console import plural
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationReport:
@@ -11,8 +13,9 @@ class GenerationReport:
         prompt_tokens, new_tokens: Counts; end-of-text is one of the new tokens.
         first_token_s: Seconds to the first new token; ``None`` with beams.
         total_s: Seconds to the last one.
-        end_of_text: The model ended the text; otherwise it met ``max_new_tokens``.
-        seed: That the samples can be drawn again with; ``None`` where nothing was sampled.
+        end_of_text: The model ended the text; otherwise it met ``max_new_tokens`` or a stop text.
+        seed: Seed to draw the samples again; ``None`` if nothing was sampled.
+        stop: Stop text that ended it, if one did.
     """
 
     prompt_tokens: int
@@ -21,9 +24,10 @@ class GenerationReport:
     total_s: float
     end_of_text: bool
     seed: int | None
+    stop: str | None = None
 
     def __str__(self) -> str:
-        ended = "end of text" if self.end_of_text else "max_new_tokens"
+        ended = "end of text" if self.end_of_text else "max_new_tokens" if self.stop is None else repr(self.stop)
         if self.first_token_s is None:
             speed = f"in {self.total_s:.2f} s, prompt included"
         else:
@@ -31,4 +35,6 @@ class GenerationReport:
             if self.new_tokens > 1 and self.total_s > self.first_token_s:
                 speed += f", then {(self.new_tokens - 1) / (self.total_s - self.first_token_s):.1f} tokens/s"
         seed = "" if self.seed is None else f"; seed {self.seed}"
-        return f"{self.prompt_tokens:,} prompt tokens, {self.new_tokens:,} new ({speed}); stopped at {ended}{seed}"
+        return (
+            f"{plural(self.prompt_tokens, 'prompt token')}, {self.new_tokens:,} new ({speed}); stopped at {ended}{seed}"
+        )

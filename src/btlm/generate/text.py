@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -21,33 +21,71 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 class TextPieces:
-    """Receives token ids, and writes text as soon as it ends in a whole character.
+    """Makes text of token ids, as soon as it ends in a whole character.
 
     Transformers' ``TextStreamer`` holds text back until the next space; here a piece waits only for the bytes that its
     last character lacks.
 
     Args:
         tokenizer: Decodes the ids; special tokens are skipped.
-        write: Receives the pieces.
     """
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
-        self.tokenizer, self.write = tokenizer, write
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)
         self.waiting: list[int] = []
 
-    def put(self, ids: list[int]) -> None:
-        """Take the next ids."""
+    def put(self, ids: list[int]) -> str:
+        """The text that is known with the next ids, often none."""
         self.waiting += ids
-        if (piece := self.stream.step(self.tokenizer, ids)) is not None:
+        piece = self.stream.step(self.tokenizer, ids)
+        if piece is not None:
             self.waiting.clear()
-            self.write(piece)
+        return piece or ""
 
-    def end(self) -> None:
-        """Write what is left, which may be part of a character."""
-        if self.waiting:
-            self.write(self.tokenizer.decode(self.waiting, skip_special_tokens=True))
-            self.waiting.clear()
+    def end(self) -> str:
+        """What is left, which may be part of a character."""
+        waiting, self.waiting = self.waiting, []
+        return self.tokenizer.decode(waiting, skip_special_tokens=True) if waiting else ""
+
+
+class StopStrings:
+    """Passes text on up to the first of some texts that end it.
+
+    Args:
+        stop: The texts.
+
+    Attributes:
+        found: The text that was found, if any.
+
+    Raises:
+        ValueError: One of them is empty.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise ValueError("A stop text is empty; give texts of at least one character.")
+        self.stop = tuple(stop)
+        self.found: str | None = None
+        self._held = ""
+
+    def pass_on(self, piece: str) -> str:
+        """The text that is surely not part of a stop text, with the next piece; nothing once one was found."""
+        if self.found is not None:
+            return ""
+        text = self._held + piece
+        places = [(place, stop) for stop in self.stop if (place := text.find(stop)) >= 0]
+        if places:
+            end, self.found = min(places)
+        else:  # hold back the longest end that may be the beginning of a stop text
+            end = next((i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop)), len(text))
+        self._held = "" if places else text[end:]
+        return text[:end]
+
+    def end(self) -> str:
+        """What was held back and is not part of a stop text."""
+        held, self._held = self._held, ""
+        return held
 
 
 def longer_than_trained(n_positions: int, trained: float, length: int) -> str | None:

@@ -21,24 +21,19 @@ from btlm.engine.options import GenerationOptions
 from btlm.errors import DoesNotFit, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
+from .options import Run
 from .report import GenerationReport
 from .text import TextPieces, encode, longer_than_trained, write_text
 
 
-def run_transformers(
-    text: str,
-    checkpoint: Checkpoint,
-    options: GenerationOptions,
-    dtype: str,
-    device: str,
-    context_scaling: float | str,
-) -> None:
+def run_transformers(text: str, checkpoint: Checkpoint, options: GenerationOptions, run: Run) -> None:
     """Write a prompt and its continuation to standard output; arguments as of ``run_generate``."""
     with plain_messages():
-        group_size = _four_bits(checkpoint) if dtype == "auto" and device != "cpu" and has_cuda() else None
-        if group_size is not None:
-            dtype = "bfloat16"
-        loaded, tokenizer = load_model(checkpoint, dtype=dtype, device=device, context_scaling=context_scaling)
+        dtype, group_size = run.dtype, None
+        if run.dtype == "auto" and run.device != "cpu" and has_cuda():
+            group_size = _four_bits(checkpoint)
+            dtype = run.dtype if group_size is None else "bfloat16"
+        loaded, tokenizer = load_model(checkpoint, dtype=dtype, device=run.device, context_scaling=run.context_scaling)
         if group_size is not None and loaded.device.type == "cuda":
             if find_spec("torchao") is None:
                 note("the four-bit weights are decoded to bfloat16; with torchao installed they keep four bits")
@@ -53,7 +48,7 @@ def run_transformers(
         )
         if warning := length_warning(config, len(encode(backend(tokenizer), text)) + options.max_new_tokens):
             warn(warning)
-        write_text(text)
+        write_text("" if run.no_echo else text)
         try:
             report = generate_text(loaded, tokenizer, text, options, write_text)
         finally:
@@ -147,7 +142,7 @@ class _Streamer(BaseStreamer):
     """Receives token ids, the prompt's first, and passes on the others."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        self.pieces = TextPieces(backend(tokenizer), write)
+        self.pieces, self.write = TextPieces(backend(tokenizer)), write
         self.seen_prompt = False
         self.first_token_at = self.last_token_at = 0.0
 
@@ -158,11 +153,15 @@ class _Streamer(BaseStreamer):
             return
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
-        self.pieces.put(value.flatten().tolist())
+        self._write(self.pieces.put(value.flatten().tolist()))
 
     def end(self) -> None:
         """Write what is left."""
-        self.pieces.end()
+        self._write(self.pieces.end())
+
+    def _write(self, text: str) -> None:
+        if text:
+            self.write(text)
 
 
 def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> GenerationConfig:
