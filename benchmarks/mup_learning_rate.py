@@ -1,19 +1,14 @@
 """Does the best learning rate stay where it is as the model gets wider? Loss against learning rate, on real text.
 
     python benchmarks/mup_learning_rate.py --input corpus/ --output runs/mup [--widths 64 128 256 512] [--steps 600]
-        [--trials 24] [--seeds 3] [--device cuda] [--workers 8]
+        [--seeds 3] [--device cuda] [--workers 8]
 
-Trains models of two layers and one head size on bytes (``byte_stream.py``) in muP and in standard parametrization
-(multipliers and learning rate the same at every width). Three stages, each of which goes on from ``runs.jsonl``:
-
-1. *Tune*: at the narrowest width, a random search over learning rate, initialization, embedding multiplier and output
-   multiplier. Both parametrizations get the same draws, so neither has a larger budget. With ``--trials 0`` nothing is
-   tuned: muP has BTLM's values at base width 256, and the standard parametrization a standard deviation of 0.02.
-2. *Sweep*: with the best initialization and multipliers of its own search, each parametrization is trained at every
-   width with learning rates at powers of two, first on the grid of ``--grid``, then on until both neighbours of the
-   best learning rate are worse, so that no optimum lies on an edge.
-3. *Repeat*: further seeds at the best learning rate of each width, at its neighbours, and at the learning rate that
-   was best at the narrowest width. A seed changes the weights and the order of the data.
+Trains models of two layers and one head size on bytes (``byte_stream.py``), in muP with BTLM's values at base width 256
+and in standard parametrization (every multiplier 1, a standard deviation of 0.02, one learning rate for all weights).
+Each is trained at every width with learning rates at powers of two, first on the grid of ``--grid``, then on until both
+neighbours of the best learning rate are worse, so that no optimum lies on an edge. Further seeds are then run at the
+best learning rate of each width, at its neighbours, and at the learning rate that was best at the narrowest width. A
+seed changes the weights and the order of the data.
 
 All runs of a seed read the same batches, and the held-out loss is of the same text, every source counting the same. A
 run that diverges counts as worse than any. ``--output`` gets ``runs.jsonl``, one line per run, and ``loss.png``.
@@ -43,17 +38,8 @@ from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Precision, Sch
 
 HEAD_DIM = 32
 SEQUENCE_LENGTH = 256
-PARAMETRIZATIONS = ("muP", "standard")
-# Lowest and highest value of the search, drawn log-uniformly.
-SPACE = {
-    "lr": (2.0**-11, 2.0**-3),
-    "initializer_range": (0.01, 0.3),
-    "mup_embeddings_scale": (0.5, 50.0),
-    "mup_output_alpha": (0.1, 10.0),
-}
-# Without a search: the base width of muP and the values of each parametrization.
-UNTUNED_BASE_WIDTH = 256
-UNTUNED = {
+BASE_WIDTH = 256
+VALUES = {
     "muP": {"initializer_range": 0.073, "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22},
     "standard": {"initializer_range": 0.02, "mup_embeddings_scale": 1.0, "mup_output_alpha": 1.0},
 }
@@ -64,7 +50,7 @@ Losses = dict[int, dict[int, list[float]]]
 
 def recipe(run: Run, args: argparse.Namespace) -> Recipe:
     """One training run, evaluated at its end."""
-    width, base_width = run["width"], args.widths[0] if args.trials else UNTUNED_BASE_WIDTH
+    width = run["width"]
     model = {
         "vocab_size": VOCAB_SIZE,
         "n_positions": SEQUENCE_LENGTH,
@@ -79,7 +65,7 @@ def recipe(run: Run, args: argparse.Namespace) -> Recipe:
         "attn_pdrop": 0.0,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
-        "mup_width_scale": base_width / width if run["parametrization"] == "muP" else 1.0,
+        "mup_width_scale": BASE_WIDTH / width if run["parametrization"] == "muP" else 1.0,
         "mup_scale_qk_dot_by_d": run["parametrization"] == "muP",
         **{name: value for name, value in run["values"].items() if name != "lr"},
     }
@@ -98,15 +84,6 @@ def recipe(run: Run, args: argparse.Namespace) -> Recipe:
     )
 
 
-def draw(trial: int) -> dict[str, float]:
-    """The values of a trial of the search."""
-    rng = np.random.default_rng([7, trial])
-    return {
-        name: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}")
-        for name, (low, high) in SPACE.items()
-    }
-
-
 class Runs:
     """The runs of a sweep: those on file, and the workers that train what is missing."""
 
@@ -115,7 +92,6 @@ class Runs:
         self._file = args.output / "runs.jsonl"
         stream = ByteStream(args.input, int(args.megabytes * 1e6))
         self._setting = {key: getattr(args, key) for key in ("steps", "warmup_steps", "batch_tokens", "eval_tokens")}
-        self._setting["base_width"] = args.widths[0] if args.trials else UNTUNED_BASE_WIDTH
         self._setting["data"] = "".join(stream.fingerprint(split)[:8] for split in ("train", "validation"))
         self._known: dict[str, float] = {}
         for line in self._file.read_text().splitlines() if self._file.exists() else []:
@@ -183,42 +159,23 @@ def measure(run: Run) -> tuple[float, float]:
     return loss if math.isfinite(loss) else math.inf, round(time.perf_counter() - started, 1)
 
 
-def tune(runs: Runs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The best values of a random search at the narrowest width, by parametrization; fixed ones without a search."""
-    if not args.trials:
-        return UNTUNED
-    trials = [
-        {"parametrization": name, "width": args.widths[0], "seed": 1, "values": draw(trial)}
-        for trial in range(args.trials)
-        for name in PARAMETRIZATIONS
-    ]
-    losses = runs.losses(trials)
-    best = {}
-    for name in PARAMETRIZATIONS:
-        own = [(loss, trial) for loss, trial in zip(losses, trials, strict=True) if trial["parametrization"] == name]
-        loss, trial = min(own, key=lambda found: found[0])
-        best[name] = trial["values"]
-        print(f"\n{name}, the best of {len(own)} trials at width {args.widths[0]}: {loss:.4f} with {trial['values']}\n")
-    return best
-
-
-def sweep(runs: Runs, base: dict[str, dict[str, float]], args: argparse.Namespace) -> dict[str, Losses]:
+def sweep(runs: Runs, args: argparse.Namespace) -> dict[str, Losses]:
     """Losses by parametrization, width and log2 of the learning rate."""
 
     def run(name: str, width: int, log2_lr: int, seed: int) -> Run:
-        values = {**base[name], "lr": 2.0**log2_lr}
+        values = {**VALUES[name], "lr": 2.0**log2_lr}
         return {"parametrization": name, "width": width, "seed": seed, "values": values}
 
     wanted = {
         (name, width, log2_lr, 1)
-        for name in PARAMETRIZATIONS
+        for name in VALUES
         for width in args.widths
         for log2_lr in range(args.grid[0], args.grid[1] + 1)
     }
     while True:
         found = sorted(wanted)
         losses = runs.losses(run(*place) for place in found)
-        results: dict[str, Losses] = {name: {width: {} for width in args.widths} for name in PARAMETRIZATIONS}
+        results: dict[str, Losses] = {name: {width: {} for width in args.widths} for name in VALUES}
         for (name, width, log2_lr, _), loss in zip(found, losses, strict=True):
             results[name][width].setdefault(log2_lr, []).append(loss)
         more = set()
@@ -347,8 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", help="files or folders of documents")
     parser.add_argument("--output", type=Path, default=Path("runs/mup"), help="folder of the results")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="the first one is tuned")
-    parser.add_argument("--trials", type=int, default=24, help="trials of each parametrization's search")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="log2 of the learning rates at first")
     parser.add_argument("--seeds", type=int, default=3, help="seeds near the optimum")
     parser.add_argument("--steps", type=int, default=600)
@@ -362,7 +318,7 @@ def main() -> None:
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.trials, args.grid, args.seeds = [32, 64], 1, [-7, -7], 1
+        args.widths, args.grid, args.seeds = [32, 64], [-7, -7], 1
         args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens, args.dtype = 2, 1, 256, 512, "float32"
         with tempfile.TemporaryDirectory() as folder:
             args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
@@ -375,11 +331,11 @@ def main() -> None:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Tune, sweep, repeat, and report."""
+    """Sweep and report."""
     args.widths.sort()
     args.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(args)
-    results = sweep(runs, tune(runs, args), args)
+    results = sweep(runs, args)
     print(f"\ntorch {torch.__version__}, {args.device}, {args.dtype}; ", end="")
     print(f"{args.steps} steps of {args.batch_tokens:,} bytes in rows of {SEQUENCE_LENGTH}")
     report(results)

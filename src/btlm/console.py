@@ -43,6 +43,13 @@ def first_of(items: Iterable[str], shown: int = 3) -> str:
 @contextmanager
 def plain_messages() -> Iterator[None]:
     """In this context, :func:`warn` prints btlm's warnings, and Transformers shows only errors and downloads."""
+    with quiet_transformers(), plain_warnings():
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """In this context, Transformers shows only errors and downloads."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -54,8 +61,7 @@ def plain_messages() -> Iterator[None]:
     if downloads:  # the line above also disables the bars of the Hub's downloads
         enable_progress_bars()
     try:
-        with plain_warnings():
-            yield
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress:
@@ -63,9 +69,9 @@ def plain_messages() -> Iterator[None]:
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
-    """In this context, :func:`warn` prints btlm's warnings, each of them once."""
-    handler = _Lines()
+def plain_warnings(shown: bool = True) -> Iterator[None]:
+    """In this context, :func:`warn` prints btlm's warnings, each of them once; or nothing does if not ``shown``."""
+    handler = _Lines() if shown else logging.NullHandler()
     ours = logging.getLogger("btlm")
     propagate = ours.propagate
     ours.addHandler(handler)

@@ -364,7 +364,7 @@ def test_sigterm_ends_with_a_checkpoint(
     assert not (output / "model").exists()
     assert (output / "loss.png").exists()
     told = capsys.readouterr().err.splitlines()
-    assert "btlm: Stopping after this step (SIGTERM); a second signal stops at once." in told
+    assert "btlm: warning: Stopping after this step (SIGTERM); a second signal stops at once." in told
     assert told[-1] == "Stopped after step 3 with a checkpoint; the same command continues from there."
 
     # Another recipe is refused; the same recipe continues to the same result.

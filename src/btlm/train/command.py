@@ -1,17 +1,15 @@
 """The command `btlm train`: starts or resumes the run of a recipe, shows its progress, and plots its curve."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import TextColumn
 
-from btlm.console import progress_bars
+from btlm.console import plain_warnings, progress_bars
 from btlm.data.shards import TokenShards
 from btlm.files import write_text
 from btlm.model import BTLMConfig
@@ -19,7 +17,7 @@ from btlm.settings import plain, to_yaml
 
 from .cost import flops_by_stage, flops_per_token
 from .curve import plot_metrics
-from .distributed import join_ranks
+from .distributed import Ranks, join_ranks
 from .held_out import token_bytes
 from .loop import train, training_batches
 from .recipe import Recipe
@@ -56,40 +54,43 @@ def run_training(
     recipe = load_recipe(recipe_path, changes)
     shards = TokenShards(data)
     ranks = join_ranks(device)
+    console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
     try:
-        # Both raise their errors before the output folder is created.
-        training_batches(recipe, shards, ranks)
-        config = recipe.config
-        if ranks.first:
-            _keep_recipe(recipe, output)
-        ranks.barrier()
-        console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
-        flops = sum(flops_by_stage(recipe, config))
-        available = shards.num_tokens("train")
-        _say(
-            console,
-            f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
-            f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens; "
-            f"{ranks.world_size} x {ranks.device.type}",
-        )
-        with _progress(recipe, config, console) as (show, log):
-            last = 0
-            for record in train(recipe, shards, output, token_bytes(), ranks=ranks):
-                last = record["step"]
-                show(record)
-                if "bits_per_byte" in record:
-                    by_source = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
-                    nats = record["nats_per_token"]["mean"]
-                    log(f"held out after step {last:,}: {nats:.3f} nats per token, bits per byte: {by_source}")
-        if ranks.first:
-            _finish(recipe, output, console, last)
-        if 0 < last < recipe.total_steps:
-            raise SystemExit(TERMINATED)
+        with plain_warnings(shown=ranks.first):
+            last = _train(recipe, shards, output, ranks, console)
+            if ranks.first:
+                _finish(recipe, output, console, last)
     finally:
         ranks.leave()
+    if 0 < last < recipe.total_steps:
+        raise SystemExit(TERMINATED)
 
 
 # Helpers
+
+
+def _train(recipe: Recipe, shards: TokenShards, output: Path, ranks: Ranks, console: Console) -> int:
+    """Train and show it; returns the last step of this call, 0 if nothing was left to do."""
+    # Both raise their errors before the output folder is created.
+    training_batches(recipe, shards, ranks)
+    config = recipe.config
+    if ranks.first:
+        _keep_recipe(recipe, output)
+    ranks.barrier()
+    flops = sum(flops_by_stage(recipe, config))
+    available = shards.num_tokens("train")
+    _say(
+        console,
+        f"{config.num_parameters():,} parameters, {recipe.total_tokens:,} tokens in {recipe.total_steps:,} steps, "
+        f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens; "
+        f"{ranks.world_size} x {ranks.device.type}",
+    )
+    last = 0
+    with _progress(recipe, config, console) as show:
+        for record in train(recipe, shards, output, token_bytes(), ranks=ranks):
+            last = record["step"]
+            show(record)
+    return last
 
 
 def _keep_recipe(recipe: Recipe, output: Path) -> None:
@@ -115,17 +116,12 @@ def _say(console: Console, line: str) -> None:
 
 
 @contextmanager
-def _progress(
-    recipe: Recipe, config: BTLMConfig, console: Console
-) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-    """Yield a function that shows a record, as a bar or as occasional lines, and one that prints a line.
-
-    Warnings of the trainer are printed as lines too.
-    """
+def _progress(recipe: Recipe, config: BTLMConfig, console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that shows a record, as a bar or as occasional lines, and the held-out loss as a line."""
     details = TextColumn("{task.fields[status]}")  # the status includes the remaining time
     bars = progress_bars(details, console=console, transient=False, remaining=False)
     every = max(1, recipe.total_steps // LOG_LINES)
-    with bars as progress, _messages(console):
+    with bars as progress:
         task = progress.add_task(f"step 0/{recipe.total_steps}", total=recipe.total_steps, status="")
 
         def show(record: dict[str, Any]) -> None:
@@ -134,8 +130,15 @@ def _progress(
             progress.update(task, completed=record["step"], description=place, status=line)
             if not console.is_terminal and (record["step"] % every == 0 or record["step"] <= 10):
                 _say(console, f"{place}  {line}")
+            if "bits_per_byte" in record:
+                by_source = "  ".join(f"{source} {value:.3f}" for source, value in record["bits_per_byte"].items())
+                nats = record["nats_per_token"]["mean"]
+                _say(
+                    console,
+                    f"held out after step {record['step']:,}: {nats:.3f} nats per token, bits per byte: {by_source}",
+                )
 
-        yield show, partial(_say, console)
+        yield show
 
 
 def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
@@ -158,19 +161,6 @@ def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) ->
     per_token = flops_per_token(recipe, config, record["sequence_length"])
     seconds: float = flops / (record["tokens_per_s"] * per_token)
     return seconds
-
-
-@contextmanager
-def _messages(console: Console) -> Iterator[None]:
-    """Print each warning of the trainer as a line."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: _say(console, f"btlm: {record.getMessage()}")  # type: ignore[method-assign]
-    log = logging.getLogger("btlm.train")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
 
 
 def _finish(recipe: Recipe, output: Path, console: Console, last: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from btlm.data.loader import Batch, TokenLoader
+from btlm.data.loader import TokenLoader
 from btlm.data.shards import TokenShards
 from btlm.errors import NotFinite
 from btlm.files import remove_partial_files, write_json
@@ -24,7 +24,7 @@ from btlm.files import remove_partial_files, write_json
 from .cost import flops_per_token
 from .distributed import Ranks, join_ranks, shard
 from .held_out import evaluate_held_out
-from .metrics import METRICS, SpikeMonitor, matrix_rate, open_sinks, truncate_metrics
+from .metrics import METRICS, SpikeMonitor, matrix_rate, open_sinks, scalars, truncate_metrics
 from .model import Trainee, prepare_model
 from .recipe import Recipe, Watching
 from .recipe_file import changes_of_result
@@ -72,6 +72,9 @@ def train(
     run = _set_up(recipe, ranks)
     output.mkdir(parents=True, exist_ok=True)
     done = _resume(output, run, loader, recipe, ranks)
+    kept = recipe.checkpoints
+    # A run that was killed after it wrote a checkpoint had not removed the ones before it.
+    keep_checkpoints(output, done, kept.keep_last, kept.keep_every_steps, ranks)
     records = []
     if ranks.first:
         remove_partial_files(output)
@@ -85,24 +88,26 @@ def train(
         started = time.perf_counter()
         for step, batch in enumerate(loader, start=done + 1):
             factor = recipe.lr_factor(batch.tokens)
+            batch_tokens = batch.input_ids.size * ranks.world_size
             for group, peak in zip(run.optimizer.param_groups, run.peaks, strict=True):
                 group["lr"] = peak * factor
-            stage = _stage_of(recipe, batch)
             try:
                 result = take_step(
                     run.model, run.optimizer, batch, recipe.micro_batch_tokens, recipe.optimizer.clip_norm, ranks
                 )
             except NotFinite as error:
-                place = {
-                    "step": step,
-                    "tokens_before": batch.tokens - stage.batch_tokens,
-                    "sequence_length": batch.sequence_length,
-                }
-                _tell_not_finite(output, place, error, ranks)
+                if ranks.first:  # for inspection: after `seek(tokens_before)`, the loader reads the batch next
+                    content = {
+                        "step": step,
+                        "tokens_before": batch.tokens - batch_tokens,
+                        "sequence_length": batch.sequence_length,
+                        "problem": error.problem,
+                        "loss_of_micro_batches_by_rank": error.losses,
+                    }
+                    write_json(output / NOT_FINITE, content)
                 problem = f"Step {step}: {error.problem}; {output / NOT_FINITE} names the batch."
                 raise NotFinite(problem, error.losses) from error
-            seconds = time.perf_counter() - started
-            speed = stage.batch_tokens / seconds
+            speed = batch_tokens / (time.perf_counter() - started)
             flops = flops_per_token(recipe, config, batch.sequence_length)
             record: dict[str, Any] = {
                 "step": step,
@@ -124,19 +129,18 @@ def train(
                 )
             last = step == recipe.total_steps
             every = recipe.evaluation.every_tokens
-            if last or batch.tokens // every > (batch.tokens - stage.batch_tokens) // every:
+            if last or batch.tokens // every > (batch.tokens - batch_tokens) // every:
                 record |= _evaluate(run.model, recipe, shards, batch.sequence_length, token_bytes, ranks)
             if ranks.first:
                 with (output / METRICS).open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 for sink in sinks:
-                    sink.log(record)
+                    sink(step, scalars(record))
             (stopped,) = ranks.sum(stop.is_set())
-            if last or stopped or step % recipe.checkpoints.every_steps == 0:
+            if last or stopped or step % kept.every_steps == 0:
                 checkpoint = save_checkpoint(
                     output, step, run.trainee, run.optimizer, loader.state_dict(), recipe, ranks
                 )
-                kept = recipe.checkpoints
                 keep_checkpoints(output, step, kept.keep_last, kept.keep_every_steps, ranks)
             yield record
             if stopped and not last:
@@ -218,23 +222,6 @@ def _evaluate(
     with torch.compiler.set_stance("force_eager") if recipe.precision.compile else nullcontext():
         masked = recipe.data.mask_documents
         return evaluate_held_out(model, shards, sequence_length, tokens, token_bytes, ranks, rows, masked)
-
-
-def _stage_of(recipe: Recipe, batch: Batch) -> Any:
-    """The stage of the schedule that a batch belongs to."""
-    end = 0
-    for stage in recipe.stages:
-        end += stage.steps * stage.batch_tokens
-        if batch.tokens <= end:
-            return stage
-    raise AssertionError(batch.tokens)
-
-
-def _tell_not_finite(output: Path, place: dict[str, Any], error: NotFinite, ranks: Ranks) -> None:
-    """Record which batch it was, for inspection: after ``seek(tokens_before)``, the loader reads it next."""
-    if ranks.first:
-        content = place | {"problem": error.problem, "loss_of_micro_batches_by_rank": error.losses}
-        write_json(output / NOT_FINITE, content)
 
 
 @contextmanager

@@ -5,30 +5,24 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 
 from btlm.files import write_text
 from btlm.settings import plain
 
-from .recipe import Recipe, Watching
+from .recipe import Recipe
 
 METRICS = "metrics.jsonl"
 SPIKE_WINDOW = 128
 
-
-class Sink(Protocol):
-    """A destination of records, such as TensorBoard or W&B."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Write the record of a step."""
-
-    def close(self) -> None:
-        """Close the destination."""
+# A destination of records, such as TensorBoard or W&B: takes the number of a step and its values by name.
+Sink = Callable[[int, dict[str, float]], object]
 
 
 class SpikeMonitor:
@@ -48,8 +42,7 @@ class SpikeMonitor:
     def check(self, loss: float) -> float | None:
         """Number of standard deviations above the mean if the loss is a spike, else ``None``."""
         if len(self._losses) == SPIKE_WINDOW:
-            mean = sum(self._losses) / SPIKE_WINDOW
-            deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / SPIKE_WINDOW)
+            mean, deviation = float(np.mean(self._losses)), float(np.std(self._losses))
             if deviation > 0 and loss - mean > self._deviations * deviation:
                 # Record a spike at the threshold, so that one outlier hardly moves the statistics but a lasting rise
                 # does.
@@ -87,57 +80,40 @@ def open_sinks(recipe: Recipe, output: Path, done: int) -> Iterator[list[Sink]]:
     Raises:
         ValueError: One is asked for that is not installed.
     """
-    watching = recipe.watching
-    sinks: list[Sink] = [_TensorBoard(output, done)] if watching.tensorboard else []
-    if watching.wandb_project:
-        sinks.append(_WeightsAndBiases(watching, recipe, output))
-    try:
+    watching, sinks = recipe.watching, list[Sink]()
+    with ExitStack() as stack:
+        if watching.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ValueError(
+                    "watching.tensorboard needs TensorBoard: pip install 'btlm[train]', or set it to false."
+                ) from error
+            writer = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
+            stack.callback(writer.close)
+
+            def add_scalars(step: int, values: dict[str, float]) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+
+            sinks.append(add_scalars)
+        if watching.wandb_project:
+            try:
+                import wandb
+            except ModuleNotFoundError as error:
+                raise ValueError("watching.wandb_project needs W&B: pip install wandb, or set it to null.") from error
+            run = wandb.init(
+                project=watching.wandb_project,
+                # Runs into the same output folder are one run in W&B.
+                id=hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16],
+                name=output.name,
+                dir=str(output),
+                config=plain(recipe),
+                resume="allow",
+            )
+            stack.callback(run.finish)
+            sinks.append(lambda step, values: run.log(values, step=step))
         yield sinks
-    finally:
-        for sink in sinks:
-            sink.close()
-
-
-class _TensorBoard:
-    def __init__(self, output: Path, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "watching.tensorboard needs TensorBoard: pip install 'btlm[train]', or set it to false."
-            ) from error
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
-
-    def log(self, record: dict[str, Any]) -> None:
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, watching: Watching, recipe: Recipe, output: Path) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise ValueError("watching.wandb_project needs W&B: pip install wandb, or set it to null.") from error
-        # Runs into the same output folder are one run in W&B.
-        number = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-        self._run = wandb.init(
-            project=watching.wandb_project,
-            id=number,
-            name=output.name,
-            dir=str(output),
-            config=plain(recipe),
-            resume="allow",
-        )
-
-    def log(self, record: dict[str, Any]) -> None:
-        self._run.log(scalars(record), step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

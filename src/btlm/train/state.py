@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
-from transformers.utils import logging as transformers_logging
 
+from btlm.console import quiet_transformers
 from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder, sync
 from btlm.settings import plain
 
@@ -79,7 +79,7 @@ def save_checkpoint(
         ranks.barrier()
         weights = _whole_weights(trainee, ranks)
         if ranks.first:
-            with _no_progress_bars():
+            with quiet_transformers():  # it would draw over the progress of the run
                 trainee.saved.save_pretrained(str(partial / "model"), state_dict=weights)
         del weights
         with _alone(ranks):
@@ -292,18 +292,6 @@ def _alone(ranks: Ranks) -> Iterator[None]:
         if ranks.world_size == 1:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep Transformers from drawing over the progress of the run."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _link(source: str, target: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from btlm.console import progress_bars
 from btlm.data.shards import TokenShards
 from btlm.model import BTLMConfig
+from btlm.model.architecture_btlm import BTLM_3B
 from btlm.train.recipe import Optimizer
 from btlm.train.recipe_file import load_recipe
 
@@ -25,18 +26,13 @@ from .coord_report import coord_table, write_report
 from .coord_slopes import draw_batches, fit_slopes, measure
 from .options import CoordCheck
 
-# BTLM's parametrization (recipes/btlm-3b.yaml), which is checked if no recipe is given.
+# BTLM's parametrization at base width, which is checked if no recipe is given.
 _BTLM: dict[str, Any] = {
+    **{key: value for key, value in vars(BTLM_3B).items() if key != "quantization"},
     "n_embd": 256,
     "n_head": 4,
     "n_inner": 683,
-    "activation_function": "swiglu",
-    "position_embedding_type": "alibi",
-    "initializer_range": 0.073,
     "mup_width_scale": 1.0,
-    "mup_embeddings_scale": 14.6,
-    "mup_output_alpha": 2.22,
-    "mup_scale_qk_dot_by_d": True,
 }
 
 

@@ -28,42 +28,25 @@ def is_mup(config: BTLMConfig) -> bool:
 def build_model(check: CoordCheck, config: BTLMConfig, width: int, vocab_size: int) -> BTLMLMHeadModel:
     """The model at one width, without the rows of ``check.ablate``. At base width, only ``scores`` matters."""
     scale = config.mup_width_scale * config.n_embd / width if is_mup(config) else 1.0
-    kept = (
-        "activation_function",
-        "layer_norm_epsilon",
-        "initializer_range",
-        "scale_attn_weights",
-        "scale_attn_by_inverse_layer_idx",
-        "tie_word_embeddings",
-        "position_embedding_type",
-        "mup_embeddings_scale",
-        "mup_output_alpha",
-        "mup_scale_qk_dot_by_d",
-    )
-    values: dict[str, Any] = {key: getattr(config, key) for key in kept}
+    values = config.to_dict() | {
+        "mup_width_scale": scale,
+        "vocab_size": vocab_size,
+        "n_positions": check.row_length,
+        "n_embd": width,
+        "n_layer": check.layers,
+        "n_head": check.heads,
+        "n_inner": max(1, round(width * config.inner_dim / config.n_embd)),
+        "alibi_scaling": None,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),
+    }
     if "scores" in check.ablations:
         values["mup_scale_qk_dot_by_d"] = False
     if "logits" in check.ablations:
         values["mup_output_alpha"] /= scale
     if "embedding-multiplier" in check.ablations:
         values["mup_embeddings_scale"] *= math.sqrt(scale)
-    model = BTLMLMHeadModel(
-        BTLMConfig(
-            **values,
-            mup_width_scale=scale,
-            vocab_size=vocab_size,
-            n_positions=check.row_length,
-            n_embd=width,
-            n_layer=check.layers,
-            n_head=check.heads,
-            n_inner=max(1, round(width * config.inner_dim / config.n_embd)),
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = BTLMLMHeadModel(BTLMConfig(**values))
     rescaled = {
         "hidden-init": (HIDDEN_MATRICES, 1 / math.sqrt(scale)),
         "residual-init": (RESIDUAL_MATRICES, 1 / math.sqrt(scale)),

@@ -78,7 +78,7 @@ def run_transfer(
 
     from btlm.train.held_out import token_bytes as gpt2_token_bytes
 
-    from .transfer_report import Watch, plot_trials, trials_table
+    from .transfer_report import plot_trials, trials_table, watch
 
     Search(trials, workers, seed=seed)  # checks them
     space = space or SearchSpace()
@@ -106,9 +106,9 @@ def run_transfer(
     with open_study(output, settings) as study:
         running: dict[int, Trial] = {}
         jobs = _jobs(study, running, recipe, space, seed, trials, output)
-        with Watch(console, len(finished_trials(study)), trials, recipe.total_steps) as watch:
+        with watch(console, len(finished_trials(study)), trials, recipe.total_steps) as show:
             for event in run_jobs(jobs, Setting(Path(data), sizes, device), workers):
-                watch.show(event)
+                show(event)
                 if event.kind == "stopped":
                     raise KeyboardInterrupt
                 if event.kind == "error":

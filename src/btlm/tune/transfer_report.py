@@ -1,8 +1,8 @@
 """Shows a search: its progress, a table of the best trials, and a plot of the loss against each value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,37 +28,34 @@ NAMES = {
 BEST = 10
 
 
-class Watch:
-    """Shows one bar for all trials and one per running trial, and prints a line when a trial ends."""
+@contextmanager
+def watch(console: Console, finished: int, trials: int, steps: int) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that shows an event: one bar for all trials, one per running trial, a line when one ends.
 
-    def __init__(self, console: Console, finished: int, trials: int, steps: int) -> None:
-        self._progress = progress_bars(MofNCompleteColumn(), console=console)
-        self._all = self._progress.add_task("trials", total=max(trials, finished), completed=finished)
-        self._steps = steps
-        self._tasks: dict[int, TaskID] = {}
+    Args:
+        console: Console on standard error.
+        finished: Number of trials that earlier calls finished.
+        trials: Number of trials to reach.
+        steps: Steps of a trial.
+    """
+    with progress_bars(MofNCompleteColumn(), console=console) as progress:
+        every_trial = progress.add_task("trials", total=max(trials, finished), completed=finished)
+        running: dict[int, TaskID] = {}
 
-    def __enter__(self) -> "Watch":
-        self._progress.start()
-        return self
+        def show(event: Event) -> None:
+            number = event.number
+            if event.kind == "step":
+                if number not in running:
+                    running[number] = progress.add_task(f"trial {number}", total=steps)
+                progress.update(running[number], completed=event.value)
+                return
+            if number in running:
+                progress.remove_task(running.pop(number))
+            text = f"{event.value:.4f} bits per byte" if event.kind == "loss" else f"{event.kind}: {event.value}"
+            console.print(f"trial {number}: {text}", markup=False)
+            progress.advance(every_trial, int(event.kind in ("loss", "diverged")))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def show(self, event: Event) -> None:
-        """Show an event."""
-        number = event.number
-        if event.kind == "step":
-            if number not in self._tasks:
-                self._tasks[number] = self._progress.add_task(f"trial {number}", total=self._steps)
-            self._progress.update(self._tasks[number], completed=event.value)
-            return
-        if number in self._tasks:
-            self._progress.remove_task(self._tasks.pop(number))
-        text = f"{event.value:.4f} bits per byte" if event.kind == "loss" else f"{event.kind}: {event.value}"
-        self._progress.console.print(f"trial {number}: {text}", markup=False)
-        self._progress.advance(self._all, int(event.kind in ("loss", "diverged")))
+        yield show
 
 
 def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
