@@ -4,16 +4,18 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
+from btlm.errors import DoesNotFit
 from btlm.files import (
     file_sha256,
-    free_space,
     locked,
     remove_folder,
     remove_partial_files,
     replace_folder,
+    require_space,
     sync,
     whole_file,
     whole_folder,
@@ -163,10 +165,13 @@ def test_a_folder_is_removed_under_another_name(tmp_path, monkeypatch):
 # Disk, locks and digests
 
 
-def test_free_space_is_of_the_nearest_folder_that_exists(tmp_path):
-    folder, free = free_space(tmp_path / "not/there/yet")
-    assert folder == tmp_path
-    assert free > 0
+def test_room_is_looked_for_on_the_disk_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6 if path == tmp_path else 0))
+    require_space(tmp_path / "not/there/yet", 10**6, "give up")
+    with pytest.raises(
+        DoesNotFit, match=rf"yet takes 1\.5 MB, and {tmp_path} has 1\.0 MB free; make room there, or give"
+    ):
+        require_space(tmp_path / "not/there/yet", 1_500_000, "give up")
 
 
 def test_a_lock_is_held_against_other_processes(tmp_path):

@@ -31,11 +31,11 @@ GRAPH: dict[str, set[str]] = {
     "evaluate": {"engine", "checkpoint", "train", "data"},
 }
 # Files beside the rooms, for every room except `model`; they import one another and `model`.
-GROUND = {"registration", "files", "console", "plots", "errors", "devices", "settings"}
+GROUND = {"registration", "lazy", "files", "console", "plots", "errors", "devices", "settings"}
 # What each part of btlm may import. `btlm` is the package itself, which has the version.
 MAY_IMPORT = {
     "model": set[str](),
-    "btlm": {"model", "registration"},
+    "btlm": {"model", "lazy", "registration"},
     "__main__": {"cli"},
     "cli": {"btlm", "model", *GROUND, *GRAPH},
     **{name: {"btlm", "model", *GROUND} for name in GROUND},

@@ -4,10 +4,9 @@ Torch and Transformers take seconds to import, so btlm waits until someone needs
 are first used, and BTLM is registered the moment Transformers is imported, whichever of the two comes first.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import registration
+from . import lazy, registration
 
 if TYPE_CHECKING:
     from btlm.model import BTLMConfig, BTLMLMHeadModel, BTLMModel
@@ -15,15 +14,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["BTLMConfig", "BTLMLMHeadModel", "BTLMModel", "__version__"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("btlm.model"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy.names(__name__, dict.fromkeys(__all__[:-1], "btlm.model"))
 
 registration.register_with_transformers()

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from btlm.console import gigabytes
+from btlm.errors import DoesNotFit
+
 # Suffix of the temporary name of an unfinished file or folder.
 PARTIAL = ".partial"
 
@@ -127,10 +130,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def free_space(path: Path) -> tuple[Path, int]:
-    """The nearest existing folder above a path, and the number of free bytes on its disk."""
+def require_space(path: Path, needed: int, remedy: str) -> None:
+    """Check that a new file or folder fits the disk of the nearest existing folder above it.
+
+    Args:
+        path: The new file or folder.
+        needed: Its size in bytes.
+        remedy: What the user can do instead of making room.
+
+    Raises:
+        DoesNotFit: The disk has less room.
+    """
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    return folder, shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DoesNotFit(
+            f"{path} takes {gigabytes(needed)}, and {folder} has {gigabytes(free)} free; make room there, or {remedy}."
+        )
 
 
 # Locks and digests

@@ -422,13 +422,13 @@ def test_a_disk_that_is_full(checkpoint, tmp_path, monkeypatch):
     usage = SimpleNamespace(total=10**6, used=9 * 10**5, free=10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     told = message(checkpoint, tmp_path / "model.gguf")
-    assert f"{tmp_path} has 0.000 GB free" in told
+    assert f"{tmp_path} has 0.1 MB free" in told
     assert "make room" in told
 
 
 def test_the_space_that_is_asked_for_is_enough(checkpoint, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "_check_disk", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(module, "require_space", lambda _, needed, remedy: asked.append(needed))
     export_gguf(str(checkpoint), tmp_path / "model.gguf", type="Q8_0")
     size = (tmp_path / "model.gguf").stat().st_size
     assert size <= asked[0] < size + 100 * SHAPE["vocab_size"]

@@ -1,7 +1,8 @@
 """A name or folder to an open checkpoint. What needs torch loads when it is first used: the engine runs without."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from btlm import lazy
 
 from .locate import BUNDLED_MODEL
 from .open import Checkpoint
@@ -11,14 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["BUNDLED_MODEL", "Checkpoint", "load_config", "load_model"]
 
-_LATER = {"load_config": ".to_transformers", "load_model": ".to_transformers"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.names(__name__, {"load_config": ".to_transformers", "load_model": ".to_transformers"})

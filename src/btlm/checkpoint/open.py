@@ -3,7 +3,7 @@
 import copy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from btlm.model.architecture_btlm import Architecture
 from btlm.model.config_keys_btlm import end_ids
@@ -138,9 +138,5 @@ class Checkpoint:
             self.folder = checkpoint_folder(self.name)
             self._has_weights = True
 
-    def __reduce__(self) -> Any:
-        return type(self)._again, (self.name, self.folder, self._has_weights)
-
-    @classmethod
-    def _again(cls, name: str, folder: Path, has_weights: bool) -> Self:
-        return cls(name, folder, has_weights=has_weights)
+    def __getstate__(self) -> dict[str, Any]:  # without what it has read
+        return {name: value for name, value in vars(self).items() if name in ("name", "folder", "_has_weights")}

@@ -1,60 +1,43 @@
 """A safetensors file written tensor by tensor: its layout is known first, so no tensor waits in memory for others."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from .tensor_file import Header, make_header
+from btlm.files import sync
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+from .tensor_file import make_header
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+# What files hold, by safetensors' names.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
-class SafetensorsWriter:
-    """A file that is complete when the context ends without an error.
+@contextmanager
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Yield a function that writes one tensor of a new file; all have to be written, in any order.
 
     Args:
-        path: A new file.
-        layout: Dtype and shape of every tensor; :func:`btlm.checkpoint.tensor_file.make_header` says in what order they
-            are stored.
+        path: A new file; it is complete, and on the disk, when the context ends without an error.
+        layout: As for :func:`btlm.checkpoint.tensor_file.make_header`.
     """
+    header, missing = make_header(layout), set(layout)
+    with path.open("xb") as file:
+        file.write(header.content)
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self._layout = dict(layout)
-        self._missing = set(layout)
-        header = _header(layout)
-        self._starts = header.starts
-        self._file = path.open("xb")
-        self._file.write(header.content)
+        def write(name: str, tensor: Tensor) -> None:
+            dtype, shape = layout[name]
+            assert (DTYPES[dtype], tuple(shape)) == (tensor.dtype, tuple(tensor.shape)), (
+                f"{name}: {tensor.dtype} {tensor.shape}"
+            )
+            missing.remove(name)
+            file.seek(header.starts[name])
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._file:
-            if error is None:
-                assert not self._missing, f"never written: {sorted(self._missing)}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor of the layout, in any order; it is as the layout says."""
-        assert self._layout[name] == (tensor.dtype, tuple(tensor.shape)), f"{name}: {tensor.dtype} {tensor.shape}"
-        self._missing.remove(name)
-        self._file.seek(self._starts[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def file_size(layout: Layout) -> int:
-    """Bytes that the file of a layout takes."""
-    return _header(layout).size
-
-
-def _header(layout: Layout) -> Header:
-    return make_header({name: (_DTYPES[dtype], shape) for name, (dtype, shape) in layout.items()})
+        yield write
+        assert not missing, f"never written: {sorted(missing)}"
+    sync(path)

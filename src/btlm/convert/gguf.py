@@ -22,9 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensors import Weights
 from btlm.checkpoint.to_transformers import load_model
-from btlm.console import note, progress_bars
-from btlm.errors import DoesNotFit
-from btlm.files import free_space, whole_file
+from btlm.console import gigabytes, note, progress_bars
+from btlm.files import require_space, whole_file
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import (
     ATTENTION_OUTPUT,
@@ -37,6 +36,8 @@ from btlm.model.architecture_btlm import (
     UP,
     block_name,
 )
+
+from .options import GGUF
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -72,8 +73,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
             be loaded, or it is one that llama.cpp's architecture cannot compute.
     """
     output = Path(output)
-    if type not in TYPES:
-        raise ValueError(f"The type {type!r} is unknown; choose one of {', '.join(TYPES)}.")
+    GGUF(type)  # type: ignore[arg-type]  # it checks the type
     if output.exists():
         raise ValueError(f"{output} exists; give a new file or remove it.")
     import gguf
@@ -87,7 +87,8 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
     targets = list(_targets(config))
     types = [_type_of(target, type) for target in targets]
     sizes = [_num_bytes(target.shape, kind) for target, kind in zip(targets, types, strict=True)]
-    _check_disk(output, sum(sizes) + _TOKEN_BYTES * config.vocab_size)
+    needed = sum(sizes) + _TOKEN_BYTES * config.vocab_size
+    require_space(output, needed, "choose another place or a smaller type")
     read = _reader(checkpoint, config)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
             writer.close()
     padded = padded_inner_dim(config)
     padding = f", feed-forward width {config.inner_dim:,} padded to {padded:,}" if padded != config.inner_dim else ""
-    note(f"wrote {output}: {output.stat().st_size / 1e6:,.1f} MB, matrices in {type}{padding}")
+    note(f"wrote {output}: {gigabytes(output.stat().st_size)}, matrices in {type}{padding}")
 
 
 def architecture_problem(config: BTLMConfig, type: str) -> str | None:  # noqa: A002
@@ -348,15 +349,3 @@ def _describe(writer: "GGUFWriter", config: BTLMConfig, name: str, type: str) ->
     writer.add_file_type(LlamaFileType.ALL_F32 if type == "F32" else LlamaFileType[f"MOSTLY_{type}"])
     if type in ("Q8_0", "Q4_0"):
         writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-# Surroundings
-
-
-def _check_disk(output: Path, needed: int) -> None:
-    folder, free = free_space(output)
-    if free < needed:
-        raise DoesNotFit(
-            f"{output} takes {needed / 1e9:,.3f} GB, and {folder} has {free / 1e9:,.3f} GB free; make room, or choose "
-            "another disk or a smaller type."
-        )

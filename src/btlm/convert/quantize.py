@@ -1,5 +1,6 @@
 """`btlm quantize`: a checkpoint in four or eight bits, tensor by tensor, so that it never has to fit in memory."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.tensor_file_writer import SafetensorsWriter, file_size
+from btlm.checkpoint.tensor_file import make_header
+from btlm.checkpoint.tensor_file_writer import DTYPES, write_tensors
 from btlm.checkpoint.tensors import Weights
-from btlm.console import progress_bars
-from btlm.errors import DoesNotFit
-from btlm.files import free_space, whole_folder
+from btlm.console import gigabytes, progress_bars
+from btlm.files import require_space, whole_folder
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import Architecture, Quantization
 from btlm.model.config_keys_btlm import QUANT_METHOD
@@ -71,7 +72,8 @@ def quantize(
     output = Path(output)
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists; give a new folder or remove it.")
-    quantization = _quantization(bits, group_size, table_bits)
+    QuantizeOptions(bits, group_size, table_bits)  # type: ignore[arg-type]  # it checks them
+    quantization = Quantization(bits, group_size, table_bits)
     checkpoint = Checkpoint.open(model)
     config = checkpoint.config()
     if (stored := getattr(config, "quantization_config", None)) is not None:
@@ -86,32 +88,32 @@ def quantize(
     rows = None if calibration is None else calibration_rows(calibration, tokenizer, config, calibration_tokens)
     matrices = stored_matrices(config.architecture, quantization)
     layout = _layout(weights, config.architecture, matrices)
-    size = file_size(layout)
-    _check_disk(output, size)
+    size = make_header(layout).size
+    require_space(output, size + _OTHER_FILES, "choose another place")
 
     console = Console(stderr=True)
     num_weights = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
     with whole_folder(output) as partial, progress_bars(console=console) as progress:
         task = progress.add_task("quantize", total=num_weights)
         _write_description(partial, checkpoint, config, quantization, weights)
-        with SafetensorsWriter(partial / "model.safetensors", layout) as writer:
+        with write_tensors(partial / "model.safetensors", layout) as write:
             errors = {}
             for name, weight, rounded in _rounded(config, weights, matrices, rows):
                 matrix = matrices[name]
-                writer.write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
-                writer.write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
+                write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
+                write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
                 if rounded.bias_N is not None:
-                    writer.write(f"{name}.bias", rounded.bias_N)
+                    write(f"{name}.bias", rounded.bias_N)
                 difference = values_of(rounded.q_NK, rounded.scale_NG, matrix.bits).sub_(weight)
                 errors[name] = MatrixError(ratio(difference.norm(), weight.norm()), rounded.output_error)
                 progress.advance(task, weight.numel())
             for name in layout.keys() - {key for key in layout if key.rpartition(".")[0] in matrices}:
-                writer.write(name, weights.read(name).to(layout[name][0]))
+                write(name, weights.read(name).to(DTYPES[layout[name][0]]))
     # A narrow terminal breaks its lines: better than numbers that are cut off.
     Console(stderr=True, width=max(console.width, 100)).print(_error_table(errors, matrices))
     total, blocks = _bits_per_weight(layout, matrices, config)
     console.print(
-        f"Wrote {output}: {size / 1e6:,.1f} MB, {total:.2f} bits per weight ({blocks:.2f} in the blocks), in "
+        f"Wrote {output}: {gigabytes(size)}, {total:.2f} bits per weight ({blocks:.2f} in the blocks), in "
         f"{time.monotonic() - started:,.0f} s",
         soft_wrap=True,
         highlight=False,
@@ -155,57 +157,35 @@ def _bf16(scale_NG: Tensor) -> Tensor:
 # Before any work
 
 
-def _quantization(bits: int, group_size: int, table_bits: int) -> Quantization:
-    QuantizeOptions(bits, group_size, table_bits)  # type: ignore[arg-type]  # it checks them
-    return Quantization(bits, group_size, table_bits)
-
-
 def _layout(
     weights: Weights, architecture: Architecture, matrices: Mapping[str, StoredMatrix]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype in safetensors' names and shape of every tensor of the copy."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, facts in architecture.tensors.items():
         matrix = matrices.get(name.rpartition(".")[0])
         if matrix is None:
-            keeps = facts.kind == "slopes" and weights.dtype(name) != torch.float64
-            layout[name] = (weights.dtype(name) if keeps else torch.float32, facts.shape)
+            layout[name] = (names.get(weights.dtype(name), "F32") if facts.kind == "slopes" else "F32", facts.shape)
         elif name.endswith(".bias"):
-            layout[name] = (torch.float32, (matrix.padded_outputs,))
+            layout[name] = ("F32", (matrix.padded_outputs,))
         else:
-            layout[name] = (torch.uint8, matrix.weight_shape)
-            layout[f"{name}_scale"] = (torch.bfloat16, matrix.scale_shape)
+            layout[name] = ("U8", matrix.weight_shape)
+            layout[f"{name}_scale"] = ("BF16", matrix.scale_shape)
     return layout
-
-
-def _check_disk(output: Path, size: int) -> None:
-    needed, (_, free) = size + _OTHER_FILES, free_space(output)
-    if free < needed:
-        raise DoesNotFit(
-            f"{output} will take {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left; make room "
-            "there, or give another place."
-        )
 
 
 # What surrounds it
 
 
 def _write_description(
-    partial: Path,
-    checkpoint: Checkpoint,
-    config: BTLMConfig,
-    quantization: Quantization,
-    weights: Weights,
+    partial: Path, checkpoint: Checkpoint, config: BTLMConfig, quantization: Quantization, weights: Weights
 ) -> None:
     if (checkpoint.folder / "generation_config.json").is_file():
         shutil.copyfile(checkpoint.folder / "generation_config.json", partial / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(partial)
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "bits": quantization.bits,
-        "group_size": quantization.group_size,
-        "table_bits": quantization.table_bits,
-    }
+    config.quantization_config = {"quant_method": QUANT_METHOD, **vars(quantization)}
     config.architectures = ["BTLMLMHeadModel"]
     if config.dtype is None:
         config.dtype = weights.dtype("transformer.wte.weight")
@@ -243,14 +223,14 @@ def _cell(error: MatrixError) -> str:
 
 
 def _bits_per_weight(
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], matrices: Mapping[str, StoredMatrix], config: BTLMConfig
+    layout: dict[str, tuple[str, tuple[int, ...]]], matrices: Mapping[str, StoredMatrix], config: BTLMConfig
 ) -> tuple[float, float]:
     """Bits of the file for each parameter of the model, and those of the matrices in the blocks for their weights."""
     in_blocks = {name: matrix for name, matrix in matrices.items() if ".h." in name}
     stored = sum(
-        torch.Size(shape).numel() * dtype.itemsize
+        math.prod(shape) * DTYPES[dtype].itemsize
         for name, (dtype, shape) in layout.items()
         if name.rpartition(".")[0] in in_blocks and not name.endswith(".bias")
     )
     count = sum(matrix.outputs * matrix.inputs for matrix in in_blocks.values())
-    return 8 * file_size(layout) / config.num_parameters(), 8 * stored / count
+    return 8 * make_header(layout).size / config.num_parameters(), 8 * stored / count

@@ -3,8 +3,9 @@
 The engine loads when it is first used: the command line needs only its options.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from btlm import lazy
 
 from .options import GenerationOptions
 
@@ -14,14 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "GenerationOptions", "Request", "Token"]
 
-_LATER = {"Engine": ".engine", "Request": ".scheduler", "Token": ".scheduler"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.names(__name__, {"Engine": ".engine", "Request": ".scheduler", "Token": ".scheduler"})

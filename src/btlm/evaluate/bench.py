@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from btlm.engine.memory import available_memory
 from btlm.engine.network import weight_dtype
 from btlm.engine.supported import supported
 from btlm.errors import DoesNotFit, OptionError
-from btlm.files import write_json
+from btlm.files import require_space, write_json
 from btlm.model.architecture_btlm import Architecture
 
 from .options import Bench
@@ -173,13 +172,8 @@ class _Subject:
             self._check_disk()
 
     def _check_disk(self) -> None:
-        place = tempfile.gettempdir()
-        free = shutil.disk_usage(place).free
-        if self.weight_bytes + _SPARE > free:
-            raise DoesNotFit(
-                f"{self.name} in {self.dtype} takes {gigabytes(self.weight_bytes)} on disk and {place} has "
-                f"{gigabytes(free)} free; set TMPDIR to a larger place, or choose another dtype."
-            )
+        place = Path(tempfile.gettempdir(), f"btlm-bench-{self.name}-{self.dtype}")
+        require_space(place, self.weight_bytes + _SPARE, "set TMPDIR to a larger place, or choose another dtype")
 
     @contextmanager
     def folder(self, progress: Progress) -> Iterator[Path]:

@@ -1,7 +1,8 @@
 """Text to text: :class:`TextGenerator`, and the command `btlm generate`. What is heavy loads when it is first used."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from btlm import lazy
 
 from .report import GenerationReport
 
@@ -11,14 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationReport", "TextGenerator", "generate_text"]
 
-_LATER = {"TextGenerator": ".text_generator", "generate_text": ".with_transformers"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.names(__name__, {"TextGenerator": ".text_generator", "generate_text": ".with_transformers"})

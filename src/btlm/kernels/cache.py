@@ -4,10 +4,16 @@ Letters: S slots, H heads, L length of a slot in tokens, rounded up to a multipl
 a multiple of 16.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from .arrays import ELEMENT, PACKED, Array, Halves, require, require_dtype
-from .implementation import Implementation
+from btlm.model.storage_btlm import padded_size
+
+from .arrays import ELEMENT, PACKED, Array, require, require_dtype
+
+if TYPE_CHECKING:
+    from .reference import TorchKernels
 
 MAX_HEAD_DIM = 256
 _BLOCK_TOKENS = 64
@@ -31,7 +37,7 @@ class Cache:
     # In every layout 64 tokens of a head lie together, so that the arrays here are [S, H, L/64, elements].
 
     def __init__(
-        self, implementation: Implementation, dtype: str, slots: int, heads: int, length: int, head_dim: int
+        self, implementation: "TorchKernels", dtype: str, slots: int, heads: int, length: int, head_dim: int
     ) -> None:
         blocks, elements = _cache_blocks(dtype, slots, heads, length, head_dim)
         self.dtype = dtype
@@ -42,24 +48,12 @@ class Cache:
         # np.zeros does not touch the memory: a page is used when the first token is written to it.
         self.keys: Array = np.zeros((slots, heads, blocks, elements), ELEMENT[dtype])
         self.values: Array = np.zeros(self.keys.shape, np.int8 if dtype == "int8" else ELEMENT[dtype])
-        self.key_scales: Halves | None = None
-        self.value_scales: Halves | None = None
-        if dtype in PACKED:
-            self.key_scales, self.value_scales = (
-                np.zeros((slots, heads, blocks, _BLOCK_TOKENS), np.uint16) for _ in range(2)
-            )
-        self.owner = type(implementation)
-        self.handle = implementation.cache(
-            dtype,
-            self.keys,
-            self.values,
-            self.key_scales,
-            self.value_scales,
-            slots,
-            heads,
-            blocks * _BLOCK_TOKENS,
-            head_dim,
+        self.key_scales, self.value_scales = (
+            np.zeros((slots, heads, blocks, _BLOCK_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
         )
+        self.owner = type(implementation)
+        arrays = self.keys, self.values, self.key_scales, self.value_scales
+        self.handle = implementation.cache(dtype, *arrays, slots, heads, blocks * _BLOCK_TOKENS, head_dim)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of slot ``source`` to slot ``target``."""
@@ -68,7 +62,7 @@ class Cache:
             f"{tokens} tokens cannot be copied from slot {source} to slot {target} of a cache of {self.slots} slots of "
             f"{self.length} tokens",
         )
-        blocks = _divide_up(tokens, _BLOCK_TOKENS)
+        blocks = padded_size(tokens, _BLOCK_TOKENS) // _BLOCK_TOKENS
         for array in (self.keys, self.values, self.key_scales, self.value_scales):
             if array is not None:
                 array[target, :, :blocks] = array[source, :, :blocks]
@@ -93,9 +87,5 @@ def _cache_blocks(dtype: str, slots: int, heads: int, length: int, head_dim: int
         f"a cache of {slots} slots, {heads} heads and {length} tokens is empty; each must be at least 1",
     )
     require(0 < head_dim <= MAX_HEAD_DIM, f"heads of {head_dim} dimensions are not between 1 and {MAX_HEAD_DIM}")
-    width = _divide_up(head_dim, 16) * 16
-    return _divide_up(length, _BLOCK_TOKENS), _BLOCK_TOKENS * width // (2 if dtype == "int4" else 1)
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
+    elements = _BLOCK_TOKENS * padded_size(head_dim, 16) // (2 if dtype == "int4" else 1)
+    return padded_size(length, _BLOCK_TOKENS) // _BLOCK_TOKENS, elements

@@ -7,7 +7,8 @@ alone, in a batch and in chunks.
 Letters: T tokens, N outputs, K inputs, G group size, H heads, D head dimension.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,22 +32,22 @@ from .arrays import (
     require_out,
 )
 from .cache import Cache
-from .implementation import Implementation
+
+if TYPE_CHECKING:
+    from .reference import TorchKernels
 
 
+@dataclass(frozen=True, eq=False)
 class WeightMatrix:
     """A weight matrix with N ``rows`` and K ``columns``; made by :meth:`Kernels.matrix`."""
 
-    def __init__(
-        self, owner: type[Any], dtype: str, rows: int, columns: int, group: int, input_major: bool, handle: Any
-    ) -> None:
-        self.dtype = dtype
-        self.rows = rows
-        self.columns = columns
-        self.group = group
-        self.input_major = input_major
-        self.owner = owner
-        self.handle = handle
+    owner: type[Any]
+    dtype: str
+    rows: int
+    columns: int
+    group: int
+    input_major: bool
+    handle: Any
 
 
 class Kernels:
@@ -56,10 +57,11 @@ class Kernels:
     one after the other.
 
     Args:
-        implementation: What computes; :func:`btlm.kernels.load_kernels` chooses it.
+        implementation: What computes; :func:`btlm.kernels.load_kernels` chooses it. The class of the native module has
+            the methods of :class:`btlm.kernels.reference.TorchKernels`; both get arguments that are already checked.
     """
 
-    def __init__(self, implementation: Implementation) -> None:
+    def __init__(self, implementation: "TorchKernels") -> None:
         self._implementation = implementation
         self.name = implementation.name
         self.threads = implementation.threads
@@ -91,10 +93,8 @@ class Kernels:
         if dtype in PACKED:
             require(weight.ndim == 3, f"an {dtype} weight is [N/16, columns, 64], and this one is {list(weight.shape)}")
             require(not input_major, f"an {dtype} matrix cannot be input-major")
-            rows, columns = (
-                weight.shape[0] * BLOCK_ROWS,
-                weight.shape[1] * (BLOCK_BYTES // BLOCK_ROWS) * 8 // DTYPES[dtype],
-            )
+            rows = weight.shape[0] * BLOCK_ROWS
+            columns = weight.shape[1] * (BLOCK_BYTES // BLOCK_ROWS) * 8 // DTYPES[dtype]
             require_array("weight", weight, ELEMENT[dtype], (*weight.shape[:2], BLOCK_BYTES))
             require(
                 scale is not None and scale.ndim == 3 and scale.shape[1] > 0,
