@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btlm.model.storage_btlm import dequantize, packed_shape, scale_shape
+from btlm.model.storage_btlm import dequantize, packed_shape, padded_size, scale_shape
 
 from .arrays import DTYPES, Floats, Halves
 
@@ -65,7 +66,7 @@ class TorchKernels:
     def embed(self, ids: npt.NDArray[np.int64], matrix: "_Matrix", factor: float, out: Floats) -> None:
         """See :meth:`btlm.kernels.Kernels.embed`."""
         with self._own_threads():
-            _tensor(out).copy_(matrix.dense()[_tensor(ids)] * factor)
+            _tensor(out).copy_(matrix.dense[_tensor(ids)] * factor)
 
     def attend(
         self, qkv: Floats, cache: "_Cache", segments: npt.NDArray[np.int64], slopes: Floats, scale: float, out: Floats
@@ -109,16 +110,16 @@ class _Matrix:
     group: int
     input_major: bool
 
+    @cached_property
     def dense(self) -> Tensor:
-        """The weights, fp32 ``[N, K]``."""
-        weight = _tensor(self.weight)
+        """The weights, fp32 ``[N, K]``; unpacked once, since that takes far longer than a product."""
         if self.dtype in _LARGEST:
             assert self.scale is not None
             bits = DTYPES[self.dtype]
             stored = self.weight.reshape(packed_shape(bits, self.rows, self.columns))
             scale = self.scale.reshape(scale_shape(self.group, self.rows, self.columns))
             return torch.from_numpy(dequantize(stored, scale, bits, self.group))
-        plain = (_bf16(self.weight) if self.dtype == "bfloat16" else weight).float()
+        plain = (_bf16(self.weight) if self.dtype == "bfloat16" else _tensor(self.weight)).float()
         if self.input_major:
             return plain.view(self.columns, self.rows).T
         return plain.view(self.rows, self.columns)
@@ -136,78 +137,64 @@ class _Cache:
     capacity: int
     head_dim: int
 
-    @property
-    def width(self) -> int:
-        """W: the head dimension rounded up to a multiple of 16."""
-        return -(-self.head_dim // 16) * 16
-
     def append(self, slot: int, start: int, key_THD: Tensor, value_THD: Tensor) -> None:
         """Store the keys and values of consecutive tokens, each ``[T, H, D]``."""
-        positions = torch.arange(start, start + len(key_THD))
-        slots, heads, capacity, width = self.slots, self.heads, self.capacity, self.width
-        key_THW, value_THW = (F.pad(x, (0, width - self.head_dim)) for x in (key_THD, value_THD))
-        keys, values = _tensor(self.keys), _tensor(self.values)
-        if self.dtype in _LARGEST:
-            assert self.key_scales is not None
-            assert self.value_scales is not None
-            key_THW, key_scale = _quantize_heads(key_THW, _LARGEST[self.dtype])
-            value_THW, value_scale = _quantize_heads(value_THW, _LARGEST[self.dtype])
-            for scales, new in ((self.key_scales, key_scale), (self.value_scales, value_scale)):
-                _bf16(scales).view(slots, heads, capacity)[slot, :, start : start + len(new)] = new.T
-            if self.dtype == "int4":
-                key_THW8, value_THW8 = ((x + 8).to(torch.uint8) for x in (key_THW, value_THW))
-                stored_keys = keys.view(slots, heads, capacity // 64, width // 8, 64, 4)[slot]
-                low, high = key_THW8.view(len(positions), heads, width // 8, 2, 4).unbind(3)
-                stored_keys[:, positions // 64, :, positions % 64] = low | high << 4
-                stored_values = values.view(slots, heads, capacity // 8, width, 4)[slot]
-                for token, position in enumerate(positions.tolist()):  # two tokens share a byte
-                    byte = stored_values[:, position // 8, :, position % 4]
-                    new = value_THW8[token]
-                    byte.copy_(byte & 15 | new << 4 if position % 8 >= 4 else byte & 240 | new)
-                return
-            stored_keys = keys.view(slots, heads, capacity // 64, width // 4, 64, 4)[slot]
-            stored_keys[:, positions // 64, :, positions % 64] = (
-                (key_THW + 128).to(torch.uint8).view(len(positions), heads, width // 4, 4)
-            )
-            stored_values = values.view(slots, heads, capacity // 4, width, 4)[slot]
-            stored_values[:, positions // 4, :, positions % 4] = value_THW.to(torch.int8)
-            return
-        if self.dtype == "bfloat16":
-            keys, values = _bf16(self.keys), _bf16(self.values)
-        stored_keys = keys.view(slots, heads, capacity // 16, width, 16)[slot]
-        stored_keys[:, positions // 16, :, positions % 16] = key_THW.to(keys.dtype)
-        values.view(slots, heads, capacity, width)[slot, :, start : start + len(positions)] = value_THW.transpose(
-            0, 1
-        ).to(values.dtype)
+        end = start + len(key_THD)
+        blocks, inside = slice(start // 64, -(-end // 64)), slice(start % 64, start % 64 + len(key_THD))
+        for (stored, scale, zero, layout), new_THD in zip(self._arrays(slot), (key_THD, value_THD), strict=True):
+            new_THW = F.pad(new_THD, (0, padded_size(self.head_dim, 16) - self.head_dim))
+            if scale is not None:
+                new_THW, scale_TH = _quantize_heads(new_THW, _LARGEST[self.dtype])
+                scale.flatten(1)[:, start:end] = scale_TH.T
+            numbers_HTW = self._decode(stored[:, blocks], layout)
+            numbers_HTW[:, inside] = (new_THW + zero).transpose(0, 1).to(stored.dtype)
+            stored[:, blocks] = self._encode(numbers_HTW, layout)
 
-    def contents(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first keys and values of a slot, fp32 ``[H, length, D]``."""
-        slots, heads, capacity, width = self.slots, self.heads, self.capacity, self.width
-        keys, values = _tensor(self.keys), _tensor(self.values)
-        if self.dtype in _LARGEST:
-            assert self.key_scales is not None
-            assert self.value_scales is not None
-            if self.dtype == "int4":
-                packed = keys.view(slots, heads, capacity // 64, width // 8, 64, 4)[slot]
-                key_HLW = torch.stack([packed & 15, packed >> 4], 3).permute(0, 1, 4, 2, 3, 5)
-                packed = values.view(slots, heads, capacity // 8, width, 4)[slot]
-                value_HLW = torch.stack([packed & 15, packed >> 4], 2).transpose(3, 4)
-                zeros = (8, 8)
-            else:
-                key_HLW = keys.view(slots, heads, capacity // 64, width // 4, 64, 4)[slot].transpose(2, 3)
-                value_HLW = values.view(slots, heads, capacity // 4, width, 4)[slot].transpose(2, 3)
-                zeros = (128, 0)
-            key = key_HLW.reshape(heads, capacity, width)[:, :length].float() - zeros[0]
-            value = value_HLW.reshape(heads, capacity, width)[:, :length].float() - zeros[1]
-            key = key * _bf16(self.key_scales).view(slots, heads, capacity)[slot, :, :length, None]
-            value = value * _bf16(self.value_scales).view(slots, heads, capacity)[slot, :, :length, None]
+    def contents(self, slot: int, length: int) -> Iterator[Tensor]:
+        """The first keys and the first values of a slot, each fp32 ``[H, length, D]``."""
+        blocks = -(-length // 64)
+        for stored, scale, zero, layout in self._arrays(slot):
+            numbers_HLD = self._decode(stored[:, :blocks], layout)[:, :length, : self.head_dim].float() - zero
+            yield numbers_HLD if scale is None else numbers_HLD * scale[:, :blocks].flatten(1)[:, :length, None]
+
+    def _arrays(self, slot: int) -> Iterator[tuple[Tensor, Tensor | None, int, "_Layout"]]:
+        """Keys, then values: the blocks of a slot ``[H, L/64, *]``, their scales ``[H, L/64, 64]``, the number that
+        stands for 0, and the layout of a block."""
+        packed = self.dtype in _LARGEST
+        zeros = {"int4": (8, 8), "int8": (128, 0)}.get(self.dtype, (0, 0))
+        layouts = (_Layout(False, 4), _Layout(True, 4)) if packed else (_Layout(True, 16), _Layout(True, 1))
+        arrays, scales = (self.keys, self.values), (self.key_scales, self.value_scales)
+        for array, scale, zero, layout in zip(arrays, scales, zeros, layouts, strict=True):
+            stored = _bf16(array) if self.dtype == "bfloat16" else _tensor(array)
+            yield stored[slot], None if scale is None else _bf16(scale)[slot], zero, layout
+
+    def _decode(self, stored: Tensor, layout: "_Layout") -> Tensor:
+        """The numbers of stored blocks ``[H, T/64, *]``: ``[H, T, W]``."""
+        by_tokens, inner = layout
+        width = padded_size(self.head_dim, 16)
+        pieces = stored.view(*stored.shape[:2], -1, width if by_tokens else 64, inner)
+        halves = [pieces & 15, pieces >> 4] if self.dtype == "int4" else [pieces]
+        order = (0, 1, 2, 3, 5, 4) if by_tokens else (0, 1, 4, 2, 3, 5)
+        return torch.stack(halves, 3).permute(order).reshape(len(stored), -1, width)
+
+    def _encode(self, numbers: Tensor, layout: "_Layout") -> Tensor:
+        """The inverse of :meth:`_decode`."""
+        by_tokens, inner = layout
+        heads, tokens, width = numbers.shape
+        halves = 2 if self.dtype == "int4" else 1
+        if by_tokens:
+            pieces = numbers.view(heads, tokens // 64, -1, halves, inner, width).transpose(4, 5)
         else:
-            if self.dtype == "bfloat16":
-                keys, values = _bf16(self.keys), _bf16(self.values)
-            key_HLW = keys.view(slots, heads, capacity // 16, width, 16)[slot].transpose(2, 3)
-            key = key_HLW.reshape(heads, capacity, width)[:, :length].float()
-            value = values.view(slots, heads, capacity, width)[slot, :, :length].float()
-        return key[..., : self.head_dim], value[..., : self.head_dim]
+            pieces = numbers.view(heads, tokens // 64, 64, -1, halves, inner).permute(0, 1, 3, 4, 2, 5)
+        stored = pieces[:, :, :, 0] | pieces[:, :, :, 1] << 4 if halves == 2 else pieces[:, :, :, 0]
+        return stored.reshape(heads, tokens // 64, -1)
+
+
+class _Layout(NamedTuple):
+    by_tokens: bool
+    """A block is cut into pieces of tokens, ``[*, W, inner]``; else of dimensions, ``[*, 64, inner]``."""
+    inner: int
+    """Consecutive tokens or dimensions of a piece. In int4, a byte has those of two pieces."""
 
 
 def _attend_segment(
@@ -231,7 +218,7 @@ def _attend_segment(
 
 def _product(inputs: Tensor, matrix: _Matrix) -> Tensor:
     bias = None if matrix.bias is None else _tensor(matrix.bias)
-    return F.linear(inputs, matrix.dense(), bias)
+    return F.linear(inputs, matrix.dense, bias)
 
 
 def _round_activations(x_TK: Tensor, group: int) -> Tensor:
@@ -253,6 +240,8 @@ def _quantize_heads(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    if array.flags.writeable:
+        return torch.from_numpy(array)
     with warnings.catch_warnings(action="ignore"):  # mapped files are read-only; the kernels only read them
         return torch.from_numpy(array)
 
