@@ -75,54 +75,48 @@ def check(settings: Any, prefix: str = "") -> None:
 
 def misfits(hint: Any, value: Any) -> list[str]:
     """What keeps a value from fitting a type, as ends of sentences that begin with its key; nothing where it fits."""
-    if typing.get_origin(hint) is dict and isinstance(value, dict):
-        item_hint = typing.get_args(hint)[1]
-        return [f" of {key}{problem}" for key, item in value.items() for problem in misfits(item_hint, item)]
+    kind, arguments, *_ = parts_of(hint)
+    if kind is dict and isinstance(value, dict):
+        return [f" of {key}{problem}" for key, item in value.items() for problem in misfits(arguments[1], item)]
     return [] if fits(hint, value) else [f" is {value!r}, not {wanted(hint)}"]
 
 
 def fits(hint: Any, value: Any) -> bool:
     """Whether a value is of a type and within its limits. Lists pass for tuples, and whole numbers for numbers."""
-    hint, marks = unmarked(hint)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return value is None or fits(arguments[0], value)
-    if origin is Literal:
+    kind, arguments, marks, optional = parts_of(hint)
+    if value is None and optional:
+        return True
+    if kind is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin in (list, tuple):
+    if kind in (list, tuple):
         if not isinstance(value, (list, tuple)) or (NOT_EMPTY in marks and not value):
             return False
-        items = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
+        items = arguments if kind is tuple and ... not in arguments else arguments[:1] * len(value)
         return len(items) == len(value) and all(map(fits, items, value))
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(arguments[1], item) for item in value.values())
-    if hint in (int, float):
-        number = isinstance(value, int) or (hint is float and isinstance(value, float) and math.isfinite(value))
-        return (
-            number and not isinstance(value, bool) and all(value in mark for mark in marks if isinstance(mark, Range))
-        )
-    return hint is Any or isinstance(value, hint)
+    if kind is dict:
+        return isinstance(value, dict) and not misfits(hint, value)
+    if kind in (int, float):
+        number = isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
+        inside = number and all(value in mark for mark in marks if isinstance(mark, Range))
+        return inside and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
 
 
 def wanted(hint: Any, plural: bool = False) -> str:
     """What a value of a type is, in words."""
-    hint, marks = unmarked(hint)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return wanted(arguments[0], plural)
-    if origin is Literal:
+    kind, arguments, marks, _ = parts_of(hint)
+    if kind is Literal:
         return f"{'any' if plural else 'one'} of {', '.join(map(str, arguments))}"
-    if origin in (list, tuple):
-        if origin is tuple and ... not in arguments:
-            return f"{('no', 'one', 'two', 'three')[len(arguments)]} {wanted(arguments[0], plural=True)}"
-        return f"a list of {wanted(arguments[0], plural=True)}"
-    if origin is dict:
-        return "a mapping"
-    if dataclasses.is_dataclass(hint):
-        return f"{getattr(hint, '__name__', '').lower()}s" if plural else "a mapping"
+    if kind in (list, tuple):
+        number = {1: "one", 2: "two"}[len(arguments)] if kind is tuple and ... not in arguments else "a list of"
+        return f"{number} {wanted(arguments[0], plural=True)}"
+    if kind is dict or dataclasses.is_dataclass(kind):
+        return f"{getattr(kind, '__name__', '').lower()}s" if plural else "a mapping"
+    if kind is bool:
+        return "true or false"
     words = {int: "whole number", float: "number", str: "text"}
     limits = "".join(f" {mark}" for mark in marks if isinstance(mark, Range))
-    return "true or false" if hint is bool else f"{'' if plural else 'a '}{words[hint]}{'s' * plural}{limits}"
+    return f"{'' if plural else 'a '}{words[kind]}{'s' * plural}{limits}"
 
 
 # Reading recipes
@@ -182,39 +176,40 @@ def read_fields(cls: Any, raw: Any, problems: list[str], where: str = "") -> dic
         for key in raw
         if key not in types_of
     ]
-    problems += [f"{prefix}{name} is missing" for name in required(cls) if name not in raw]
+    problems += [
+        f"{prefix}{item.name} is missing"
+        for item in dataclasses.fields(cls)
+        if item.name not in raw and item.default is item.default_factory is dataclasses.MISSING
+    ]
     return {name: _read(hint, raw[name], problems, prefix + name) for name, hint in types_of.items() if name in raw}
 
 
 def _read(hint: Any, value: Any, problems: list[str], where: str) -> Any:
     """A value in the type of its key, or ``None`` with a problem."""
-    marked, (hint, _) = hint, unmarked(hint)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(arguments[0], value, problems, where)
-    if dataclasses.is_dataclass(hint):
+    kind, arguments, _, optional = parts_of(hint)
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(kind):
         before = len(problems)
-        values = read_fields(hint, value, problems, where)
+        values = read_fields(kind, value, problems, where)
         if len(problems) > before:
             return None
         try:
-            return hint(**values)  # type: ignore[operator]  # a class
+            return kind(**values)  # type: ignore[operator]  # a class
         except ValueError as error:
             problems.append(str(error).rstrip("."))
             return None
-    if origin is list and dataclasses.is_dataclass(arguments[0]) and isinstance(value, list) and value:
+    if kind is list and dataclasses.is_dataclass(arguments[0]) and isinstance(value, list) and value:
         return [_read(arguments[0], item, problems, f"{where}[{i}]") for i, item in enumerate(value)]
-    if found := misfits(marked, value):
-        problems += [f"{where}{problem}{_how_to_write(hint, value)}" for problem in found]
+    if found := misfits(hint, value):
+        advice = ""  # how YAML wants a number to be written that it took for something else
+        if kind is int and isinstance(value, (str, float)):
+            advice = " (written out, as in 1_000_000)"
+        elif kind is float and isinstance(value, str):
+            advice = " (YAML takes 1e-3 for text: write 1.0e-3)"
+        problems += [f"{where}{problem}{advice}" for problem in found]
         return None
-    return tuple(value) if origin is tuple else value
-
-
-def _how_to_write(hint: Any, value: Any) -> str:
-    """How YAML wants a number to be written that it took for something else."""
-    if hint is int and isinstance(value, (str, float)):
-        return " (written out, as in 1_000_000)"
-    return " (YAML takes 1e-3 for text: write 1.0e-3)" if hint is float and isinstance(value, str) else ""
+    return tuple(value) if kind is tuple else value
 
 
 def did_you_mean(key: object, known: Iterable[str]) -> str:
@@ -249,15 +244,6 @@ def hints(cls: Any) -> dict[str, Any]:
     return {item.name: found[item.name] for item in dataclasses.fields(cls)}
 
 
-def required(cls: Any) -> list[str]:
-    """Fields that have no default."""
-    return [
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    ]
-
-
 def texts(cls: Any) -> dict[str, str]:
     """Help for the fields of a dataclass: what the section ``Args:`` of its docstring says, by name."""
     section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
@@ -265,9 +251,16 @@ def texts(cls: Any) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "").split()) for name, text in found}
 
 
-def unmarked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without what ``Annotated`` says of it, and that."""
-    if typing.get_origin(hint) is Annotated:
-        hint, *marks = typing.get_args(hint)
-        return hint, tuple(marks)
-    return hint, ()
+def parts_of(hint: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]:
+    """What a type consists of.
+
+    Returns:
+        The plain type, such as ``list``; its arguments; what ``Annotated`` says of it; and whether it may be ``None``.
+    """
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        kind, inner, _, optional = parts_of(arguments[0])
+        return kind, inner, arguments[1:], optional
+    if kind in (types.UnionType, typing.Union):
+        return *parts_of(arguments[0])[:3], True
+    return kind or hint, arguments, (), False

@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 
 from btlm.data.clean import clean_documents
-from btlm.data.parts import document_place, read_table
+from btlm.data.parts import part_of, read_rows, read_table
 from btlm.data.recipe import Clean, Execution, Read
 from btlm.data.stage import open_run
 
@@ -48,8 +48,8 @@ def test_parts_are_bounded_and_documents_are_numbered_by_their_place(tmp_path):
     assert all(size < 4000 + 600 for _, _, size in stage["parts"])
     assert [document["text"] for document in documents] == [row["text"] for row in rows]
     for document in documents:
-        name, row = document_place(document["document"])
-        assert read_table(tmp_path / "out/clean/documents" / name)["text"][row].as_py() == document["text"]
+        found = read_rows(tmp_path / "out/clean/documents" / part_of(document["document"]), document["document"])
+        assert found["text"].to_pylist() == [document["text"]]
 
 
 def test_bad_documents_are_counted_and_listed(tmp_path):

@@ -15,7 +15,8 @@ from btlm.data.documents import Document
 from btlm.data.minhash import band_keys, signatures
 from btlm.data.parts import read_table, table_of, write_part, write_table
 from btlm.data.recipe import Clean, Dedup, Execution, Read
-from btlm.data.stage import open_run
+from btlm.data.stage import COMPLETE, Documents, open_run
+from btlm.files import write_json
 from tests.data.corpus import edited, text
 from tests.data.test_minhash import plain_shingles, planted_pairs, random_text
 
@@ -122,9 +123,9 @@ def test_components_are_networkxs(tmp_path, seed):
     documents = [Document("", f"{i:03d}", "s") for i in range(nodes)]
     # All are equally long and from one source, so the one with the first SHA-256 is kept.
     hashes = [f"{value:03d}" for value in rng.permutation(nodes)]
-    write_part(
-        tmp_path / "documents", "000000-0000.parquet", table_of(list(zip(documents, [1] * nodes, hashes, strict=True)))
-    )
+    table = table_of(list(zip(documents, [1] * nodes, hashes, strict=True)))
+    part = write_part(tmp_path / "documents", "000000-0000.parquet", table)
+    write_json(tmp_path / COMPLETE, {"parts": [part]})
     pairs = [(int(a), int(b)) for a, b in rng.integers(0, nodes, (edges, 2)) if a != b]
     # A long path, whose ends meet last.
     pairs += [(i + 1, i) for i in range(60)]
@@ -133,7 +134,7 @@ def test_components_are_networkxs(tmp_path, seed):
         "first": pa.array([b for _, b in pairs], pa.int64()),
     }
     write_table(tmp_path / "pairs/000.parquet", pa.table(columns))
-    dedup_module._components(tmp_path, tmp_path, ["000000-0000.parquet"], 1, 0.5, 0, lambda _: None)
+    dedup_module._components(Documents(tmp_path), tmp_path, 1, 0.5, 0, lambda _: None)
     found = read_table(tmp_path / "clusters.parquet").to_pylist()
     graph = networkx.Graph(pairs)
     expected = {

@@ -4,15 +4,13 @@ A field ``new_tokens`` is the flag ``--new-tokens``; a key of a recipe, ``mix.mi
 A list is written with commas, and a mapping as in YAML: ``--contexts 512,2048 --mix.weights 'Books: 2, Web: 0.5'``.
 """
 
-import types
-import typing
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from btlm.errors import OptionError
-from btlm.settings import did_you_mean, hints, texts, unmarked, wanted
+from btlm.settings import did_you_mean, hints, parts_of, texts, wanted
 
 T = TypeVar("T")
 
@@ -152,22 +150,19 @@ def choose(
 
 def _reader(hint: Any) -> Callable[[str], Any]:
     """What makes a value of the text after a flag. Limits are checked later, by the dataclass."""
-    bare, _ = unmarked(hint)
-    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
-    if origin in (types.UnionType, typing.Union):
-        return _reader(arguments[0])
-    if origin is Literal:
+    kind, arguments, *_ = parts_of(hint)
+    if kind is Literal:
         return lambda text: next((choice for choice in arguments if str(choice) == text), text)
-    if origin in (list, tuple):
+    if kind in (list, tuple):
         item = _reader(arguments[0])
-        return lambda text: origin(map(item, _items(text)))
-    if origin is dict:
+        return lambda text: kind(map(item, _items(text)))
+    if kind is dict:
         return lambda text: _yaml(text, mapping=True)
-    if bare in (int, float):
+    if kind in (int, float):
 
         def number(text: str) -> Any:
             try:
-                return bare(text)
+                return kind(text)
             except ValueError:
                 raise ArgumentTypeError(f"{text!r} is not {wanted(hint)}") from None
 
@@ -191,18 +186,15 @@ def _yaml(text: str, mapping: bool = False) -> Any:
 
 def _metavar(hint: Any) -> str:
     """What stands for a value in the help: a mark of its type, or a letter by its kind."""
-    bare, marks = unmarked(hint)
+    kind, arguments, marks, _ = parts_of(hint)
     if named := [mark for mark in marks if isinstance(mark, str)]:
         return named[0]
-    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
-    if origin in (types.UnionType, typing.Union):
-        return _metavar(arguments[0])
-    if origin is Literal:
+    if kind is Literal:
         return "|".join(map(str, arguments))
-    if origin in (list, tuple):
-        fixed = origin is tuple and ... not in arguments
+    if kind in (list, tuple):
+        fixed = kind is tuple and ... not in arguments
         return ",".join(map(_metavar, arguments)) if fixed else f"{_metavar(arguments[0])},..."
-    return {int: "N", float: "X", dict: "KEY: VALUE,..."}.get(origin or bare, "TEXT")
+    return {int: "N", float: "X", dict: "KEY: VALUE,..."}.get(kind, "TEXT")
 
 
 def _shown(default: Any) -> str:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,11 @@ from btlm.settings import plain
 
 from .documents import Problem, Unit, list_units, read_unit
 from .minhash import normalized_length_reaches
-from .parts import PartWriter, add_counts
+from .parts import PartWriter, sum_counts
 from .recipe import Clean, Read
 from .shards import MAX_SOURCES
 from .stage import DOCUMENTS, Run, begin, finish, load_stage
-from .tasks import run_tasks
+from .tasks import Advance, run_tasks
 
 UNITS, PROBLEMS, REMOVED = "units.jsonl", "problems", "removed"
 
@@ -43,8 +44,7 @@ def clean_documents(
     units, others = list_units(inputs, read)
     if others:
         run.say(f"  {len(others):,} files of unknown kinds were skipped, such as {others[0]}")
-    settings = plain(read)
-    limit = settings.pop("max_bad_documents")
+    settings = {key: value for key, value in plain(read).items() if key != "max_bad_documents"}
     files: dict[str, list[Any]] = {}
     for unit in units:  # files of several folders may have the same name
         files.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
@@ -54,16 +54,15 @@ def clean_documents(
     task = partial(_clean_unit, folder, read, clean)
     results = run_tasks(folder, name, task, [unit.bytes for unit in units], run)
 
-    sources: dict[str, dict[str, int]] = {}
-    for result in results:
-        add_counts(sources, result["sources"].items())
+    limit = read.max_bad_documents
+    sources = sum_counts(result["sources"] for result in results)
     problems = [problem for result in results for problem in result["problems"]]
     number = sum(result["num_problems"] for result in results)
     if number:
         run.say(f"  {number:,} bad documents or files left out (limit {limit:,}), listed in {folder / PROBLEMS}")
         for problem in problems[:_EXAMPLES]:
             run.say(f"    {_place(problem)}: {problem[2]}")
-    if number > read.max_bad_documents:
+    if number > limit:
         raise ValueError(_too_many(number, read, problems))
     if len(sources) > MAX_SOURCES:
         raise ValueError(
@@ -73,13 +72,13 @@ def clean_documents(
     parts = [part for result in results for part in result["parts"]]
     if not parts:
         raise ValueError("No document is left; check the settings of `read` and `clean`.")
-    return finish(folder, {"parts": parts, "sources": dict(sorted(sources.items()))})
+    return finish(folder, {"parts": parts, "sources": sources})
 
 
-def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Callable[[int], None]) -> dict[str, Any]:
+def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Advance) -> dict[str, Any]:
     with (folder / UNITS).open() as lines:
         unit = Unit(*json.loads(next(islice(lines, task, None))))
-    sources: dict[str, dict[str, int]] = {}
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
     problems: list[Problem] = []
     kept = PartWriter(folder / DOCUMENTS, task, read.part_bytes)
     short = PartWriter(folder / REMOVED, task, read.part_bytes)
@@ -89,34 +88,24 @@ def _clean_unit(folder: Path, read: Read, clean: Clean, task: int, advance: Call
             if len(problems) > read.max_bad_documents:
                 break  # the limit is that of the whole stage, which has failed already
             continue
-        size = len(document.text.encode())
-        counts = {"documents": 1, "bytes": size}
+        counts = {"documents": 1, "bytes": len(document.text.encode())}
         if clean.normalization != "none":
-            text = unicodedata.normalize(clean.normalization, document.text)
-            if text is not document.text:
-                document = document._replace(text=text)
-        if clean.min_characters and not normalized_length_reaches(document.text, clean.min_characters):
-            writer, result = short, "short"
-        else:
-            writer, result = kept, "clean"
+            document = document._replace(text=unicodedata.normalize(clean.normalization, document.text))
+        is_short = clean.min_characters and not normalized_length_reaches(document.text, clean.min_characters)
+        writer, result = (short, "short") if is_short else (kept, "clean")
         encoded = document.text.encode()
         writer.add(document, len(encoded), hashlib.sha256(encoded).hexdigest())
-        counts |= {f"{result}_documents": 1, f"{result}_bytes": len(encoded)}
-        add_counts(sources, [(document.source, counts)])
+        sources[document.source].update(counts | {f"{result}_documents": 1, f"{result}_bytes": len(encoded)})
     if problems:
-        path = folder / PROBLEMS / f"{task:06d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+        (folder / PROBLEMS).mkdir(exist_ok=True)
+        listed = "".join(json.dumps(problem._asdict()) + "\n" for problem in problems)
+        write_text(folder / PROBLEMS / f"{task:06d}.jsonl", listed)
     if len(problems) > read.max_bad_documents:
         raise ValueError(_too_many(len(problems), read, problems))
     kept.flush()
     short.flush()
-    return {
-        "parts": kept.parts,
-        "sources": sources,
-        "num_problems": len(problems),
-        "problems": problems[:_EXAMPLES],
-    }
+    first = problems[:_EXAMPLES]
+    return {"parts": kept.parts, "sources": sources, "num_problems": len(problems), "problems": first}
 
 
 def _too_many(number: int, read: Read, problems: Sequence[Sequence[Any]]) -> str:

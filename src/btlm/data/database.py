@@ -15,18 +15,17 @@ def open_database(folder: Path, memory_gb: float) -> Iterator[Any]:
     import duckdb
 
     folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "memory_limit": f"{int(memory_gb * 1000)}MB",
+        "threads": 1,
+        "preserve_insertion_order": False,
+    }
     # Each attempt has its own folder: the same task of a killed command may still be running elsewhere.
-    with (
-        TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name,
-        duckdb.connect(f"{name}/database") as database,
-    ):
-        database.execute("SET memory_limit = $limit", {"limit": f"{int(memory_gb * 1000)}MB"})
-        database.execute("SET temp_directory = $folder", {"folder": f"{name}/spilled"})
-        database.execute("SET preserve_insertion_order = false")
-        database.execute("SET enable_progress_bar = false")
-        database.execute("SET threads = 1")
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
+        options["temp_directory"] = f"{name}/spilled"
         try:
-            yield database
+            with duckdb.connect(f"{name}/database", config=options) as database:
+                yield database
         except duckdb.IOException as error:
             raise OSError(str(error)) from error
         except duckdb.OutOfMemoryException as error:

@@ -7,8 +7,7 @@ The longest document of a component is kept (in bytes of UTF-8). Ties go to the 
 text, then id, so that the choice does not depend on files, their order or tasks.
 """
 
-import shutil
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from btlm.settings import plain
 
 from .database import open_database, parquet, write_query
 from .minhash import band_keys, signatures
-from .parts import add_counts, first_document, part_number, read_groups, read_table, write_part, write_table
+from .parts import first_in, read_groups, read_rows, read_table, rows_of, sum_counts, write_part, write_table
 from .recipe import Dedup
-from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
-from .tasks import run_tasks
+from .stage import DOCUMENTS, Documents, Run, begin, finish, load_stage, stage_digest
+from .tasks import Advance, run_tasks
 
 BANDS, PAIRS, SCRATCH, CLUSTERS = "bands", "pairs", "scratch", "clusters.parquet"
 
@@ -40,45 +39,33 @@ def deduplicate(source: Path, folder: Path, dedup: Dedup, run: Run) -> dict[str,
     Returns:
         The stage's result: ``parts``, and ``sources`` with the counts per source.
     """
-    before = load_stage(source)
+    before = Documents(source)
     if begin(folder, "dedup", {"dedup": plain(dedup), "input": stage_digest(source)}, run):
         return load_stage(folder)
-    parts = [name for name, _, _ in before["parts"]]
-    sizes = [size for _, _, size in before["parts"]]
-    total = sum(sizes)
     memory_gb = run.execution.memory_gb / 2
-    run_tasks(folder, "signatures", partial(_signatures, source, folder, parts, dedup), sizes, run)
-    band_size = sum(documents for _, documents, _ in before["parts"]) * 16
-    run_tasks(folder, "pairs", partial(_pairs, folder, parts, memory_gb), [band_size] * dedup.bands, run)
+    run_tasks(folder, "signatures", partial(_signatures, before, folder, dedup), before.sizes, run)
+    band_size = before.num_documents * 16
+    run_tasks(folder, "pairs", partial(_pairs, before, folder, memory_gb), [band_size] * dedup.bands, run)
     pairs_size = sum(path.stat().st_size for path in (folder / PAIRS).glob("*.parquet"))
-    components = partial(_components, source, folder, parts, dedup.bands, memory_gb)
-    run_tasks(folder, "components", components, [pairs_size], run)
-    results = run_tasks(folder, "keep", partial(_keep, source, folder, parts), sizes, run)
+    run_tasks(folder, "components", partial(_components, before, folder, dedup.bands, memory_gb), [pairs_size], run)
+    results = run_tasks(folder, "keep", partial(_keep, before, folder), before.sizes, run)
 
-    sources: dict[str, dict[str, int]] = {}
-    for result in results:
-        add_counts(sources, result["sources"].items())
-    kept = [result["part"] for result in results if result["part"]]
+    sources = sum_counts(result["sources"] for result in results)
     removed = sum(counts.get("duplicate_bytes", 0) for counts in sources.values())
-    run.say(f"  {removed / 1e6:,.1f} of {total / 1e6:,.1f} MB removed as duplicates")
-    stage = finish(folder, {"parts": kept, "sources": dict(sorted(sources.items()))}, source)
-    for scratch in (BANDS, PAIRS, SCRATCH):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
-    return stage
+    run.say(f"  {removed / 1e6:,.1f} of {sum(before.sizes) / 1e6:,.1f} MB removed as duplicates")
+    kept = [result["part"] for result in results if result["part"]]
+    return finish(folder, {"parts": kept, "sources": sources}, source, scratch=(BANDS, PAIRS, SCRATCH))
 
 
 # Tasks
 
 
-def _signatures(
-    source: Path, folder: Path, parts: list[str], dedup: Dedup, task: int, advance: Callable[[int], None]
-) -> None:
+def _signatures(before: Documents, folder: Path, dedup: Dedup, task: int, advance: Advance) -> None:
     """Write the band keys of a part: the column ``document``, and one column per band."""
     import pyarrow as pa
 
-    name = parts[task]
     keys, has_shingles = [], []
-    for group in read_groups(source / DOCUMENTS / name, ["text"]):
+    for group in read_groups(before.path(task), ["text"]):
         texts = group["text"].to_pylist()
         signature, num_shingles = signatures(texts, dedup)
         keys.append(band_keys(signature, dedup.bands, dedup.rows))
@@ -86,47 +73,33 @@ def _signatures(
         advance(sum(map(len, texts)))
     # A text without shingles, of only punctuation and spaces, is a duplicate of nothing.
     rows = np.flatnonzero(np.concatenate(has_shingles))
-    table = {"document": pa.array(rows + first_document(*part_number(name)), pa.int64())}
+    table = {"document": pa.array(rows + first_in(before.names[task]), pa.int64())}
     table |= {f"band{i}": pa.array(column) for i, column in enumerate(np.concatenate(keys)[rows].T)}
-    write_table(folder / BANDS / name, pa.table(table))
+    write_table(folder / BANDS / before.names[task], pa.table(table))
 
 
-def _pairs(folder: Path, parts: list[str], memory_gb: float, task: int, advance: Callable[[int], None]) -> None:
+def _pairs(before: Documents, folder: Path, memory_gb: float, task: int, advance: Advance) -> None:
     """Write the pairs of one band: each document with the first one that has the same key."""
     with open_database(folder / SCRATCH, memory_gb) as database:
-        keys = parquet([folder / BANDS / name for name in parts], f"document, band{task} AS key")
+        keys = parquet([folder / BANDS / name for name in before.names], f"document, band{task} AS key")
         query = f"""
             SELECT document, first FROM (
                 SELECT document, min(document) OVER (PARTITION BY key) AS first FROM {keys}
             ) WHERE document <> first ORDER BY document
         """
-        write_query(database, query, folder / PAIRS / _pairs_name(task))
+        write_query(database, query, folder / PAIRS / f"{task:03d}.parquet")
 
 
-def _pairs_name(band: int) -> str:
-    return f"{band:03d}.parquet"
-
-
-def _components(
-    source: Path,
-    folder: Path,
-    parts: list[str],
-    bands: int,
-    memory_gb: float,
-    task: int,
-    advance: Callable[[int], None],
-) -> dict[str, int]:
+def _components(before: Documents, folder: Path, bands: int, memory_gb: float, task: int, advance: Advance) -> None:
     """Write the connected components of the pairs, found by alternating large-star and small-star operations.
 
     Both operations keep components connected and link documents to ever earlier ones, until all documents of a
     component are linked to its first (Kiveris et al. 2014, Connected Components in MapReduce and Beyond).
     """
     with open_database(folder / SCRATCH, memory_gb) as database:
-        pairs = parquet([folder / PAIRS / _pairs_name(band) for band in range(bands)], "document AS a, first AS b")
+        pairs = parquet([folder / PAIRS / f"{band:03d}.parquet" for band in range(bands)], "document AS a, first AS b")
         database.execute(f"CREATE TABLE edges AS SELECT DISTINCT a, b FROM {pairs}")
-        rounds = 0
         while not _is_stars(database):
-            rounds += 1
             database.execute("""
                 CREATE OR REPLACE TABLE large AS
                 WITH neighbours AS (SELECT a AS u, b AS v FROM edges UNION ALL SELECT b, a FROM edges),
@@ -138,8 +111,7 @@ def _components(
                 WITH first AS (SELECT a AS u, min(b) AS m FROM large GROUP BY u)
                 SELECT b AS a, m AS b FROM large JOIN first ON a = u WHERE b <> m UNION SELECT u, m FROM first
             """)
-        files = [source / DOCUMENTS / name for name in parts]
-        documents = parquet(files, "document, bytes, source, sha256, id")
+        documents = parquet(before.paths(), "document, bytes, source, sha256, id")
         # Choose the kept document of each component by the rule above. Up to here, its first document stands for a
         # component.
         query = f"""
@@ -150,7 +122,6 @@ def _components(
             FROM members JOIN {documents} USING (document) ORDER BY document
         """
         write_query(database, query, folder / CLUSTERS)
-    return {"rounds": rounds}
 
 
 def _is_stars(database: Any) -> bool:
@@ -160,31 +131,16 @@ def _is_stars(database: Any) -> bool:
     return edges == leaves and not inner
 
 
-def _keep(source: Path, folder: Path, parts: list[str], task: int, advance: Callable[[int], None]) -> dict[str, Any]:
+def _keep(before: Documents, folder: Path, task: int, advance: Advance) -> dict[str, Any]:
     """Write the documents of a part that are kept."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    name = parts[task]
-    table = read_table(source / DOCUMENTS / name)
-    first = first_document(*part_number(name))
-    members = pq.read_table(
-        folder / CLUSTERS,
-        columns=["document", "kept"],
-        filters=[("document", ">=", first), ("document", "<", first + len(table))],
-        partitioning=None,
-        use_threads=False,
-    )
-    removed = members.filter(pc.not_equal(members["document"], members["kept"]))["document"]
-    is_removed = pc.is_in(table["document"], value_set=removed.combine_chunks())
-    is_kept = pc.invert(is_removed)
-    sources: dict[str, dict[str, int]] = {}
-    for result, rows in (("duplicate", is_removed), ("kept", is_kept)):
-        counted = table.select(["source", "bytes"]).filter(rows).group_by("source")
-        for row in counted.aggregate([("bytes", "sum"), ("bytes", "count")]).to_pylist():
-            entry = {f"{result}_documents": row["bytes_count"], f"{result}_bytes": row["bytes_sum"]}
-            add_counts(sources, [(row["source"], entry)])
-    kept = table.filter(is_kept)
-    advance(pc.sum(table["bytes"]).as_py())
-    part = write_part(folder / DOCUMENTS, name, kept) if len(kept) else None
+    name, table = before.names[task], read_table(before.path(task))
+    members = read_rows(folder / CLUSTERS, first_in(name), len(table))
+    removed = {document for document, kept in rows_of(members, "document", "kept") if document != kept}
+    is_kept = np.array([document not in removed for document in table["document"].to_pylist()])
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for (source, size), keeps in zip(rows_of(table, "source", "bytes"), is_kept, strict=True):
+        result = "kept" if keeps else "duplicate"
+        sources[source].update({f"{result}_documents": 1, f"{result}_bytes": size})
+    advance(before.sizes[task])
+    part = write_part(folder / DOCUMENTS, name, table.filter(is_kept)) if is_kept.any() else None
     return {"part": part, "sources": sources}

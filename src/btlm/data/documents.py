@@ -4,6 +4,7 @@ A document that cannot be read is returned as a :class:`Problem`, so that the ca
 """
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -196,7 +197,7 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
     # In JSON, a byte of text takes at most six bytes.
     longest = 6 * read.max_document_bytes + _CHUNK
     try:
-        for number, line in enumerate(_lines(_chunks(path, advance), longest), start=1):
+        for number, line in enumerate(_lines(path, longest, advance), start=1):
             if line is None:
                 yield Problem(name, number, f"a line of more than {longest:,} bytes")
                 continue
@@ -216,24 +217,8 @@ def _json_records(name: str, path: Path, read: Read, advance: Callable[[int], ob
             yield Problem(name, 0, "an empty file")
 
 
-def _lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | None]:
-    """Lines without their line ends; ``None`` for a line longer than ``longest`` bytes."""
-    parts: list[bytes] = []
-    size, too_long = 0, False
-    for chunk in chunks:
-        *lines, rest = chunk.split(b"\n")
-        for line in lines:
-            yield None if too_long or size + len(line) > longest else b"".join([*parts, line])
-            parts, size, too_long = [], 0, False
-        size += len(rest)
-        too_long = too_long or size > longest
-        parts = [] if too_long else [*parts, rest]
-    if size:
-        yield None if too_long else b"".join(parts)
-
-
-def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
-    """The decompressed content in pieces of at most ``_CHUNK`` bytes, whatever the compression."""
+def _lines(path: Path, longest: int, advance: Callable[[int], object]) -> Iterator[bytes | None]:
+    """The decompressed lines; ``None`` for a line longer than ``longest`` bytes, which is not held in memory."""
     import pyarrow as pa
 
     with path.open("rb") as file:
@@ -243,12 +228,15 @@ def _chunks(path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
         elif path.suffix.lower() == ".zst":
             # zstandard's own reader does not notice that a file was cut off.
             stream = pa.CompressedInputStream(file, "zstd")
-        position = 0
-        while chunk := stream.read(_CHUNK):
+        lines = io.BufferedReader(stream, _CHUNK)
+        position, is_rest = 0, False
+        while line := lines.readline(longest + 1):
+            is_whole = len(line) <= longest or line.endswith(b"\n")
+            if not is_rest:
+                yield line if is_whole else None
+            is_rest = not is_whole
             advance(file.tell() - position)
             position = file.tell()
-            yield chunk
-        advance(file.tell() - position)
 
 
 # Text files, Parquet and data sets

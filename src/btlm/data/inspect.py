@@ -12,11 +12,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from .clean import PROBLEMS, REMOVED
-from .database import parquet
 from .dedup import CLUSTERS
 from .minhash import document_hashes
 from .mix import CONTAMINATED, HELD_OUT
-from .parts import document_place
+from .parts import first_in, part_of, read_rows, read_table, rows_of
 from .recipe import Dedup, Inspection
 from .stage import COMPLETE, DOCUMENTS, load_stage
 
@@ -66,11 +65,8 @@ def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Ite
         example = next(problem for problem in problems if _kind(problem["reason"]) == reason)
         yield escape(f"  {number:6,}  {example['reason']}   e.g. {example['file']}, line {example['line']}")
     parts = sorted((folder / REMOVED).glob("*.parquet"))
-    rows = [(part, row) for part in parts for row in range(pq.read_metadata(part).num_rows)]
-    yield f"[bold]{len(rows):,} short documents[/bold]"
-    for part, row in _some(rows, examples, rng):
-        document = _row(part, row)
-        yield from _document(document["source"], document["id"], document["text"])
+    short = [first_in(part.name) + row for part in parts for row in range(pq.read_metadata(part).num_rows)]
+    yield from _examples(folder / REMOVED, short, "short documents", examples, rng)
 
 
 def _kind(reason: str) -> str:
@@ -79,15 +75,12 @@ def _kind(reason: str) -> str:
 
 
 def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
-    import duckdb
-
     stage = load_stage(folder)
-    source = folder / stage["before"]
+    source = folder / stage["before"] / DOCUMENTS
     options = Dedup(**{**stage["history"]["dedup"]["settings"]["dedup"], "threshold": None})
     clusters: dict[int, list[int]] = {}
-    with duckdb.connect() as database:
-        for document, kept in database.execute(f"SELECT document, kept FROM {parquet([folder / CLUSTERS])}").fetchall():
-            clusters.setdefault(kept, []).append(document)
+    for document, kept in rows_of(read_table(folder / CLUSTERS), "document", "kept"):
+        clusters.setdefault(kept, []).append(document)
     sizes = Counter(len(members) for members in clusters.values())
     yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold]; the longest document of each is kept"
     yield "  documents per cluster: number of clusters   " + ", ".join(
@@ -116,11 +109,8 @@ def _jaccard(first: str, second: str, options: Dedup) -> float:
 
 
 def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
-    import duckdb
-
-    source = folder / load_stage(folder)["before"]
-    with duckdb.connect() as database:
-        plan = database.execute(f"SELECT split, document FROM {parquet([folder / HELD_OUT])} ORDER BY ALL").fetchall()
+    source = folder / load_stage(folder)["before"] / DOCUMENTS
+    plan = sorted(rows_of(read_table(folder / HELD_OUT), "split", "document"))
     titles = {
         "contaminated": "documents that share an n-gram with an evaluation set",
         "copy of held out": "training documents equal to a held-out one",
@@ -131,10 +121,7 @@ def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Itera
         documents = [document for name, document in plan if name == split]
         if split == "contaminated" and not (folder / CONTAMINATED).exists():
             continue
-        yield f"[bold]{len(documents):,} {title}[/bold]"
-        for document in _some(documents, examples, rng):
-            found = _look_up(source, document)
-            yield from _document(found["source"], found["id"], found["text"])
+        yield from _examples(source, documents, title, examples, rng)
 
 
 def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
@@ -150,21 +137,16 @@ def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> It
             yield from _document("token", f"{start:,}", text)
 
 
-def _look_up(stage: Path, document: int) -> dict[str, Any]:
+def _examples(folder: Path, documents: list[int], title: str, examples: int, rng: np.random.Generator) -> Iterator[str]:
+    yield f"[bold]{len(documents):,} {title}[/bold]"
+    for document in _some(documents, examples, rng):
+        found = _look_up(folder, document)
+        yield from _document(found["source"], found["id"], found["text"])
+
+
+def _look_up(folder: Path, document: int) -> dict[str, Any]:
     """A document by its number; only its row group is read."""
-    name, row = document_place(document)
-    return _row(stage / DOCUMENTS / name, row)
-
-
-def _row(part: Path, row: int) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(part) as file:
-        group = 0
-        while row >= file.metadata.row_group(group).num_rows:
-            row -= file.metadata.row_group(group).num_rows
-            group += 1
-        found: dict[str, Any] = file.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
+    found: dict[str, Any] = read_rows(folder / part_of(document), document).to_pylist()[0]
     return found
 
 

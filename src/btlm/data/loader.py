@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .minhash import mix_bits
 from .shards import TokenShards
 
 _ENDLESS = 2**62
@@ -222,11 +223,8 @@ def permute(indices: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDAr
 
 
 def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hashes of 63 bits: MurmurHash3's finalizer (Appleby), less one bit so that a sum does not overflow."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    hashed: NDArray[np.uint64] = (values ^ (values >> np.uint64(33))) >> np.uint64(1)
-    return hashed
+    """Hashes of 63 bits: one bit less, so that a sum does not overflow."""
+    return mix_bits(values) >> np.uint64(1)
 
 
 def _check(stages: Sequence[ScheduleStage], rank: int, world_size: int) -> None:

@@ -100,8 +100,16 @@ def band_keys(signature: NDArray[np.uint32], bands: int, rows: int) -> NDArray[n
     values = signature[:, : bands * rows].reshape(len(signature), bands, rows).astype(np.uint64)
     keys = np.zeros((len(signature), bands), dtype=np.uint64)
     for row in range(rows):
-        keys = _mix(keys * np.uint64(_MULTIPLIER) + values[:, :, row] + np.uint64(1))
+        keys = mix_bits(keys * np.uint64(_MULTIPLIER) + values[:, :, row] + np.uint64(1))
     return keys
+
+
+def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """MurmurHash3's 64-bit finalizer (Appleby), a bijection."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(33))
+    return mixed
 
 
 def document_hashes(text: str, options: Dedup) -> Iterator[NDArray[np.uint64]]:
@@ -174,15 +182,7 @@ def _hash_spans(points: NDArray[np.uint32], starts: NDArray[np.int64], ends: NDA
     powers, inverse_powers = _powers()
     sums = np.zeros(len(points) + 1, dtype=np.uint64)
     np.cumsum(points * powers[: len(points)], out=sums[1:])
-    return _mix((sums[ends] - sums[starts]) * inverse_powers[starts])
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """MurmurHash3's 64-bit finalizer (Appleby), a bijection."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(33))
-    return mixed
+    return mix_bits((sums[ends] - sums[starts]) * inverse_powers[starts])
 
 
 @cache

@@ -8,8 +8,8 @@ documents over ranges of keys, called *partitions*, and other tasks sort one par
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,20 @@ from .database import open_database, parquet, write_query
 from .minhash import normalize, shingle_hashes
 from .parts import (
     PARQUET,
-    add_counts,
-    first_document,
+    first_in,
     part_name,
-    part_number,
     read_groups,
+    read_rows,
     read_table,
+    rows_of,
+    sum_counts,
     write_part,
     write_table,
 )
 from .recipe import Mix
 from .shards import SPLITS
-from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
-from .tasks import run_tasks
+from .stage import DOCUMENTS, Documents, Run, begin, finish, load_stage, stage_digest
+from .tasks import Advance, run_tasks
 
 CONTAMINATED, NGRAMS, HELD_OUT = "contaminated", "ngrams.npy", "held_out.parquet"
 SCATTERED, SCRATCH = "scattered", "scratch"
@@ -61,52 +62,41 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
         ValueError: A weight names an unknown source, no document is left for training, or an evaluation set cannot be
             read.
     """
-    before = load_stage(source)
-    if unknown := sorted(set(settings.weights) - set(before["sources"])):
+    before = Documents(source)
+    if unknown := sorted(set(settings.weights) - set(before.stage["sources"])):
         raise ValueError(
             f"mix.weights names {', '.join(unknown)}, which the documents do not have; "
-            f"their sources are {', '.join(before['sources'])}."
+            f"their sources are {', '.join(before.stage['sources'])}."
         )
     files = [[Path(file).name, _digest(file)] for file in settings.decontaminate]
     plain_settings = {key: value for key, value in plain(settings).items() if key != "decontaminate"}
     if begin(folder, "mix", {"mix": plain_settings, "decontaminate": files, "input": stage_digest(source)}, run):
         return load_stage(folder)
-    parts = [name for name, _, _ in before["parts"]]
-    sizes = [size for _, _, size in before["parts"]]
-    memory_gb = run.execution.memory_gb / 2
     if settings.decontaminate:
         ngrams = _evaluation_ngrams(settings)
         with whole_file(folder / NGRAMS) as partial_file, partial_file.open("wb") as file:
             np.save(file, ngrams)
         run.say(f"  {len(ngrams):,} n-grams of {settings.decontaminate_words} words in the evaluation sets")
-        run_tasks(folder, "decontaminate", partial(_decontaminate, source, folder, parts, settings), sizes, run)
-    (counts,) = run_tasks(folder, "plan", partial(_plan, source, folder, parts, settings, memory_gb), [0], run)
+        run_tasks(folder, "decontaminate", partial(_decontaminate, before, folder, settings), before.sizes, run)
+    plan = partial(_plan, before, folder, settings, run.execution.memory_gb / 2)
+    (counts,) = run_tasks(folder, "plan", plan, [0], run)
     partitions = {split: max(1, math.ceil(counts["split_bytes"][split] / settings.partition_bytes)) for split in SPLITS}
-    scattered = run_tasks(folder, "scatter", partial(_scatter, source, folder, parts, settings, partitions), sizes, run)
+    scatter = partial(_scatter, before, folder, settings, partitions)
+    scattered = run_tasks(folder, "scatter", scatter, before.sizes, run)
     slots = [f"{split}/{index}" for split in SPLITS for index in range(partitions[split])]
     slot_sizes = [sum(result["slots"].get(slot, 0) for result in scattered) for slot in slots]
-    results = run_tasks(folder, "order", partial(_order, folder, parts, slots), slot_sizes, run)
-    sources: dict[str, dict[str, int]] = {}
-    add_counts(sources, counts["sources"].items())
-    for result in scattered:
-        add_counts(sources, result["sources"].items())
+    results = run_tasks(folder, "order", partial(_order, before, folder, slots), slot_sizes, run)
+    sources = sum_counts(result["sources"] for result in [counts, *scattered])
     if not any(entry.get("train_documents") for entry in sources.values()):
         raise ValueError(
             "No document is left for training; lower mix.holdout or mix.min_holdout, or raise mix.weights."
         )
-    written = [(slot, result) for slot, result in zip(slots, results, strict=True) if result]
-    stage = finish(
-        folder,
-        {
-            "parts": [result for _, result in written],
-            "splits": [slot.split("/")[0] for slot, _ in written],
-            "sources": dict(sorted(sources.items())),
-        },
-        source,
-    )
-    for scratch in (SCATTERED, SCRATCH):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
-    return stage
+    result = {
+        "parts": [part for part in results if part],
+        "splits": [slot.split("/")[0] for slot, part in zip(slots, results, strict=True) if part],
+        "sources": sources,
+    }
+    return finish(folder, result, source, scratch=(SCATTERED, SCRATCH))
 
 
 def _digest(file: str) -> str:
@@ -145,42 +135,31 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _decontaminate(
-    source: Path, folder: Path, parts: list[str], settings: Mix, task: int, advance: Callable[[int], None]
-) -> None:
+def _decontaminate(before: Documents, folder: Path, settings: Mix, task: int, advance: Advance) -> None:
     """Write the numbers of the documents of a part that share an n-gram with the evaluation sets."""
     import pyarrow as pa
 
-    name = parts[task]
     ngrams = np.load(folder / NGRAMS)
     found: list[int] = []
-    for group in read_groups(source / DOCUMENTS / name, ["text", "document"]):
-        for text, document in zip(*(column.to_pylist() for column in group.columns), strict=True):
+    for group in read_groups(before.path(task), ["text", "document"]):
+        for text, document in rows_of(group, "text", "document"):
             hashes = shingle_hashes(normalize(text), "words", settings.decontaminate_words)
             if any(_any_in(part, ngrams) for part in hashes):
                 found.append(document)
             advance(len(text))
-    write_table(folder / CONTAMINATED / name, pa.table({"document": pa.array(found, pa.int64())}))
+    write_table(folder / CONTAMINATED / before.names[task], pa.table({"document": pa.array(found, pa.int64())}))
 
 
 def _any_in(values: NDArray[np.uint64], sorted_values: NDArray[np.uint64]) -> bool:
-    if not len(sorted_values):
-        return False
-    places = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
-    return bool((sorted_values[places] == values).any())
+    places = np.searchsorted(sorted_values, values)
+    return len(sorted_values) > 0 and bool((sorted_values.take(places, mode="clip") == values).any())
 
 
 # Plan: which documents are held out or dropped
 
 
 def _plan(
-    source: Path,
-    folder: Path,
-    parts: list[str],
-    settings: Mix,
-    memory_gb: float,
-    task: int,
-    advance: Callable[[int], None],
+    before: Documents, folder: Path, settings: Mix, memory_gb: float, task: int, advance: Advance
 ) -> dict[str, Any]:
     """Write which documents are held out or dropped, and count the rest.
 
@@ -188,10 +167,10 @@ def _plan(
     and test. Training documents with the same text as one of them are dropped.
     """
     with open_database(folder / SCRATCH, memory_gb) as database:
-        documents = parquet([source / DOCUMENTS / name for name in parts], "document, source, id, bytes, sha256")
+        documents = parquet(before.paths(), "document, source, id, bytes, sha256")
         contaminated = "(SELECT NULL::BIGINT AS document WHERE false)"
         if settings.decontaminate:
-            contaminated = parquet([folder / CONTAMINATED / name for name in parts])
+            contaminated = parquet([folder / CONTAMINATED / name for name in before.names])
         database.execute(f"CREATE TABLE contaminated AS SELECT * FROM {contaminated}")
         database.execute(
             f"""
@@ -229,7 +208,7 @@ def _plan(
             split_bytes[result] += size * (settings.weights.get(name, 1.0) if result == "train" else 1.0)
         else:
             key = result.replace(" ", "_")
-            add_counts(sources, [(name, {f"{key}_documents": documents_, f"{key}_bytes": size})])
+            sources.setdefault(name, {}).update({f"{key}_documents": documents_, f"{key}_bytes": size})
     return {"sources": sources, "split_bytes": split_bytes}
 
 
@@ -237,39 +216,24 @@ def _plan(
 
 
 def _scatter(
-    source: Path,
-    folder: Path,
-    parts: list[str],
-    settings: Mix,
-    partitions: dict[str, int],
-    task: int,
-    advance: Callable[[int], None],
+    before: Documents, folder: Path, settings: Mix, partitions: dict[str, int], task: int, advance: Advance
 ) -> dict[str, Any]:
     """Write the documents of a part, repeated by weight, with one row group per split and partition."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = parts[task]
-    table = read_table(source / DOCUMENTS / name)
-    first = first_document(*part_number(name))
-    plan = pq.read_table(
-        folder / HELD_OUT,
-        filters=[("document", ">=", first), ("document", "<", first + len(table))],
-        partitioning=None,
-        use_threads=False,
-    )
-    fate = dict(zip(plan["document"].to_pylist(), plan["split"].to_pylist(), strict=True))
+    name, table = before.names[task], read_table(before.path(task))
+    fate = dict(rows_of(read_rows(folder / HELD_OUT, first_in(name), len(table)), "document", "split"))
     slots: dict[str, list[tuple[int, int]]] = {}
-    sources: dict[str, dict[str, int]] = {}
-    columns = (table[key].to_pylist() for key in ("document", "source", "sha256", "bytes"))
-    for row, (document, source_name, sha256, size) in enumerate(zip(*columns, strict=True)):
+    sources: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row, (document, source, sha256, size) in enumerate(rows_of(table, "document", "source", "sha256", "bytes")):
         split = fate.get(document, "train")
         if split not in SPLITS:
             continue
-        for copy in range(_copies(settings, source_name, sha256) if split == "train" else 1):
+        for copy in range(_copies(settings, source, sha256) if split == "train" else 1):
             key = _key(settings.seed, f"order:{copy}", sha256)
             slots.setdefault(f"{split}/{key * partitions[split] // _KEYS}", []).append((row, key))
-            add_counts(sources, [(source_name, {f"{split}_documents": 1, f"{split}_bytes": size})])
+            sources[source].update({f"{split}_documents": 1, f"{split}_bytes": size})
     schema = table.schema.append(pa.field("key", pa.int64()))
     sizes = table["bytes"].to_numpy()
     slot_bytes = {}
@@ -295,16 +259,14 @@ def _key(seed: int, purpose: str, sha256: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _order(
-    folder: Path, parts: list[str], slots: list[str], task: int, advance: Callable[[int], None]
-) -> list[Any] | None:
+def _order(before: Documents, folder: Path, slots: list[str], task: int, advance: Advance) -> list[Any] | None:
     """Write one slot, which is a partition of a split: the documents from all tasks, sorted by their keys."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     tables = []
-    for name in parts:
+    for name in before.names:
         with pq.ParquetFile(folder / SCATTERED / name) as file:
             groups = json.loads(file.metadata.metadata[b"slots"])
             if slots[task] in groups:

@@ -1,6 +1,7 @@
 """Documents between the stages: Parquet files of bounded size, called parts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,9 @@ _PART_BITS, _ROW_BITS = 16, 24
 _PART_DOCUMENTS = 1 << 20
 
 
-def first_document(task: int, part: int) -> int:
-    """Number of the first document of a part; the others follow it."""
-    return (task << _PART_BITS | part) << _ROW_BITS
-
-
-def document_place(document: int) -> tuple[str, int]:
-    """File name and row of the document with the given number."""
-    task_and_part, row = divmod(document, 1 << _ROW_BITS)
-    return part_name(*divmod(task_and_part, 1 << _PART_BITS)), row
+def part_of(document: int) -> str:
+    """File name of the part that has a document."""
+    return part_name(*divmod(document >> _ROW_BITS, 1 << _PART_BITS))
 
 
 def part_name(task: int, part: int) -> str:
@@ -35,25 +30,20 @@ def part_name(task: int, part: int) -> str:
     return f"{task:06d}-{part:04d}.parquet"
 
 
-def part_number(name: str) -> tuple[int, int]:
-    """Task and part of a file name."""
-    task, _, part = Path(name).stem.partition("-")
-    return int(task), int(part)
+def first_in(name: str) -> int:
+    """Number of the first document in the part with a file name; the others follow it."""
+    task, part = map(int, Path(name).stem.split("-"))
+    return (task << _PART_BITS | part) << _ROW_BITS
 
 
 def table_of(documents: Sequence[tuple[Document, int, str]]) -> Any:
     """An Arrow table of documents, with their size in bytes of UTF-8 and the SHA-256 of these bytes in hexadecimal."""
     import pyarrow as pa
 
-    texts, ids, sources = zip(*(document for document, _, _ in documents), strict=True) if documents else ((), (), ())
-    columns = {
-        "text": pa.array(texts, pa.large_string()),
-        "id": pa.array(ids, pa.string()),
-        "source": pa.array(sources, pa.string()),
-        "bytes": pa.array([size for _, size, _ in documents], pa.int64()),
-        "sha256": pa.array([digest for _, _, digest in documents], pa.string()),
-    }
-    return pa.table(columns)
+    types = {"text": pa.large_string(), "id": pa.string(), "source": pa.string()}
+    schema = pa.schema({**types, "bytes": pa.int64(), "sha256": pa.string()})
+    rows = [{**document._asdict(), "bytes": size, "sha256": sha256} for document, size, sha256 in documents]
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def write_part(folder: Path, name: str, table: Any, order: NDArray[np.int64] | None = None) -> list[Any]:
@@ -74,7 +64,7 @@ def write_part(folder: Path, name: str, table: Any, order: NDArray[np.int64] | N
 
     if "document" in table.column_names:
         table = table.drop_columns("document")
-    first = first_document(*part_number(name))
+    first = first_in(name)
     size = pc.sum(table["bytes"]).as_py() or 0
     rows = max(1, len(table) * _ROW_GROUP_BYTES // max(size, _ROW_GROUP_BYTES))
     schema = table.schema.append(pa.field("document", pa.int64()))
@@ -116,12 +106,20 @@ PARQUET: dict[str, Any] = {
 }
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+def read_table(path: Path) -> Any:
     """A Parquet file as a table, read on one core."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        return file.read(columns=columns, use_threads=False)
+        return file.read(use_threads=False)
+
+
+def read_rows(path: Path, first: int, number: int = 1) -> Any:
+    """The rows of a Parquet file with ``number`` document numbers from ``first`` on."""
+    import pyarrow.parquet as pq
+
+    rows = [("document", ">=", first), ("document", "<", first + number)]
+    return pq.read_table(path, filters=rows, partitioning=None, use_threads=False)
 
 
 def read_groups(path: Path, columns: Sequence[str]) -> Iterator[Any]:
@@ -131,6 +129,11 @@ def read_groups(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=columns, use_threads=False)
+
+
+def rows_of(table: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table as tuples of the values of some columns."""
+    return zip(*(table[column].to_pylist() for column in columns), strict=True)
 
 
 class PartWriter:
@@ -170,9 +173,10 @@ class PartWriter:
             self.parts.append(write_part(self._folder, part_name(self._task, len(self.parts)), table))
 
 
-def add_counts(total: dict[str, dict[str, int]], more: Iterable[tuple[str, dict[str, int]]]) -> None:
-    """Add the counts ``more`` to ``total``, by source and by name of the count."""
-    for source, counts in more:
-        entry = total.setdefault(source, {})
-        for name, value in counts.items():
-            entry[name] = entry.get(name, 0) + value
+def sum_counts(counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """The sum of counts by source and name, in an order that does not depend on theirs."""
+    total: dict[str, Counter[str]] = {}
+    for by_source in counts:
+        for source, more in by_source.items():
+            total.setdefault(source, Counter()).update(more)
+    return {source: dict(sorted(total[source].items())) for source in sorted(total)}

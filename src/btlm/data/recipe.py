@@ -42,7 +42,6 @@ class Read:
     part_bytes: Count = 32_000_000
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check(self, "read")
 
 
@@ -60,7 +59,6 @@ class Clean:
     min_characters: Whole = 200
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check(self, "clean")
 
 
@@ -132,7 +130,6 @@ class Mix:
     partition_bytes: Count = 64_000_000
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check(self, "mix")
 
 
@@ -159,7 +156,6 @@ class Execution:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check(self)
         if self.executor == "slurm" and not self.slurm_partition:
             raise OptionError("{executor} is slurm; name the partition of its jobs in {slurm_partition}.")
@@ -180,7 +176,6 @@ class Inspection:
     seed: Whole = 1
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check(self)
 
 

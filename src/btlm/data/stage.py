@@ -8,22 +8,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from btlm.console import first_of
 from btlm.errors import OptionError
 from btlm.files import file_sha256, locked, remove_partial_files, write_json
 
 from .recipe import Execution
-
-# Number of differences that an error lists.
-_DIFFERENCES = 3
 
 BEGUN, COMPLETE, LOG, DOCUMENTS = "begun.json", "stage.json", "log.txt", "documents"
 
@@ -92,7 +89,7 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
                 raise OptionError(
                     "{} holds a stage with other settings or input ({}); give another folder, or {force} to start this "
                     "stage over.",
-                    *(folder, _list(_differences(before, key))),
+                    *(folder, first_of(_differences(before, key))),
                 )
             _start_over(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,13 +113,16 @@ def _start_over(folder: Path) -> None:
     (folder / BEGUN).unlink()
 
 
-def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) -> dict[str, Any]:
+def finish(
+    folder: Path, result: Mapping[str, Any], before: Path | None = None, scratch: Sequence[str] = ()
+) -> dict[str, Any]:
     """Mark a stage as complete, and record its result for later stages.
 
     Args:
         folder: Folder of the stage.
         result: The result as plain values; ``sources`` holds the counts per source.
         before: Folder of the previous stage.
+        scratch: Folders in ``folder`` that later stages do not need, which are removed.
 
     Returns:
         The result, with ``before`` (relative path of the previous stage's folder) and ``history`` (settings and counts
@@ -136,7 +136,40 @@ def finish(folder: Path, result: Mapping[str, Any], before: Path | None = None) 
     history[name] = {"settings": settings, "sources": result.get("sources", {})}
     linked = {"before": os.path.relpath(before, folder)} if before else {}
     write_json(folder / COMPLETE, {"stage": name, "key": key, "history": history, **linked, **result})
+    for name in scratch:
+        shutil.rmtree(folder / name, ignore_errors=True)
     return load_stage(folder)
+
+
+class Documents:
+    """The documents of a complete stage; the next stage works on each part in a task.
+
+    Args:
+        folder: Folder of the stage.
+
+    Raises:
+        ValueError: The stage is not complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        parts: list[tuple[str, int, int]] = load_stage(folder)["parts"]
+        self.names = [name for name, _, _ in parts]
+        self.sizes = [size for _, _, size in parts]
+        self.num_documents = sum(number for _, number, _ in parts)
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """The record of the stage. It is not kept, as it would be passed to the processes of all tasks."""
+        return load_stage(self.folder)
+
+    def path(self, task: int) -> Path:
+        """File of a part."""
+        return self.folder / DOCUMENTS / self.names[task]
+
+    def paths(self) -> list[Path]:
+        """Files of all parts."""
+        return list(map(self.path, range(len(self.names))))
 
 
 def load_stage(folder: Path) -> dict[str, Any]:
@@ -172,8 +205,3 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
             yield f"{name} was {values[0]}, is {values[1]}"
         else:
             yield f"{name} {'is new' if before is None else 'is gone' if now is None else 'has changed'}"
-
-
-def _list(differences: Iterator[str]) -> str:
-    first = list(islice(differences, _DIFFERENCES))
-    return "; ".join([*first, *(["and more"] if next(differences, None) else [])])

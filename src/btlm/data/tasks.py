@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from rich.progress import TextColumn
+from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
 
 from btlm.console import progress_bars
 from btlm.files import write_json
@@ -35,8 +35,10 @@ logger.disable("datatrove")
 # Imported once, by the process that the workers are forked from.
 _PRELOAD = ["btlm.data.worker", "btlm.data.tasks", "pyarrow.compute", "pyarrow.parquet"]
 
-# Gets the number of the task and something to call with the bytes it got through; returns plain data.
-Task = Callable[[int, Callable[[int], None]], Any]
+# Called with the number of bytes that a task got through since the last call.
+Advance = Callable[[int], None]
+# Gets the number of the task; returns plain data.
+Task = Callable[[int, Advance], Any]
 
 
 def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Run) -> list[Any]:
@@ -79,11 +81,9 @@ def run_tasks(folder: Path, step: str, task: Task, sizes: Sequence[int], run: Ru
         except Exception as raised:  # whatever it was, what the task itself says comes first
             error = raised
         _raise_failure(home, step, len(sizes), error)
-        todo = sum(size for rank, size in enumerate(sizes) if rank not in done_before)
-        seconds = time.monotonic() - started
-        tasks = len(sizes) - len(done_before)
-        number = f"{tasks:,} task" if tasks == 1 else f"{tasks:,} tasks"
-        run.say(f"  {step}: {number}, {todo / 1e6:,.1f} MB in {seconds:,.1f} s")
+        todo = [size for rank, size in enumerate(sizes) if rank not in done_before]
+        number = f"{len(todo):,} task{'s' if len(todo) > 1 else ''}"
+        run.say(f"  {step}: {number}, {sum(todo) / 1e6:,.1f} MB in {time.monotonic() - started:,.1f} s")
     return [json.loads((results / f"{rank:05d}.json").read_text()) for rank in range(len(sizes))]
 
 
@@ -145,17 +145,8 @@ class _ProgressFile:
         self._path.unlink(missing_ok=True)
 
 
-def _running(home: Path) -> Iterator[tuple[int, int]]:
-    """Number, process and bytes done of the tasks that run, or were killed."""
-    for path in (home / "progress").iterdir():
-        with suppress(OSError, ValueError):
-            yield int(path.name), int(path.read_text())
-
-
 def _completed(home: Path, tasks: int) -> set[int]:
-    marks = home / "completions"
-    done = {int(mark.name) for mark in marks.iterdir()} if marks.exists() else set()
-    return {rank for rank in done if rank < tasks}
+    return {int(mark.name) for mark in (home / "completions").glob("*")} & set(range(tasks))
 
 
 def _executor(task: _Task, home: Path, tasks: int, step: str, run: Run) -> Any:
@@ -221,9 +212,8 @@ def _run_here(task: _Task, home: Path, tasks: int, workers: int) -> None:
 def _run_and_mark(task: _Task, rank: int, tasks: int) -> None:
     """Run a task, and mark it as completed as datatrove's executors do."""
     task(None, rank, tasks)
-    marks = task.home / "completions"
-    marks.mkdir(exist_ok=True)
-    (marks / f"{rank:05d}").touch()
+    (task.home / "completions").mkdir(exist_ok=True)
+    (task.home / "completions" / f"{rank:05d}").touch()
 
 
 def _leave_interrupts_to_the_command() -> None:
@@ -241,8 +231,7 @@ def _wait_for_jobs(executor: Any, home: Path, tasks: int, run: Run) -> None:
 
 
 def _raise_failure(home: Path, step: str, tasks: int, error: Exception | None) -> None:
-    missing = tasks - len(_completed(home, tasks))
-    if not missing:
+    if not (missing := tasks - len(_completed(home, tasks))):
         return
     for path in sorted((home / "failures").glob("*.json")):
         failure = json.loads(path.read_text())
@@ -259,20 +248,17 @@ def _raise_failure(home: Path, step: str, tasks: int, error: Exception | None) -
 
 @contextmanager
 def _progress(home: Path, step: str, sizes: Sequence[int], run: Run) -> Iterator[None]:
-    details = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
-    total = sum(sizes) or len(sizes)
-    ended, started = threading.Event(), time.monotonic()
-    with progress_bars(details, console=run.console) as progress:
-        bar = progress.add_task(f"  {step}", total=total, status="")
+    details = [
+        TextColumn("{task.percentage:>3.0f}%"),
+        *([DownloadColumn(), TransferSpeedColumn()] if sum(sizes) else []),
+    ]
+    ended = threading.Event()
+    with progress_bars(*details, console=run.console) as progress:
+        bar = progress.add_task(f"  {step}", total=sum(sizes) or len(sizes), completed=_done(home, sizes))
 
         def watch() -> None:
-            before = None
             while not ended.wait(0.5):
-                done = _done(home, sizes)
-                before = done if before is None else before
-                rate = (done - before) / max(time.monotonic() - started, 1e-9)
-                status = f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:,.1f} MB/s" if sum(sizes) else ""
-                progress.update(bar, completed=done, status=status)
+                progress.update(bar, completed=_done(home, sizes))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -286,5 +272,8 @@ def _progress(home: Path, step: str, sizes: Sequence[int], run: Run) -> Iterator
 def _done(home: Path, sizes: Sequence[int]) -> int:
     complete = _completed(home, len(sizes))
     done = sum(sizes[rank] for rank in complete) if sum(sizes) else len(complete)
-    done += sum(min(part, sizes[rank]) for rank, part in _running(home) if rank not in complete)
+    for path in (home / "progress").iterdir():  # of the tasks that run, or were killed
+        with suppress(OSError, ValueError):
+            rank, part = int(path.name), int(path.read_text())
+            done += min(part, sizes[rank]) if rank not in complete else 0
     return done

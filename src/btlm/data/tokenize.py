@@ -1,8 +1,10 @@
 """The stage `tokenize`: turns documents into token shards, in their order."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from numpy.typing import NDArray
 
 from btlm.model.architecture_btlm import END_OF_TEXT, TOKENIZER_FOLDER
 
-from .parts import read_groups
+from .parts import read_groups, rows_of
 from .shards import tokenizer_sha256, write_manifest, write_shard
-from .stage import DOCUMENTS, Run, begin, finish, load_stage, stage_digest
-from .tasks import run_tasks
+from .stage import Documents, Run, begin, finish, load_stage, stage_digest
+from .tasks import Advance, run_tasks
 
 # How GPT-2 splits text before byte-pair encoding, in tiktoken's form, which avoids backtracking.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -31,45 +33,36 @@ def tokenize(source: Path, folder: Path, run: Run) -> dict[str, Any]:
     Returns:
         The manifest; its ``history`` holds the settings and counts of the earlier stages.
     """
-    before = load_stage(source)
+    before = Documents(source)
     key = {"tokenizer": tokenizer_sha256(), "input": stage_digest(source)}
     if begin(folder, "tokenize", key, run):
         return dict(load_stage(folder)["manifest"])
-    splits: list[str] = before.get("splits") or ["train"] * len(before["parts"])
-    numbers: dict[str, int] = {}
-    shards: list[tuple[str, str]] = []
-    for (part, _, _), split in zip(before["parts"], splits, strict=True):
-        shards.append((part, f"{split}-{numbers.setdefault(split, 0):05d}"))
-        numbers[split] += 1
-    names = sorted(before["sources"])
-    sizes = [size for _, _, size in before["parts"]]
-    written = run_tasks(folder, "tokenize", partial(_tokenize_part, source, folder, shards, names), sizes, run)
+    splits: list[str] = before.stage.get("splits") or ["train"] * len(before.names)
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+    shards = [f"{split}-{next(numbers[split]):05d}" for split in splits]
+    sources = sorted(before.stage["sources"])
+    task = partial(_tokenize_part, before, folder, shards, sources)
+    written = run_tasks(folder, "tokenize", task, before.sizes, run)
     by_split: dict[str, list[Any]] = {}
     for split, shard in zip(splits, written, strict=True):
         by_split.setdefault(split, []).append(shard)
-    manifest = write_manifest(folder, by_split, sources=names, extra={"history": before["history"]})
+    manifest = write_manifest(folder, by_split, sources, extra={"history": before.stage["history"]})
     finish(folder, {"manifest": manifest}, source)
     return manifest
 
 
 def _tokenize_part(
-    source: Path,
-    folder: Path,
-    shards: list[tuple[str, str]],
-    sources: list[str],
-    task: int,
-    advance: Callable[[int], None],
+    before: Documents, folder: Path, shards: list[str], sources: list[str], task: int, advance: Advance
 ) -> dict[str, Any]:
-    part, name = shards[task]
-    numbers = {source_name: number for number, source_name in enumerate(sources)}
+    numbers = {source: number for number, source in enumerate(sources)}
 
     def documents() -> Iterator[tuple[NDArray[np.uint32], int, int]]:
-        for group in read_groups(source / DOCUMENTS / part, ["text", "source", "bytes"]):
-            for text, source_name, size in zip(*(column.to_pylist() for column in group.columns), strict=True):
-                yield encode(text), numbers[source_name], size
+        for group in read_groups(before.path(task), ["text", "source", "bytes"]):
+            for text, source, size in rows_of(group, "text", "source", "bytes"):
+                yield encode(text), numbers[source], size
                 advance(size)
 
-    return write_shard(folder, name, documents())
+    return write_shard(folder, shards[task], documents())
 
 
 def encode(text: str) -> NDArray[np.uint32]:
