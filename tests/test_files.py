@@ -1,6 +1,10 @@
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -11,6 +15,7 @@ import pytest
 from btlm.errors import DoesNotFit
 from btlm.files import (
     file_sha256,
+    is_empty,
     locked,
     remove_folder,
     remove_partial_files,
@@ -174,16 +179,91 @@ def test_room_is_looked_for_on_the_disk_of_the_nearest_folder_that_exists(tmp_pa
         require_space(tmp_path / "not/there/yet", 1_500_000, "give up")
 
 
-def test_a_lock_is_held_against_other_processes(tmp_path):
-    program = "import sys, pathlib, btlm.files as f\nwith f.locked(pathlib.Path(sys.argv[1]), 'It is taken.'): pass"
+LOCKER = """
+import os, sys, pathlib, btlm.files
+with btlm.files.locked(pathlib.Path(sys.argv[1])):
+    if len(sys.argv) > 2:
+        os._exit(1)
+"""
+ME = f"process {os.getpid()} on {socket.gethostname()}"
 
-    def other():
-        command = [sys.executable, "-c", program, tmp_path / "lock"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
-    with locked(tmp_path / "lock", "It is taken."):
-        assert other().endswith("ValueError: It is taken.\n")
-    assert other() == ""
+def another_process_locks(path, *killed):
+    command = [sys.executable, "-c", LOCKER, path, *killed]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("name", ["folder", "file", "not/there/yet"])
+def test_a_lock_keeps_others_from_an_output(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    before = names(path.parent) if path.parent.exists() else []
+    problem = f"{path} is being written by {ME}; wait until it ends, or give another output."
+    with locked(path):
+        assert another_process_locks(path).endswith(f"ValueError: {problem}\n")
+        assert another_process_locks(path).endswith(f"ValueError: {problem}\n"), "a second one is refused, too"
+        with pytest.raises(ValueError, match=re.escape(problem)), locked(path):
+            pass
+        assert another_process_locks(path).endswith(f"ValueError: {problem}\n"), "the lock is still there"
+    assert another_process_locks(path) == ""
+    assert names(path.parent) == before, "nothing is left"
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
+    another_process_locks(tmp_path, "killed")
+    assert names(tmp_path) == [".lock"]
+    assert is_empty(tmp_path)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == ME
+        assert ME in another_process_locks(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_lock_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the holder may end and another may lock a new file of that name."""
+    lock = tmp_path / ".lock"
+    calls: list[tuple] = []
+    original = fcntl.flock
+
+    def flock(*arguments):
+        if not calls:
+            lock.unlink()
+            lock.touch()
+        calls.append(arguments)
+        original(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path):
+        assert len(calls) == 2
+        assert lock.read_text() == ME
+
+
+@pytest.mark.parametrize(
+    ("holder", "free"),
+    [
+        ("", True),
+        ("process {dead} on {host}", True),
+        ("process {dead} on another-host", False),
+        ("process {alive} on {host}", False),
+    ],
+)
+def test_where_there_are_no_locks_the_named_process_decides(tmp_path, monkeypatch, holder, free):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    holder = holder.format(dead=dead.pid, alive=os.getppid(), host=socket.gethostname())
+    (tmp_path / ".lock").write_text(holder)
+    if free:
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").read_text() == ME
+    else:
+        with pytest.raises(ValueError, match=f"by {holder}; .* If it has ended, remove .*/.lock"), locked(tmp_path):
+            pass
+        assert (tmp_path / ".lock").read_text() == holder
 
 
 def test_digest(tmp_path):

@@ -4,8 +4,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ from btlm.errors import DoesNotFit
 
 # Suffix of the temporary name of an unfinished file or folder.
 PARTIAL = ".partial"
+# Name, or suffix of the name, of the file by which :func:`locked` locks.
+LOCK = ".lock"
 
 
 # Files
@@ -153,21 +157,60 @@ def require_space(path: Path, needed: int, remedy: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, problem: str) -> Iterator[None]:
-    """Hold a lock on a file, which is created if it does not exist.
+def locked(path: Path) -> Iterator[None]:
+    """Keep other commands from writing the folder or file that this one writes.
+
+    The lock is on the hidden file ``.lock`` in a folder that exists, else on one beside ``path``. It ends with this
+    process, however that ends, and NFS tells other machines of it. On a file system without locks, the process that the
+    file names decides: one of this machine that has ended is no obstacle. There, two commands that start at the same
+    instant are not noticed.
 
     Raises:
-        ValueError: Another process holds the lock; the message is ``problem``.
+        ValueError: Somebody holds the lock; the message names the process.
     """
-    import fcntl  # not on Windows
-
-    # Child processes do not inherit a lock of this kind, so it ends with this process even if they live on.
-    with path.open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(problem) from error
+    lock = (path / LOCK if path.is_dir() else path.with_name(f".{path.name}{LOCK}")).absolute()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while (descriptor := _open_locked(lock, path)) is None:
+        pass
+    try:
         yield
+    finally:
+        lock.unlink(missing_ok=True)  # first, since closing the file ends the lock
+        os.close(descriptor)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only the lock of a killed process."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def _open_locked(lock: Path, path: Path) -> int | None:
+    """Open and lock a file; ``None`` if its last holder has removed it meanwhile."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        holder = os.pread(descriptor, 1000, 0).decode()
+        problem = (
+            f"{path} is being written by {holder or 'another process'}; wait until it ends, or give another output."
+        )
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(problem) from error
+        except (OSError, ModuleNotFoundError) as error:  # a file system without locks, or Windows
+            named = re.fullmatch(r"process (\d+) on (.*)", holder)
+            if named and (named[2] != socket.gethostname() or _lives(named[1])):
+                raise ValueError(f"{problem} If it has ended, remove {lock}.") from error
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def file_sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from btlm.checkpoint import load_model
 from btlm.checkpoint.locate import BUNDLED_MODEL
 from btlm.convert import gguf as module
 from btlm.convert.gguf import TYPES, export_gguf
+from btlm.files import locked
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.alibi import alibi_slopes
 from btlm.model.architecture_btlm import Quantization
@@ -402,6 +403,12 @@ def test_a_file_that_exists_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "model.gguf").write_text("kept")
     assert "model.gguf exists" in message(checkpoint, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_text() == "kept"
+
+
+def test_a_file_that_another_command_writes_is_left_alone(checkpoint, tmp_path):
+    with locked(tmp_path / "model.gguf"):
+        assert "model.gguf is being written by process" in message(checkpoint, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

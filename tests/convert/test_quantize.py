@@ -20,7 +20,7 @@ from btlm.checkpoint.tensor_file import read_header
 from btlm.convert.calibrate import calibration_rows
 from btlm.convert.quantize import quantize
 from btlm.engine import Engine
-from btlm.files import whole_folder
+from btlm.files import locked, whole_folder
 from tests.checkpoint.tiny import byte_tokenizer, change_tensors, cut, pickle_tensors, save_tiny, set_config, tiny_model
 
 # Groups of 64 divide the width; neither 64 nor 128 divides the feed-forward width.
@@ -204,6 +204,12 @@ def test_a_folder_that_exists_is_left_alone(wide, tmp_path):
     with pytest.raises(ValueError, match="kept exists"):
         quantize(wide, tmp_path / "kept")
     assert (tmp_path / "kept").read_text() == "something"
+
+
+def test_a_folder_that_another_command_writes_is_left_alone(wide, tmp_path):
+    with locked(tmp_path / "copy"), pytest.raises(ValueError, match="copy is being written by process"):
+        quantize(wide, tmp_path / "copy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_room_is_refused_with_the_numbers(wide, tmp_path, monkeypatch):

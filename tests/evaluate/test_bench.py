@@ -277,7 +277,9 @@ def test_memory_and_disk_are_refused_with_numbers(monkeypatch):
         run_bench(["llama-7b"], dtypes=["bfloat16"], contexts=[2048])
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(2 * 10**9, 10**9, 10**9))
-    with pytest.raises(ValueError, match=r"btlm-3b-4bit takes 1\.54 GB, and .* has 1\.00 GB free; make room there, or set TMPDIR"):
+    with pytest.raises(
+        ValueError, match=r"btlm-3b-4bit takes 1\.54 GB, and .* has 1\.00 GB free; make room there, or set TMPDIR"
+    ):
         run_bench(["btlm-3b"], contexts=[512])
 
 

@@ -18,6 +18,7 @@ import yaml
 import btlm
 import btlm.train.command
 from btlm.data.shards import TokenShards, write_manifest, write_shard
+from btlm.files import locked
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.model.tokenization_btlm import load_tokenizer
 from btlm.train import load_recipe
@@ -260,6 +261,31 @@ def test_what_cannot_be_used_is_an_error_that_leaves_no_folder(tmp_path: Path, d
     ):
         run_training(recipe, data, output, "cpu", {"model": {}, "start.model": str(tmp_path)})
     assert not output.exists()
+
+
+def test_a_folder_that_another_command_trains_in_is_left_alone(copied: Path, data: Path) -> None:
+    before = content(copied)
+    with locked(copied):
+        with pytest.raises(ValueError, match=f"{copied} is being written by process .*; wait until it ends, or give"):
+            run_training(copied / "recipe.yaml", data, copied, "cpu")
+        assert content(copied).keys() == before.keys() | {".lock"}
+    assert content(copied) == before
+
+
+def test_the_folder_is_locked_while_a_run_writes_to_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, seen = tmp_path / "run", []
+
+    def look(*_: object, **__: object) -> Iterator[dict[str, Any]]:
+        seen.append((output / ".lock").exists())
+        return iter(())
+
+    for name in ("train", "_keep_recipe", "plot_metrics"):
+        monkeypatch.setattr(f"btlm.train.command.{name}", look)
+    run_training(write_recipe(tmp_path), data, output, "cpu")
+    assert seen == [True, True, True]
+    assert list(output.iterdir()) == []
 
 
 LONG = dict.fromkeys(RAW["stages"][0], 2**16)

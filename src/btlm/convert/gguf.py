@@ -23,7 +23,7 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensors import Weights
 from btlm.checkpoint.to_transformers import load_model
 from btlm.console import gigabytes, note, progress_bars
-from btlm.files import require_space, whole_file
+from btlm.files import locked, require_space, whole_file
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import (
     ATTENTION_OUTPUT,
@@ -92,7 +92,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
     read = _reader(checkpoint, config)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial, progress_bars(DownloadColumn()) as progress:
+    with locked(output), whole_file(output) as partial, progress_bars(DownloadColumn()) as progress:
         writer = gguf.GGUFWriter(partial, "jais")
         try:
             _describe(writer, config, checkpoint.name.rpartition("/")[2], type)

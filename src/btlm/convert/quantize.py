@@ -19,7 +19,7 @@ from btlm.checkpoint.tensor_file import make_header
 from btlm.checkpoint.tensor_file_writer import DTYPES, write_tensors
 from btlm.checkpoint.tensors import Weights
 from btlm.console import gigabytes, progress_bars
-from btlm.files import require_space, whole_folder
+from btlm.files import locked, require_space, whole_folder
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import Architecture, Quantization
 from btlm.model.config_keys_btlm import QUANT_METHOD
@@ -93,7 +93,7 @@ def quantize(
 
     console = Console(stderr=True)
     num_weights = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
-    with whole_folder(output) as partial, progress_bars(console=console) as progress:
+    with locked(output), whole_folder(output) as partial, progress_bars(console=console) as progress:
         task = progress.add_task("quantize", total=num_weights)
         _write_description(partial, checkpoint, config, quantization, weights)
         with write_tensors(partial / "model.safetensors", layout) as write:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from btlm.console import first_of
 from btlm.errors import OptionError
-from btlm.files import file_sha256, locked, remove_partial_files, write_json
+from btlm.files import LOCK, file_sha256, is_empty, locked, remove_partial_files, write_json
 
 from .recipe import Execution
 
@@ -60,9 +60,10 @@ def open_run(output: Path | str, execution: Execution) -> Iterator[Run]:
             f"The path of {output} contains {' '.join(pattern)}, which DuckDB takes for a pattern; give another."
         )
     output.mkdir(parents=True, exist_ok=True)
-    if any(output.iterdir()) and not (output / LOG).exists():
+    if not is_empty(output) and not (output / LOG).exists():
         raise ValueError(f"{output} holds files that no data stage wrote; give a new or empty folder.")
-    with locked(output / LOG, f"Another command works in {output}; wait for it, or give another folder."):
+    with locked(output):
+        (output / LOG).touch()  # by which a folder is known as one of data stages
         yield Run(execution, Console(stderr=True), output / LOG)
 
 
@@ -108,7 +109,7 @@ def _start_over(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not (path / BEGUN).exists():  # a stage inside has its own key
             shutil.rmtree(path)
-        elif path.is_file() and path.name not in (LOG, BEGUN):
+        elif path.is_file() and path.name not in (LOG, BEGUN, LOCK):
             path.unlink()
     (folder / BEGUN).unlink()
 

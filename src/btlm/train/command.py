@@ -1,7 +1,7 @@
 """The command `btlm train`: starts or resumes the run of a recipe, shows its progress, and plots its curve."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.progress import TextColumn
 
 from btlm.console import plain_warnings, progress_bars
 from btlm.data.shards import TokenShards
-from btlm.files import write_text
+from btlm.files import locked, write_text
 from btlm.model import BTLMConfig
 from btlm.settings import plain, to_yaml
 
@@ -56,8 +56,14 @@ def run_training(
     ranks = join_ranks(device)
     console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
     try:
-        with plain_warnings(shown=ranks.first):
-            last = _train(recipe, shards, output, ranks, console)
+        with plain_warnings(shown=ranks.first), ExitStack() as stack:
+            # Both raise their errors before the output folder is created.
+            training_batches(recipe, shards, ranks)
+            config = recipe.config
+            if ranks.first:
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(output))
+            last = _train(recipe, config, shards, output, ranks, console)
             if ranks.first:
                 _finish(recipe, output, console, last)
     finally:
@@ -69,11 +75,10 @@ def run_training(
 # Helpers
 
 
-def _train(recipe: Recipe, shards: TokenShards, output: Path, ranks: Ranks, console: Console) -> int:
+def _train(
+    recipe: Recipe, config: BTLMConfig, shards: TokenShards, output: Path, ranks: Ranks, console: Console
+) -> int:
     """Train and show it; returns the last step of this call, 0 if nothing was left to do."""
-    # Both raise their errors before the output folder is created.
-    training_batches(recipe, shards, ranks)
-    config = recipe.config
     if ranks.first:
         _keep_recipe(recipe, output)
     ranks.barrier()
@@ -106,7 +111,6 @@ def _keep_recipe(recipe: Recipe, output: Path) -> None:
             f"{output} holds a run of another recipe (recipe.yaml): {'; '.join(changes)}. Give a new output folder, or "
             "that recipe."
         )
-    output.mkdir(parents=True, exist_ok=True)
     write_text(kept, to_yaml(recipe))
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from btlm.console import quiet_transformers
-from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder, sync
+from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder
 from btlm.settings import plain
 
 from .distributed import Ranks
@@ -96,9 +96,6 @@ def save_checkpoint(
                 "files": _digests(partial),
             }
             (partial / MARKER).write_text(json.dumps(marker, indent=1))
-            sync(partial / MARKER)
-            for folder in (partial / "model", partial / "state", partial):
-                sync(folder)
             replace_folder(partial, final)  # Only a damaged checkpoint can have this name.
         ranks.barrier()
     return final
@@ -261,15 +258,11 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file except the marker, by relative path. The files are synced to the disk first."""
+    """Size and SHA-256 of every file except the marker, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-
-    def digest(path: Path) -> list[Any]:
-        sync(path)
-        return [path.stat().st_size, file_sha256(path)]
-
     with ThreadPoolExecutor() as pool:
-        return {str(f.relative_to(folder)): value for f, value in zip(files, pool.map(digest, files), strict=True)}
+        hashes = pool.map(file_sha256, files)
+        return {str(f.relative_to(folder)): [f.stat().st_size, sha] for f, sha in zip(files, hashes, strict=True)}
 
 
 @contextmanager

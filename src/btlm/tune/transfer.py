@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
-from btlm.files import locked, write_text
+from btlm.files import is_empty, locked, write_text
 from btlm.settings import plain, to_yaml
 from btlm.train.distributed import join_ranks
 from btlm.train.loop import training_batches
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "study.journal"
-LOCK = "lock"
 RESULT = "recipe.yaml"
 
 
@@ -150,11 +149,11 @@ def open_study(output: Path, settings: Mapping[str, Any]) -> Iterator["Study"]:
     journal = output / JOURNAL
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder.")
-    if output.exists() and any(output.iterdir()) and not journal.exists():
+    if output.exists() and not is_empty(output) and not journal.exists():
         raise ValueError(f"{output} holds files that no search wrote; give a new or empty folder.")
     optuna.logging.set_verbosity(logging.WARNING)
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output / LOCK, f"Another search runs in {output}; wait for it, or give another folder."):
+    with locked(output):
         with journal.open("ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # Drops a last line that was only partly written.
