@@ -223,7 +223,7 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
 def test_a_lock_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
     """Between opening the file and locking it, the holder may end and another may lock a new file of that name."""
     lock = tmp_path / ".lock"
-    calls: list[tuple] = []
+    calls: list[object] = []
     original = fcntl.flock
 
     def flock(*arguments):
