@@ -524,6 +524,12 @@ def test_a_failure_leaves_no_file(checkpoint, tmp_path, monkeypatch, problem):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_power_cut_leaves_the_whole_file_or_none(checkpoint, tmp_path, power_cut):
+    export_gguf(str(checkpoint), tmp_path / "model.gguf", type="F16")
+    assert power_cut.renamed == [tmp_path / "model.gguf"]
+    assert power_cut.lost == []
+
+
 # Comparison with llama.cpp itself
 
 

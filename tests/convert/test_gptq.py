@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -110,6 +112,29 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored():
     moments.add(inputs)
     factor, _ = inverse_factor(moments.hessian())
     assert factor.isfinite().all()
+
+
+def test_more_damping_replaces_the_damping_that_was_not_enough():
+    hessian = torch.eye(128)
+    hessian[0, 0] = -0.05  # as rounding can leave it: a hundredth of the mean is too little, a tenth is enough
+    before = hessian.clone()
+    factor, damping = inverse_factor(hessian)
+    assert factor.isfinite().all()
+    assert damping == pytest.approx(0.1 * before.diagonal().mean().item())
+    torch.testing.assert_close(hessian, before + damping * torch.eye(128), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_sweep_makes_an_output_worse(problem, bits):
+    """The best scale is rounded to bf16, which may leave it worse than the one before."""
+    weight, _, hessian, factor, _ = problem
+    errors = []
+    for sweeps in range(5):
+        values = values_of(*gptq(weight, hessian, factor, bits, 64, sweeps=sweeps), bits)
+        difference = (values - weight).double()
+        errors.append(((difference @ hessian.double()) * difference).sum(dim=1))
+    for before, after in pairwise(errors):
+        assert (after <= before * (1 + 1e-4)).all()
 
 
 def test_activations_that_are_not_finite_are_named():

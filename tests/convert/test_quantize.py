@@ -199,6 +199,12 @@ def test_what_cannot_be_quantized_is_refused_before_any_work(wide, checkpoint, t
     assert "do not fit its config.json" in refusal(tmp_path / "shape")
 
 
+def test_a_power_cut_leaves_the_whole_folder_or_none(wide, tmp_path, power_cut):
+    quantize(wide, tmp_path / "copy")
+    assert power_cut.renamed == [tmp_path / "copy"]
+    assert power_cut.lost == []
+
+
 def test_a_folder_that_exists_is_left_alone(wide, tmp_path):
     (tmp_path / "kept").write_text("something")
     with pytest.raises(ValueError, match="kept exists"):
@@ -226,19 +232,33 @@ def test_a_failure_leaves_nothing(wide, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_leaves_no_folder_and_the_next_one_ends_well(wide, tmp_path):
+def start_slow_run(output, source):
+    """Run the command up to the fourth matrix, where it waits."""
     program = (
-        "import sys, time, btlm.convert.quantize as q; pack = q.pack; count = []\n"
+        "import sys, time, btlm.convert.quantize as q, btlm.cli; pack = q.pack; count = []\n"
         "def slow(*a):\n    count.append(1)\n    if len(count) == 4: print('here', flush=True); time.sleep(60)\n"
         "    return pack(*a)\n"
-        "q.pack = slow; q.quantize(sys.argv[1], sys.argv[2])"
+        "q.pack = slow; sys.exit(btlm.cli.main(['quantize', sys.argv[1], sys.argv[2]]))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, wide, tmp_path / "copy"], stdout=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "here\n"
-        run.send_signal(signal.SIGKILL)
+    run = subprocess.Popen([sys.executable, "-c", program, source, output], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    return run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_takes_its_files_away(wide, tmp_path, sent, status):
+    with start_slow_run(tmp_path / "copy", wide) as run:
+        assert any(tmp_path.iterdir())
+        run.send_signal(sent)
+        assert run.wait(60) == status
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_no_folder_and_the_next_one_ends_well(wide, tmp_path):
+    with start_slow_run(tmp_path / "copy", wide) as run:
+        run.kill()
     assert not (tmp_path / "copy").exists()
     quantize(wide, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]["bits"] == 4

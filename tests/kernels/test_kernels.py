@@ -332,14 +332,15 @@ def test_attention_of_extreme_values(name, dtype, rng):
 
 
 @each
-@pytest.mark.parametrize("dtype", ["int4", "int8"])
-def test_infinity_of_a_text_that_is_gone_does_not_matter(name, dtype, rng):
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("spoiled", [np.inf, np.nan, 3e38])
+def test_what_a_text_that_is_gone_left_behind_does_not_matter(name, dtype, spoiled, rng):
     kernels = load_kernels(name, 1)
     heads, head_dim = 2, 20
     qkv = rng.standard_normal((70, 3 * heads * head_dim), dtype=np.float32)
     caches = [kernels.cache(dtype, slots=1, heads=heads, length=128, head_dim=head_dim) for _ in range(2)]
     gone = qkv.copy()
-    gone[3:6, heads * head_dim :] = np.inf
+    gone[2:, heads * head_dim :] = spoiled
     attend(kernels, caches[0], gone, [[0, 0, 0, 70]], heads, head_dim)
     outs = [attend(kernels, cache, qkv[:2], [[0, 0, 0, 2]], heads, head_dim) for cache in caches]
     assert np.array_equal(*outs)
@@ -730,21 +731,13 @@ def test_more_threads_than_the_system_gives():
     assert done.stdout == "1000 threads are more than the system gives; use fewer\n2 32.0\n", done.stderr
 
 
-@native
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
-def test_a_fork_has_threads_of_its_own(rng):
-    kernels = load_kernels("native", 3)
-    source = Weights(rng, "int8", 1600, 128, group=64)
-    x = rng.standard_normal((4, 128), dtype=np.float32)
-    expected = linear(kernels, x, source)
+def holds_in_a_fork(check):
+    """Whether a check, which may also hang, is true in a forked process."""
     child = os.fork()
     if child == 0:
         same = False
         try:
-            same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads == 3
-            same = same and np.array_equal(linear(load_kernels("native", 2), x, source), expected)
-            del kernels  # its threads do not exist in the child and cannot be joined
+            same = check()
         finally:
             os._exit(0 if same else 1)  # in any case, the child must not go on to run the tests
     until = time.monotonic() + 30
@@ -753,8 +746,55 @@ def test_a_fork_has_threads_of_its_own(rng):
     if ended[0] == 0:
         os.kill(child, 9)
         os.waitpid(child, 0)
-    assert ended == (child, 0)
+    return ended == (child, 0)
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+ignore_threads = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+
+
+@native
+@forks
+@ignore_threads
+def test_a_fork_has_threads_of_its_own(rng):
+    kernels, unused = load_kernels("native", 3), load_kernels("native", 2)
+    source = Weights(rng, "int8", 1600, 128, group=64)
+    x = rng.standard_normal((4, 128), dtype=np.float32)
+    expected = linear(kernels, x, source)
+
+    def check():
+        nonlocal kernels, unused
+        same = np.array_equal(linear(kernels, x, source), expected) and kernels.threads == 3
+        tasks = Path("/proc/self/task")
+        same = same and (not tasks.is_dir() or len(list(tasks.iterdir())) == 3)  # a fork begins with one
+        same = same and np.array_equal(linear(load_kernels("native", 2), x, source), expected)
+        del kernels, unused  # their threads do not exist in the child and cannot be joined
+        return same
+
+    assert holds_in_a_fork(check)
     assert np.array_equal(linear(kernels, x, source), expected)
+
+
+@native
+@forks
+@ignore_threads
+def test_a_fork_does_not_wait_for_a_call_that_was_under_way(rng):
+    kernels = load_kernels("native", 2)
+    source = Weights(rng, "float32", 1600, 640)
+    x = rng.standard_normal((200, 640), dtype=np.float32)  # long enough that a fork meets a call
+    expected, over = linear(kernels, x, source), threading.Event()
+
+    def work():
+        while not over.is_set():
+            linear(kernels, x, source)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        assert all(holds_in_a_fork(lambda: np.array_equal(linear(kernels, x, source), expected)) for _ in range(5))
+    finally:
+        over.set()
+        worker.join()
 
 
 @native

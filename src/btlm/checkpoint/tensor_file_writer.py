@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from btlm.files import sync
-
 from .tensor_file import make_header
 
 # What files hold, by safetensors' names.
@@ -22,7 +20,7 @@ def write_tensors(
     """Yield a function that writes one tensor of a new file; all have to be written, in any order.
 
     Args:
-        path: A new file; it is complete, and on the disk, when the context ends without an error.
+        path: A new file; it is complete when the context ends without an error.
         layout: As for :func:`btlm.checkpoint.tensor_file.make_header`.
     """
     header, missing = make_header(layout), set(layout)
@@ -40,4 +38,3 @@ def write_tensors(
 
         yield write
         assert not missing, f"never written: {sorted(missing)}"
-    sync(path)

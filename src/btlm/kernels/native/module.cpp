@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
@@ -206,14 +207,15 @@ public:
 private:
     template <class Body>
     void run(const Body& body) {
-        nb::gil_scoped_release free;
-        std::lock_guard<std::mutex> alone(busy);
-        if (process != getpid()) {  // a fork has no threads but the one that forked
+        if (process != getpid()) {  // a fork has no threads but the one that forked, nor those that held the lock
             auto own = start(path, count);
             (void)operations.release();
             operations = std::move(own);
+            new (&busy) std::mutex;
             process = getpid();
         }
+        nb::gil_scoped_release free;  // after a fork, the lock of the interpreter protects what is above
+        std::lock_guard<std::mutex> alone(busy);
         body();
     }
 
