@@ -150,8 +150,8 @@ def _descend(weight_KN: Tensor, q_KN: Tensor, scale_GN: Tensor, hessian_KK: Tens
         hessian_gg, q_gN, scale_N = hessian_KK[start:end, start:end], q_KN[start:end], scale_GN[start // group_size]
         before_gN = q_gN * scale_N
         slope_gN = slope_KN[start:end].clone()
-        # The best scale for the integers as they are. The error is quadratic in the scale, and the one before is a number
-        # of bf16 too, so that the nearest of them is never worse.
+        # The best scale for the integers as they are. The error is quadratic in the scale, and the one before is one of
+        # bf16's numbers too, so that the nearest of them is never worse.
         along_N = (q_gN * slope_gN).sum(dim=0)
         curvature_N = (q_gN * (hessian_gg @ q_gN)).sum(dim=0)
         change_N = usable_scale(scale_N + along_N / curvature_N.clamp(min=torch.finfo(torch.float32).tiny)) - scale_N
