@@ -184,6 +184,22 @@ def test_epochs_have_other_units_and_cut_them_otherwise(tmp_path: Path) -> None:
     places = [{tuple(np.flatnonzero(epoch == unit)) for unit in range(300)} for epoch in unit_of]
     assert not places[0] & places[1], "rows of a unit that are together in both epochs"
 
+    halves = [Stage(4, 960, 4800), Stage(4, 960, 4800), Stage(32, 64)]
+    unit_of = np.split(np.array(starts_of(shards, halves, 9600)) // 32, 2)
+    places = [{tuple(np.flatnonzero(half == unit)) for unit in set(half.tolist())} for half in unit_of]
+    assert not places[0] & places[1], "rows of a unit that are together in both stages of an epoch"
+
+
+def test_both_orders_depend_on_the_seed(tmp_path: Path) -> None:
+    shards = positions(tmp_path / "shards", 9600)
+    halves = [Stage(4, 960, 4800), Stage(32, 64)]
+    units = [set((np.array(starts_of(shards, halves, 4800, seed)) // 32).tolist()) for seed in (3, 4)]
+    assert 50 < len(units[0] & units[1]) < 100, "half of the half, since the units have an order of their own"
+    stages = [Stage(4, 960, 9600), Stage(32, 64)]
+    unit_of = [np.array(starts_of(shards, stages, 9600, seed)) // 32 for seed in (3, 4)]
+    places = [{tuple(np.flatnonzero(order == unit)) for unit in range(300)} for order in unit_of]
+    assert not places[0] & places[1], "rows of a unit that are together under both seeds"
+
 
 def test_a_batch_of_short_rows_does_not_hold_neighbours(tmp_path: Path) -> None:
     shards = positions(tmp_path / "shards", 9600)

@@ -175,3 +175,39 @@ def test_signatures_agree_with_the_probability_of_the_similarity(jaccard):
     assert agree.mean() == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / agree.size / 128))
     # The permutations are practically independent, so the agreement varies like that of 128 coins.
     assert agree.std() == pytest.approx(math.sqrt(exact * (1 - exact) / 128), rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_maps_are_permutations(seed):
+    """A map with an even factor takes several numbers to one, and misses others, which weakens the signature."""
+    a, b = permutations(128, seed)
+    numbers = np.arange(2**12, dtype=np.uint32)
+    for a_i, b_i in zip(a, b, strict=True):
+        # Odd factors permute the numbers below every power of two.
+        assert len(np.unique((a_i * numbers + b_i) % np.uint32(2**12))) == len(numbers)
+
+
+def test_every_seed_has_maps_of_its_own():
+    maps = [np.stack(permutations(128, seed)) for seed in range(3)]
+    assert all((maps[i] != maps[j]).mean() > 0.99 for i in range(3) for j in range(i))
+    (first, _), (other, _) = (signatures([TEXTS[-1]], Dedup(seed=seed)) for seed in (1, 2))
+    assert (first != other).mean() > 0.9
+
+
+@pytest.mark.parametrize("letters", [3, 15, 40, 64, 65, 200])
+def test_of_long_word_ngrams_the_beginning_is_hashed(monkeypatch, letters):
+    """With smaller bounds, so that n-grams reach past a block, and past the longest beginning that is hashed."""
+    monkeypatch.setattr(minhash, "BLOCK", 64)
+    monkeypatch.setattr(minhash, "MAX_SHINGLE", 50)
+    minhash._powers.cache_clear()
+    rng = random.Random(letters)
+    words = [random_text(rng, rng.randint(max(1, letters - 3), letters + 3)) for _ in range(60)]
+    texts = [" ".join(words), " ".join(words[:1]), "a " * 100 + " ".join(words)]
+    try:
+        for size in (1, 2, 5):
+            found = [
+                [int(h) >> 32 for part in shingle_hashes(normalize(t), "words", size) for h in part] for t in texts
+            ]
+            assert found == [[plain_hash(s[:50]) for s in plain_shingles(text, "words", size)] for text in texts]
+    finally:
+        minhash._powers.cache_clear()

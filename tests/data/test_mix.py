@@ -78,6 +78,20 @@ def test_the_result_depends_on_the_seed_and_not_on_order_or_tasks(tmp_path):
     assert other_seed["validation"] != splits["validation"]
 
 
+def test_every_choice_depends_on_the_seed(tmp_path):
+    """Each by itself: the order, what is held out, and which documents of a source a weight takes."""
+    rows = documents(200, ["a"])
+    orders, held_out, taken = set(), set(), set()
+    for seed in (1, 2, 3):
+        _, splits = mixed(tmp_path / f"order{seed}", rows, Mix(holdout=0, seed=seed))
+        orders.add(tuple(splits["train"]))
+        _, splits = mixed(tmp_path / f"held{seed}", rows, Mix(holdout=0.1, seed=seed))
+        held_out.add((frozenset(splits["validation"]), frozenset(splits["test"])))
+        _, splits = mixed(tmp_path / f"weight{seed}", rows, Mix(holdout=0, weights={"a": 0.5}, seed=seed))
+        taken.add(frozenset(splits["train"]))
+    assert (len(orders), len(held_out), len(taken)) == (3, 3, 3)
+
+
 def test_the_size_of_partitions_does_not_change_the_order(tmp_path):
     rows = documents(200)
     small = mixed(tmp_path / "1", rows, Mix(partition_bytes=3000))

@@ -183,6 +183,19 @@ def test_changed_input_is_refused_unless_forced(tmp_path):
     assert shard_bytes(tmp_path / "out/shards") != before
 
 
+def test_after_a_power_cut_no_file_only_counts_as_whole(corpus, tmp_path, power_cut, monkeypatch):
+    monkeypatch.setattr("btlm.data.stage.shutil.rmtree", lambda *_, **__: None)  # what a stage removes is seen too
+    (tmp_path / "eval.jsonl").write_text('{"q": "no text has it"}')
+    recipe = DataRecipe(**{**vars(RECIPE), "mix": Mix(decontaminate=[str(tmp_path / "eval.jsonl")])})
+    run_prepare([corpus], tmp_path / "out", recipe, Execution(workers=1))
+    assert power_cut.lost == []
+    written = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    others = {path.relative_to(tmp_path / "out") for path in written - set(power_cut.renamed)}
+    # The log grows, a database lasts for one task, and a mark, which has no content, is set after its task's result.
+    assert {str(path) for path in others if not {"scratch", "completions"} & set(path.parts)} == {"log.txt"}
+    assert any("scattered" in path.parts for path in written)
+
+
 def command(corpus, output, *options):
     return [sys.executable, "-m", "btlm", "data", "prepare", str(corpus), "--output", str(output), *OPTIONS, *options]
 
@@ -414,6 +427,14 @@ def test_the_recipe_of_slimpajama_is_the_defaults(monkeypatch):
     assert called == [(["x"], "y", DataRecipe(), Execution())]
     given = yaml.safe_load(recipe.read_text())
     assert given == plain(DataRecipe()), "every setting is there"
+
+
+def test_the_seed_of_inspect_chooses_the_examples(prepared, capsys):
+    shown = []
+    for seed in (1, 2, 1):
+        assert main(["data", "inspect", str(prepared), "--stage", "clean", f"--seed={seed}"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[2] != shown[1]
 
 
 def test_inspect_shows_examples_of_everything(prepared, capsys):

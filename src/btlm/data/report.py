@@ -1,5 +1,6 @@
 """A report of what the stages did to each source, like SlimPajama's table: as text, JSON and a picture."""
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from btlm.files import write_json
+from btlm.files import write_json, write_text
 from btlm.plots import pyplot, save_figure
 
 from .stage import Run, load_stage
@@ -26,8 +27,8 @@ def write_report(stage: Path, folder: Path, run: Run) -> None:
     rows = report_rows(load_stage(stage))
     write_json(folder / JSON, rows)
     table = report_table(rows)
-    with (folder / TEXT).open("w", encoding="utf-8") as file:
-        Console(file=file, width=_WIDTH).print(table)
+    Console(file=(text := io.StringIO()), width=_WIDTH).print(table)
+    write_text(folder / TEXT, text.getvalue())
     plot_report(rows, folder / PICTURE)
     # A narrow terminal wraps the lines, which is better than numbers that are cut off.
     Console(stderr=True, width=max(run.console.width, _WIDTH)).print(table)
