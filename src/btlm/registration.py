@@ -50,14 +50,17 @@ class _Awaited(ModuleSpec):
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+    import transformers
 
-    from btlm.model import BTLMConfig, BTLMLMHeadModel, BTLMModel
+    from btlm import model
+    from btlm.model import BTLMConfig
 
-    AutoConfig.register("btlm", BTLMConfig)
-    AutoModel.register(BTLMConfig, BTLMModel)
-    AutoModelForCausalLM.register(BTLMConfig, BTLMLMHeadModel)
-    AutoTokenizer.register(BTLMConfig, tokenizer_class=GPT2Tokenizer)
+    transformers.AutoConfig.register("btlm", BTLMConfig)
+    transformers.AutoTokenizer.register(BTLMConfig, tokenizer_class=transformers.GPT2Tokenizer)
+    transformers.AutoModel.register(BTLMConfig, model.BTLMModel, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(BTLMConfig, model.BTLMLMHeadModel)
+    for task in ("SequenceClassification", "TokenClassification"):
+        getattr(transformers, f"AutoModelFor{task}").register(BTLMConfig, getattr(model, f"BTLMFor{task}"))
 
 
 class _AfterImport(MetaPathFinder):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btlm.model import BTLMConfig, BTLMLMHeadModel
-from tests.model.tiny import tiny_model, tokens
+from btlm.model import BTLMConfig, BTLMForTokenClassification, BTLMLMHeadModel
+from tests.model.tiny import tiny_config, tiny_model, tokens
 
 WITHOUT_BTLM = """
 import sys
@@ -71,6 +71,8 @@ def test_every_file_of_the_network_travels(tmp_path):
     tiny_model().save_pretrained(tmp_path, save_code=True)
     source = Path(sys.modules[BTLMConfig.__module__].__file__ or "").parent
     expected = {file.name for file in source.glob("*.py")} - {"__init__.py"}
+    assert {file.name for file in tmp_path.glob("*.py")} == expected - {"classification_btlm.py"}
+    BTLMForTokenClassification(tiny_config()).save_pretrained(tmp_path, save_code=True)
     assert {file.name for file in tmp_path.glob("*.py")} == expected
 
 

@@ -385,7 +385,8 @@ def _carry_code(model: BTLMPreTrainedModel) -> Iterator[None]:
     """In this context, saving also copies the code: Transformers does so for classes that name their Auto class."""
     model_class, config_class = type(model), type(model.config)
     before = model_class._auto_class, config_class._auto_class
-    model_class._auto_class = "AutoModelForCausalLM" if isinstance(model, GenerationMixin) else "AutoModel"
+    task = model_class.__name__.partition("For")[2] if not isinstance(model, GenerationMixin) else "CausalLM"
+    model_class._auto_class = f"AutoModelFor{task}" if task else "AutoModel"
     config_class._auto_class = "AutoConfig"
     try:
         yield

@@ -25,7 +25,7 @@ def name_layers(model: nn.Module) -> None:
 
 
 def init_weights(module: nn.Module, config: BTLMConfig) -> None:
-    """Initialize a module that the table names, or a LayerNorm.
+    """Initialize a module that the table names, a LayerNorm, or a head that classifies.
 
     Normal truncated at two standard deviations, widened so that the weights have the standard deviation of the table.
     """
@@ -37,6 +37,10 @@ def init_weights(module: nn.Module, config: BTLMConfig) -> None:
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             init.zeros_(bias)
+    elif isinstance(module, nn.Linear) and layer is None:  # a new head, which has muP's multiplier in its weights
+        init.normal_(module.weight, std=config.initializer_range * config.mup_width_scale)
+        if module.bias is not None:
+            init.zeros_(module.bias)
     if isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)

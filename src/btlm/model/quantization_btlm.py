@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .architecture_btlm import Quantization
+from .architecture_btlm import HEAD, Quantization
 from .config_keys_btlm import QUANT_METHOD, quantization_problem
 from .configuration_btlm import BTLMConfig
 from .storage_btlm import StoredMatrix, stored_matrices
@@ -139,7 +139,7 @@ def _matrices_of(model: PreTrainedModel, quantization: BTLMQuantizationConfig) -
     stored = Quantization(quantization.bits, quantization.group_size, quantization.table_bits)
     matrices = stored_matrices(model.config.architecture, stored)
     if hasattr(model, model.base_model_prefix):
-        return matrices
+        return {name: matrix for name, matrix in matrices.items() if name != HEAD or hasattr(model, HEAD)}
     prefix = f"{model.base_model_prefix}."
     return {name.removeprefix(prefix): matrix for name, matrix in matrices.items() if name.startswith(prefix)}
 
