@@ -58,6 +58,23 @@ class NotFinite(ValueError, FloatingPointError):
         return self.problem
 
 
+class LogitsNotFinite(ValueError):
+    """Texts that the model has no numbers for: its weights, or what it computed for these texts, are NaN or infinite.
+
+    Args:
+        problem: Message for the user.
+        parts: Indices of the texts in the step.
+    """
+
+    def __init__(self, problem: str, parts: list[int]) -> None:
+        super().__init__(problem, parts)
+        self.problem = problem
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return self.problem
+
+
 class _Names(dict[str, str]):
     """Calls every option by a function."""
 

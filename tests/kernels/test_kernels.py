@@ -347,6 +347,44 @@ def test_what_a_text_that_is_gone_left_behind_does_not_matter(name, dtype, spoil
 
 
 @each
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 3, 19])
+def test_what_is_not_finite_is_not_lost_in_attention(name, dtype, bad, place, rng):
+    """Queries, keys and values are rounded to integers, which cannot hold NaN."""
+    kernels = load_kernels(name, 1)
+    heads, head_dim = 2, 20
+    qkv = rng.standard_normal((6, 3, heads, head_dim), dtype=np.float32)
+    cache = kernels.cache(dtype, slots=1, heads=heads, length=64, head_dim=head_dim)
+    for part in range(3):
+        spoiled = qkv.copy()
+        spoiled[4, part, 1, place] = bad
+        out = attend(kernels, cache, spoiled.reshape(6, -1), [[0, 0, 0, 6]], heads, head_dim).reshape(6, heads, -1)
+        assert np.isnan(out[4, 1]).all()
+        assert np.isfinite(out[:, 0]).all()
+        assert name == "torch" or np.isfinite(out[:4]).all()  # torch multiplies hidden values by 0
+
+
+@each
+@pytest.mark.parametrize(("dtype", "group"), FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_lost_in_products(name, dtype, group, bad, rng):
+    kernels = load_kernels(name, 1)
+    source, gate = (weights(rng, dtype, group, 32, 256) for _ in range(2))
+    x = rng.standard_normal((3, 256), dtype=np.float32)
+    expected = linear(kernels, x, source, gate)
+    for place in (0, 17, 255):
+        spoiled = x.copy()
+        spoiled[1, place] = bad
+        for opening in (None, gate):
+            out = linear(kernels, spoiled, source, opening)
+            assert not np.isfinite(out[1]).any()
+        assert np.array_equal(out[[0, 2]], expected[[0, 2]])
+    gate.bias[5] = bad
+    assert not np.isfinite(linear(kernels, x, source, gate)[:, 5]).any()
+
+
+@each
 def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
     """The bias reaches -1,500; the probability of a key at that distance is exactly 0."""
     kernels = load_kernels(name, 1)

@@ -69,9 +69,12 @@ def test_the_native_module_refuses_an_instruction_set_that_the_machine_lacks():
 
 
 @pytest.mark.usefixtures("without_native")
-def test_without_the_native_module_torch_runs():
+def test_without_the_native_module_torch_runs(caplog):
     assert instruction_sets() == []
+    assert load_kernels("torch", 1).unpacked_bytes == 4
+    assert not caplog.records  # it was asked for
     assert load_kernels(threads=1).name == "torch"
+    assert "install a compiler" in caplog.records[0].getMessage()
     for name in ("native", "plain", "avx2"):
         with pytest.raises(ValueError, match=f"{name!r} are not here.*compiler") as error:
             load_kernels(name)

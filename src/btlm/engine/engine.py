@@ -14,7 +14,7 @@ import numpy.typing as npt
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes
-from btlm.errors import DoesNotFit, NotSupported, TooLong
+from btlm.errors import DoesNotFit, LogitsNotFinite, NotSupported, TooLong
 from btlm.kernels import load_kernels
 from btlm.model.architecture_btlm import Architecture
 from btlm.model.config_keys_btlm import end_ids
@@ -84,11 +84,14 @@ class Engine:
         architecture = supported(checkpoint.architecture, factor)
         available = available_memory()  # before files are mapped, which count as address space
         tensors = checkpoint.tensors
+        stored, used = weight_dtype(architecture, tensors), load_kernels(kernels, threads)
         weights = sum(resident_bytes(tensor) for tensor in tensors.values())
+        if stored not in ("float32", "float16"):
+            weights += used.unpacked_bytes * architecture.num_parameters()
         context = architecture.n_positions if context is None else context
-        dtype = cache_dtype_of(cache_dtype, weight_dtype(architecture, tensors))
+        dtype = cache_dtype_of(cache_dtype, stored)
         _check_memory(architecture, weights, dtype, context, num_requests, available)
-        network = Network(load_kernels(kernels, threads), architecture, tensors)
+        network = Network(used, architecture, tensors)
         return cls(network, cache_dtype=cache_dtype, context=context, num_requests=num_requests)
 
     # One request, or a given number of them
@@ -109,6 +112,7 @@ class Engine:
 
         Raises:
             EngineFull: Other requests have all slots.
+            LogitsNotFinite: The weights, or what the model computes for this text, are NaN or infinite.
             NotSupported: The options ask for beams.
             TooLong: Prompt and continuation do not fit the context.
             TypeError: The prompt is text; :class:`btlm.generate.TextGenerator` takes text.
@@ -135,7 +139,7 @@ class Engine:
             The index of a prompt, and its next token.
 
         Raises:
-            EngineFull, NotSupported, ValueError: See :meth:`generate`.
+            EngineFull, LogitsNotFinite, NotSupported, ValueError: See :meth:`generate`.
         """
         each = list(options) if isinstance(options, Sequence) else [options or GenerationOptions()] * len(prompts)
         for ids, choice in zip(prompts, each, strict=True):
@@ -155,6 +159,8 @@ class Engine:
                     while given[request] < request.new_tokens:
                         given[request] += 1
                         yield index, request.tokens[given[request] - 1]
+                    if request.error is not None:
+                        raise request.error
                     if request.finished:
                         del running[request]
         finally:
@@ -174,6 +180,7 @@ class Engine:
 
         Raises:
             EngineFull: Other requests have all slots.
+            LogitsNotFinite: See :meth:`generate`.
             ValueError: The prompt does not fit the context, or has an id beyond the vocabulary.
         """
         if len(ids) < 2:
@@ -187,6 +194,8 @@ class Engine:
                 self._step(request)
         finally:
             self.remove(request)
+        if request.error is not None:
+            raise request.error
         return np.array(scores, np.float32)
 
     # Requests that come and go
@@ -227,6 +236,8 @@ class Engine:
     def step(self) -> list[tuple[Request, Token]]:
         """Make one forward pass for all requests.
 
+        Requests whose logits are not finite end with an ``error``; the others are not disturbed.
+
         Returns:
             Tokens that were written: none of a request whose prompt is not read to its end, else one, or more where
             guesses were right.
@@ -237,7 +248,12 @@ class Engine:
         step = self._scheduler.plan(only)
         if not step.parts:
             return []
-        logits = self.network.forward(step.ids, step.segments, self.cache, step.rows)
+        try:
+            logits = self.network.forward(step.ids, step.segments, self.cache, step.rows)
+        except LogitsNotFinite as error:
+            for i in error.parts:
+                self._scheduler.fail(step.parts[i].request, error)
+            return []  # the next step computes the others
         return self._scheduler.record(step, logits)
 
     def _check(self, ids: Sequence[int], max_new_tokens: int, options: GenerationOptions | None = None) -> None:

@@ -6,13 +6,14 @@ wanted.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from btlm.checkpoint.tensor_file import MappedTensor
-from btlm.errors import NotSupported
+from btlm.errors import LogitsNotFinite, NotSupported
 from btlm.kernels import Kernels, WeightMatrix
 from btlm.model.architecture_btlm import (
     ATTENTION_OUTPUT,
@@ -35,6 +36,7 @@ Floats = npt.NDArray[np.float32]
 
 MAX_TOKENS = 256  # per forward pass
 LOGIT_ROWS = 64  # rows of logits for which memory is counted
+_PIECE = 2**22  # numbers that are looked at together
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and those used here
 
 
@@ -81,6 +83,7 @@ class Network:
         self.architecture = architecture
         self.max_tokens = max_tokens
         load = _Loader(kernels, architecture, tensors)
+        self._tensors = tensors
         self._blocks = [load.block(i) for i in range(architecture.n_layer)]
         self._ln_f = load.norm(FINAL_NORM)
         self._table = load.matrix(TOKEN_TABLE)
@@ -109,6 +112,9 @@ class Network:
 
         Returns:
             Logits, muP's multiplier included, ``[R, V]``.
+
+        Raises:
+            LogitsNotFinite: Activations or logits of some parts are NaN or infinite; the others can be computed again.
         """
         kernels, architecture = self.kernels, self.architecture
         x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._activations.values())
@@ -128,7 +134,24 @@ class Network:
         logits = np.empty((len(rows), self._head.rows), np.float32)
         if len(rows):
             kernels.linear(wanted, self._head, logits)
-        return logits[:, : architecture.vocab_size]
+        logits = logits[:, : architecture.vocab_size]
+        # NaN in a sum stays there, so that the sums of the last block tell of every block.
+        if not (np.isfinite(x).all() and np.isfinite(logits).all()):
+            finite: Any = np.isfinite(x).all(axis=1)
+            finite[rows] &= np.isfinite(logits).all(axis=1)
+            parts = [i for i, (row, _, _, count) in enumerate(segments) if not finite[row : row + count].all()]
+            raise LogitsNotFinite(self._why_not_finite, parts)
+        return logits
+
+    @cached_property
+    def _why_not_finite(self) -> str:
+        for name, tensor in self._tensors.items():
+            if not _is_finite(tensor):
+                return (
+                    f"{name} holds NaN or infinity, so the model cannot continue a text; get the weights again, or use "
+                    "an earlier checkpoint."
+                )
+        return "The activations for this text are not finite, though the weights are; the text cannot be continued."
 
 
 def activation_bytes(architecture: Architecture, max_tokens: int = MAX_TOKENS) -> int:
@@ -218,6 +241,17 @@ def _find(tensors: Mapping[str, MappedTensor], name: str) -> MappedTensor:
     if tensor is None:
         raise ValueError(f"The weights lack {name}; the checkpoint does not fit its config.json.")
     return tensor
+
+
+def _is_finite(tensor: MappedTensor) -> bool:
+    values = tensor.values.reshape(-1)
+    for start in range(0, len(values), _PIECE):
+        piece = values[start : start + _PIECE]
+        if tensor.dtype == "BF16" and ((piece & 0x7F80) == 0x7F80).any():  # all bits of the exponent
+            return False
+        if tensor.dtype in ("F32", "F16") and not np.isfinite(piece).all():
+            return False
+    return True
 
 
 def _unreadable(name: str, tensor: MappedTensor) -> NotSupported:

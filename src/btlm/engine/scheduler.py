@@ -48,7 +48,8 @@ class Request:
         reused_tokens: Tokens of the prompt that were in the cache when the request was added.
         cached: Tokens of ``ids`` that are in the cache.
         tokens: Tokens that were written.
-        finished: ``None``, ``"stop"`` after a stop id, or ``"length"`` after ``max_new_tokens``.
+        finished: ``None``, ``"stop"`` after a stop id, ``"length"`` after ``max_new_tokens``, or ``"error"``.
+        error: Why it cannot be continued, after ``"error"``.
     """
 
     ids: list[int]
@@ -61,6 +62,7 @@ class Request:
     cached: int = field(init=False, default=0)
     tokens: list[Token] = field(init=False, default_factory=list)
     finished: str | None = field(init=False, default=None)
+    error: ValueError | None = field(init=False, default=None)
     sampler: Sampler = field(init=False)
     lookup: PromptLookup = field(init=False)
 
@@ -175,6 +177,11 @@ class Scheduler:
         for slot in self._slots:
             if slot.request is request:
                 slot.left, slot.request = slot.ids(), None
+
+    def fail(self, request: Request, error: ValueError) -> None:
+        """End a request that cannot be continued."""
+        request.finished, request.error = "error", error
+        self.remove(request)
 
     def plan(self, only: Request | None = None) -> Step:
         """Choose what the next step computes, for all requests or only for one; nothing changes yet.

@@ -66,6 +66,11 @@ class Kernels:
         self.name = implementation.name
         self.threads = implementation.threads
 
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes in memory for each weight that is not stored in fp32: torch computes on copies in fp32."""
+        return 4 if self.name == "torch" else 0
+
     def matrix(
         self,
         dtype: str,
@@ -212,6 +217,8 @@ class Kernels:
         out: Floats,
     ) -> None:
         """Append keys and values to the cache, then attend causally with ALiBi.
+
+        A token whose query, key or value in a head is not finite gets NaN from that head.
 
         For an int8 cache queries, keys and values are rounded to eight bits, with one scale per token and head, and
         probabilities to sixteen. An int4 cache stores keys and values as -7 to 7.

@@ -72,13 +72,17 @@ class TorchKernels:
         self, qkv: Floats, cache: "_Cache", segments: npt.NDArray[np.int64], slopes: Floats, scale: float, out: Floats
     ) -> None:
         """See :meth:`btlm.kernels.Kernels.attend`."""
-        query_THD, key_THD, value_THD = _tensor(qkv).view(len(qkv), 3, cache.heads, cache.head_dim).unbind(1)
+        qkv_T3HD = _tensor(qkv).view(len(qkv), 3, cache.heads, cache.head_dim)
+        query_THD, key_THD, value_THD = qkv_T3HD.unbind(1)
+        finite_TH1 = qkv_T3HD.isfinite().all(-1, keepdim=True).all(1)
         result_THD = _tensor(out).view(len(out), cache.heads, cache.head_dim)
         with self._own_threads():
             for row, slot, start, count in segments.tolist():
                 tokens = slice(row, row + count)
                 cache.append(slot, start, key_THD[tokens], value_THD[tokens])
-                _attend_segment(cache, slot, start, query_THD[tokens], _tensor(slopes), scale, result_THD[tokens])
+                result = result_THD[tokens]
+                _attend_segment(cache, slot, start, query_THD[tokens], _tensor(slopes), scale, result)
+                result.masked_fill_(~finite_TH1[tokens], torch.nan)
 
     def sum_bytes(self, values: npt.NDArray[np.uint8]) -> int:
         """See :meth:`btlm.kernels.Kernels.sum_bytes`."""
@@ -230,13 +234,16 @@ def _round_activations(x_TK: Tensor, group: int) -> Tensor:
 
 
 def _quantize_heads(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Integers from ``-limit`` to ``limit``, in fp32, and bf16 scales without the last dimension."""
-    most = x.abs().amax(-1)
+    """Integers from ``-limit`` to ``limit``, in fp32, and bf16 scales without the last dimension.
+
+    A head that is not finite is stored as zeros, so that it does not harm a later text in the same slot.
+    """
+    most = x.abs().amax(-1).nan_to_num(nan=0.0, posinf=0.0)
     bits = (most / limit).view(torch.int32)
     scale = ((bits + 0xFFFF) >> 16 << 16).view(torch.float32)  # the next number above that bf16 has
     scale = torch.where(most > _SMALLEST, scale, 0.0)
     inverse = torch.where(most > _SMALLEST, 1 / scale, 0.0)
-    return (x * inverse[..., None]).round(), scale.to(torch.bfloat16)
+    return (x * inverse[..., None]).round().nan_to_num(nan=0.0), scale.to(torch.bfloat16)
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

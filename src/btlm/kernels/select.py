@@ -2,12 +2,19 @@
 
 import importlib
 import importlib.util
+import logging
 import os
 
 from .interface import Kernels
 
 _NATIVE = f"{__package__}._native"
 _MOST_THREADS = 1024
+_SLOW = (
+    "btlm was installed without a C++ compiler and computes with torch, which takes some 20 times as long as native "
+    "kernels; install a compiler, then btlm again."
+)
+
+_logger = logging.getLogger(__name__)
 
 
 def load_kernels(name: str = "auto", threads: int | None = None) -> Kernels:
@@ -27,6 +34,8 @@ def load_kernels(name: str = "auto", threads: int | None = None) -> Kernels:
     sets = instruction_sets()
     if name == "auto":
         name = "native" if sets else "torch"
+        if not sets:
+            _logger.warning(_SLOW)
     if name != "torch" and not sets:
         raise ValueError(
             f"The kernels {name!r} are not here: btlm was installed without a C++ compiler; install one and btlm "

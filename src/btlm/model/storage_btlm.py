@@ -159,7 +159,8 @@ def dequantize(stored: NDArray[np.uint8], scale: NDArray[np.uint16], bits: int, 
     q_NK = unpack(stored, bits)
     values_NGg = q_NK.reshape(len(q_NK), -1, group_size).astype(np.float32)
     values_NGg -= np.float32(2 ** (bits - 1))
-    values_NGg *= unpack_scale(scale)[:, :, None]
+    with np.errstate(invalid="ignore", over="ignore"):  # scales of damaged files; what computes with them says so
+        values_NGg *= unpack_scale(scale)[:, :, None]
     return values_NGg.reshape(q_NK.shape)
 
 

@@ -213,7 +213,11 @@ void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64
             for (int64_t i = key > position ? key - position : 0; i < n; ++i)
                 step(cache, head_of_slot, key, position + i, slope, key + KEY_BLOCK < position + n, tile[i]);
         for (int64_t i = 0; i < n; ++i) {
-            const F whole = lanes::set(tile[i].sum);
+            const float* own = queries + (done + i) * query_stride;  // query, and the key and value that the token appended
+            const int64_t width = cache.heads * cache.head_dim;
+            const bool finite = !std::isnan(largest(own, cache.head_dim) + largest(own + width, cache.head_dim) +
+                                            largest(own + 2 * width, cache.head_dim));
+            const F whole = lanes::set(finite ? tile[i].sum : NAN);
             for (int64_t d = 0; d < cache.head_dim; d += LANES)
                 store_some(out + (done + i) * out_stride + d, lanes::div(lanes::load(tile[i].total + d), whole),
                            cache.head_dim - d);

@@ -5,15 +5,15 @@
 
 namespace {
 
-// Rounds x to integers from -limit to limit. Returns the scale, a bf16 number.
+// Rounds x to integers from -limit to limit. Returns the scale, a finite bf16 number, so that a hidden key with weight 0 adds 0;
+// what is not finite is stored as zeros.
 inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q) {
     const float most = largest(x, n);
     if (!(most > SMALLEST)) {
         std::memset(q, 0, static_cast<size_t>(n));
         return 0;
     }
-    const uint16_t above = to_bf16_above(most / limit);
-    const uint16_t scale = above < 0x7F80 ? above : 0x7F7F;  // finite, so that a hidden key with weight 0 adds 0
+    const uint16_t scale = to_bf16_above(most / limit);
     const F inverse = lanes::set(1.0f / from_bf16(scale));
     for (int64_t i = 0; i < n; i += LANES) {
         uint8_t bytes[LANES];

@@ -94,10 +94,14 @@ inline F silu(F x) {  // exactly 0 for x at most -87, as exp is
     return lanes::keep_above(lanes::div(x, lanes::add(lanes::set(1.0f), exp(lanes::sub(lanes::zero(), x)))), x, -87.0f);
 }
 
-inline float largest(const float* x, int64_t n) {
-    F most = lanes::zero();
-    for (int64_t i = 0; i < n; i += LANES) most = lanes::max(most, lanes::abs(load_some(x + i, n - i)));
-    return lanes::reduce_max(most);
+inline float largest(const float* x, int64_t n) {  // of the absolute values; NaN if x holds NaN or infinity
+    F most = lanes::zero(), zeros = lanes::zero();
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F part = load_some(x + i, n - i);
+        most = lanes::max(most, lanes::abs(part));
+        zeros = lanes::fma(part, lanes::zero(), zeros);
+    }
+    return lanes::reduce_add(zeros) == 0.0f ? lanes::reduce_max(most) : NAN;
 }
 
 }  // namespace

@@ -84,7 +84,8 @@ struct Path {
     void (*embed)(const Matrix&, int64_t row, float factor, float* out);
     // Writes one token's key and value of one head to the cache.
     void (*append)(const Cache&, int64_t slot, int64_t head, int64_t position, const float* key, const float* value);
-    // Attends with `count` queries of one head, at positions from `start` on, each to the keys up to its own position.
+    // Attends with `count` queries of one head, at positions from `start` on, each to the keys up to its own position. The
+    // query, key and value of a token stand `heads * head_dim` apart; if they are not finite, its result is NaN.
     void (*attend)(const Cache&, int64_t slot, int64_t head, int64_t start, int64_t count, const float* queries,
                    int64_t query_stride, float slope, float scale, float* out, int64_t out_stride);
     int64_t (*sum_bytes)(const uint8_t* p, int64_t n);

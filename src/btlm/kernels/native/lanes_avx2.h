@@ -57,9 +57,9 @@ inline __m256 power(__m256 n) {  // 2**n for integers n from -126 to 127
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline F scale2(F x, F n) { return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))}; }
-inline F keep_above(F r, F x, float limit) {  // r where x > limit, else 0
+inline F keep_above(F r, F x, float limit) {  // r where x > limit or NaN, else 0
     const __m256 all = _mm256_set1_ps(limit);
-    return {_mm256_and_ps(r.a, _mm256_cmp_ps(x.a, all, _CMP_GT_OQ)), _mm256_and_ps(r.b, _mm256_cmp_ps(x.b, all, _CMP_GT_OQ))};
+    return {_mm256_and_ps(r.a, _mm256_cmp_ps(x.a, all, _CMP_NLE_UQ)), _mm256_and_ps(r.b, _mm256_cmp_ps(x.b, all, _CMP_NLE_UQ))};
 }
 
 inline I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

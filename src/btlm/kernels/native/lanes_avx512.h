@@ -36,8 +36,8 @@ inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2**n for integers n
-inline F keep_above(F a, F x, float limit) {  // a where x > limit, else 0
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), a);
+inline F keep_above(F a, F x, float limit) {  // a where x > limit or NaN, else 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ), a);
 }
 
 inline I iset(int32_t x) { return _mm512_set1_epi32(x); }

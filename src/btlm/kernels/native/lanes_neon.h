@@ -48,8 +48,8 @@ inline float32x4_t power(float32x4_t n) {  // 2**n for integers n from -126 to 1
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 inline F scale2(F x, F n) { BTLM_EACH(F, vmulq_f32(x.v[i], power(n.v[i]))); }
-inline F keep_above(F a, F x, float limit) {  // a where x > limit, else 0
-    BTLM_EACH(F, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v[i]), vcgtq_f32(x.v[i], vdupq_n_f32(limit)))));
+inline F keep_above(F a, F x, float limit) {  // a where x > limit or NaN, else 0
+    BTLM_EACH(F, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v[i]), vcleq_f32(x.v[i], vdupq_n_f32(limit)))));
 }
 
 inline I iset(int32_t x) { BTLM_EACH(I, vdupq_n_s32(x)); }

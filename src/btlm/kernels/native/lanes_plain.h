@@ -52,7 +52,7 @@ inline float reduce_max(F x) {
 }
 inline F round(F x) { BTLM_EACH(F, std::nearbyint(x.v[i])); }
 inline F scale2(F x, F n) { BTLM_EACH(F, std::ldexp(x.v[i], static_cast<int>(n.v[i]))); }
-inline F keep_above(F a, F x, float limit) { BTLM_EACH(F, x.v[i] > limit ? a.v[i] : 0.0f); }
+inline F keep_above(F a, F x, float limit) { BTLM_EACH(F, x.v[i] <= limit ? 0.0f : a.v[i]); }
 
 inline I iset(int32_t x) { BTLM_EACH(I, x); }
 inline I add(I x, I y) { BTLM_EACH(I, x.v[i] + y.v[i]); }

@@ -17,17 +17,18 @@ void quantize(const float* x, int64_t stride, Activations& into, int64_t panel) 
         for (int64_t g = 0; g < groups; ++g) {
             const float* in = row + g * into.group;
             const float most = largest(in, into.group);
-            const F inverse = lanes::set(most > SMALLEST ? 127.0f / most : 0.0f);
+            const bool used = most > SMALLEST;
+            const F inverse = lanes::set(used ? 127.0f / most : 0.0f);
             I sum = lanes::iset(0);
             for (int i = 0; i < into.group; i += LANES) {
-                const I q = lanes::to_int(lanes::mul(lanes::load(in + i), inverse));
+                const I q = used ? lanes::to_int(lanes::mul(lanes::load(in + i), inverse)) : lanes::iset(0);
                 sum = lanes::add(sum, q);
                 uint8_t bytes[LANES];
                 lanes::store_bytes(bytes, q);
                 int8_t* quads = values + ((g * into.group + i) / 4 * width + t) * 4;
                 for (int quad = 0; quad < 4; ++quad) std::memcpy(quads + quad * width * 4, bytes + quad * 4, 4);
             }
-            scales[g * width + t] = most > SMALLEST ? most / 127.0f : 0.0f;
+            scales[g * width + t] = used ? most / 127.0f : std::isnan(most) ? NAN : 0.0f;  // NaN stays NaN
             sums[g * width + t] = lanes::reduce_add(sum);
         }
     }
