@@ -36,7 +36,7 @@ def load(inputs: list[str], size: int) -> list[str]:
     if not inputs:
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(20_000)]
         return [" ".join(rng.choices(words, k=1000)) for _ in range(size // 6500)]
-    units, _ = list_units(inputs, Read())
+    units = list_units(inputs, Read())[0]
     readers = [(item.text for item in read_unit(unit, Read()) if isinstance(item, Document)) for unit in units]
     texts: list[str] = []
     for reader in readers:

@@ -1,5 +1,6 @@
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -24,6 +25,8 @@ from btlm.settings import (
     fits,
     plain,
     read_fields,
+    read_yaml,
+    recipe_file,
     texts,
     to_yaml,
     wanted,
@@ -183,3 +186,40 @@ def test_every_option_is_described(cls: Any) -> None:
 @pytest.mark.parametrize("cls", [cls for cls in OPTIONS if cls is not Search], ids=lambda cls: cls.__name__)
 def test_defaults_fit_their_types(cls: Any) -> None:
     check(cls())
+
+
+@pytest.mark.parametrize("kind", ["", "data"])
+def test_recipes_that_come_with_btlm_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "btlm-tiny").mkdir()  # a folder of that name, such as a model, is none
+    names = [file.stem for file in (recipes / kind).glob("*.yaml")]
+    assert "btlm-tiny" in names
+    for name in names:
+        assert recipe_file(name, kind) == recipes / kind / f"{name}.yaml"
+        assert recipe_file(Path("recipes", kind, f"{name}.yaml"), kind) == recipes / kind / f"{name}.yaml"
+    # A file of one's own comes first.
+    (tmp_path / "recipes" / kind).mkdir(parents=True)
+    for own in (Path("continue"), Path("recipes", kind, "btlm-tiny.yaml")):
+        own.write_text("seed: 3")
+        assert (recipe_file(own, kind), read_yaml(own, kind)) == (own, {"seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("btlm-tny", r"^btlm-tny is not a readable recipe: did you mean btlm-tiny\?$"),
+        ("mine.yml", r"^mine.yml is not a readable recipe: did you mean mine.yaml\?$"),
+        ("x", "^x is not a readable recipe: there is no such file, and btlm comes with btlm-3b, .*, lora.$"),
+        ("recipes/absent.yaml", "^recipes/absent.yaml is not a readable recipe: there is no such file"),
+        ("slimpajama", "^slimpajama is not a readable recipe: there is no such file"),  # one of data
+        (".", "^. is not a readable recipe"),
+    ],
+)
+def test_a_recipe_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ValueError, match=message):
+        read_yaml(name)

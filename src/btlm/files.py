@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, locks, and digests."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -33,10 +34,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        with naming_full_disk(path):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,8 +81,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     partial.mkdir(parents=True)
     try:
-        yield partial
-        _rename_folder(partial, path)
+        with naming_full_disk(path):
+            yield partial
+            _rename_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -151,6 +154,23 @@ def require_space(path: Path, needed: int, remedy: str) -> None:
         raise DoesNotFit(
             f"{path} takes {gigabytes(needed)}, and {folder} has {gigabytes(free)} free; make room there, or {remedy}."
         )
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """If a write to ``path`` ends since the disk is full, say which file it was and what to do; libraries say neither.
+
+    Raises:
+        DoesNotFit: The end of the disk, of a quota, or of the size that a file may have, was reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise
+        raise DoesNotFit(
+            f"{path} cannot be written: {os.strerror(error.errno)}. Make room there, and run the same command again."
+        ) from error
 
 
 # Locks and digests

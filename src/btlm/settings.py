@@ -122,16 +122,40 @@ def wanted(hint: Any, plural: bool = False) -> str:
 # Reading recipes
 
 
-def read_yaml(path: Path | str) -> Any:
-    """The content of a recipe.
+def recipe_file(name: Path | str, kind: str = "") -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: Path of a YAML file, or name of a recipe that comes with btlm, such as ``btlm-tiny``. The path
+            ``recipes/btlm-tiny.yaml`` means that recipe where there is no such file.
+        kind: Folder of these recipes: ``data`` for those of documents; by default those of training.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    package, path = Path(__file__).parent, Path(name)
+    # In an installed package the recipes are a part of it; in the repository they lie beside `src`.
+    recipes = package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"
+    shipped = {file.stem: file for file in sorted((recipes / kind).glob("*.yaml"))}
+    named = recipes / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else shipped.get(str(name), path)
+    if found := next((file for file in (path, named) if file.is_file()), None):
+        return found
+    near = did_you_mean(name, [*shipped, *map(str, path.parent.glob("*.y*ml"))])
+    none = f": there is no such file, and btlm comes with {', '.join(shipped)}."
+    raise ValueError(f"{name} is not a readable recipe{near or none}")
+
+
+def read_yaml(path: Path | str, kind: str = "") -> Any:
+    """The content of a recipe, which is given as in :func:`recipe_file`.
 
     Raises:
         ValueError: It cannot be read, or is no YAML.
     """
     import yaml
 
+    path = recipe_file(path, kind)
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a readable recipe: {' '.join(str(error).split())}.") from error
 
@@ -214,8 +238,9 @@ def _read(hint: Any, value: Any, problems: list[str], where: str) -> Any:
 
 def did_you_mean(key: object, known: Iterable[str]) -> str:
     """The nearest known key, as the end of a message; empty if there is none."""
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
-    return f": did you mean {near[0]}?" if near else ""
+    lower = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(str(key).lower(), lower, n=1, cutoff=0.75)
+    return f": did you mean {lower[near[0]]}?" if near else ""
 
 
 def plain(settings: Any) -> Any:

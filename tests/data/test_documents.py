@@ -86,6 +86,19 @@ def test_a_folder_of_text_files(tmp_path):
     assert list_units([folder], Read())[1] == [str(folder / "notes.pdf")]
 
 
+def test_hidden_files_are_skipped_and_counted(tmp_path):
+    folder = tmp_path / ".corpus"  # which is given, and may be hidden
+    hidden = ["._a.jsonl", ".a.jsonl.swp", ".ipynb_checkpoints/a.jsonl", "deep/.b.txt", ".git/deep/c.jsonl"]
+    for name in ["a.jsonl", *hidden]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jsonl({"text": name}))
+    assert [document.text for document in read(folder)] == ["a.jsonl"]
+    _, others, skipped = list_units([folder], Read())
+    assert (others, sorted(skipped)) == ([], sorted(str(folder / name) for name in hidden))
+    # A hidden file is read where it is given itself.
+    assert [document.text for document in read(folder / "._a.jsonl")] == ["._a.jsonl"]
+
+
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for i in range(2):
@@ -267,7 +280,7 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path, suffix):
     path.write_bytes(compress(jsonl(*rows)))
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
-    ((unit,), _) = list_units([path], Read())
+    (unit,) = list_units([path], Read())[0]
     steps: list[int] = []
     list(read_unit(unit, Read(), steps.append))
     assert sum(steps) == unit.bytes == path.stat().st_size

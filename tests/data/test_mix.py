@@ -53,12 +53,27 @@ def test_every_document_is_in_one_split_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "least", "held_out"),
-    [(1, 1, 0), (2, 1, 1), (2, 0, 0), (290, 0, 0), (300, 0, 1), (1765, 0, 3), (1765, 5, 5)],
+    [(1, 1, 0), (2, 1, 1), (2, 0, 1), (290, 0, 1), (300, 0, 1), (1765, 0, 3), (1765, 5, 5)],
 )
 def test_the_share_of_a_source_that_is_held_out(tmp_path, number, least, held_out):
     _, splits = mixed(tmp_path, documents(number, ["a"], words=3), Mix(min_holdout=least))
     assert len(splits["validation"] + splits["test"]) == held_out
     assert len(splits["train"]) == number - held_out
+
+
+def test_one_document_of_all_is_held_out_at_least(tmp_path):
+    """A share of a small text rounds to zero, and training would have nothing to measure itself by."""
+    rows = documents(8, [str(i) for i in range(8)])
+    stage, splits = mixed(tmp_path / "8", rows)
+    assert (len(splits["train"]), len(splits["validation"]), splits["test"]) == (7, 1, [])
+    assert sum(counts.get("validation_documents", 0) for counts in stage["sources"].values()) == 1
+    by_hash = [hashlib.sha256(f"holdout:1:{hashlib.sha256(t.encode()).hexdigest()}".encode()).digest() for t, _ in rows]
+    assert splits["validation"] == [rows[min(range(8), key=lambda i: by_hash[i])][0]]
+    _, splits = mixed(tmp_path / "1", rows[:1])
+    assert (len(splits["train"]), splits["validation"]) == (1, [])
+    assert (
+        "No document is held out for validation, since there is only one." in (tmp_path / "1/out/log.txt").read_text()
+    )
 
 
 def test_nothing_is_held_out_if_not_asked_for(tmp_path):
@@ -156,6 +171,7 @@ def test_documents_that_share_an_ngram_with_an_evaluation_set_are_dropped(tmp_pa
     ("settings", "message"),
     [
         ({"weights": {"web": 1}}, "mix.weights names web, which the documents do not have; their sources are a, b"),
+        ({"weights": {"A": 1}}, r"mix.weights names A \(did you mean a\?\), which the documents do not have"),
         ({"weights": {"a": 0, "b": 0}}, "No document is left for training"),
         ({"decontaminate": ["missing.jsonl"]}, "mix.decontaminate: missing.jsonl: No such file or directory"),
     ],

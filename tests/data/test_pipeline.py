@@ -1,7 +1,9 @@
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,11 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 from btlm.cli import main
 from btlm.data import TokenShards
 from btlm.data.pipeline import run_clean, run_dedup, run_mix, run_prepare, run_tokenize
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
+from btlm.data.report import report_rows, report_tables
+from btlm.data.stage import load_stage
 from btlm.settings import plain
 from tests.data.corpus import text, write_corpus
 
@@ -269,19 +274,37 @@ def test_killed_at_twenty_random_moments_it_writes_the_same_bytes(tmp_path):
         assert shard_bytes(output / "shards") == shard_bytes(tmp_path / "whole/shards")
 
 
-def test_a_disk_that_is_full_is_one_line_and_then_goes_on(corpus, prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [
+        (3_000, r"clean/documents/000000-0000\.parquet"),  # written by pyarrow
+        (9_000, r"\S+"),  # by DuckDB, which does not name the file
+        (20_000, r"shards/train-00000\.bin"),  # by Python
+    ],
+)
+def test_a_disk_that_is_full_is_one_line_and_then_goes_on(corpus, prepared, tmp_path, size, file):
     def limit():
         # No file can grow beyond this size, as on a disk that is nearly full.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     failed = subprocess.run(command(corpus, tmp_path / "out", "--workers=1"), preexec_fn=limit, capture_output=True)
     last = failed.stderr.decode().splitlines()[-1]
     assert failed.returncode == 2, failed.stderr.decode()
-    assert last.startswith("btlm: error: ")
-    assert "File too large" in last
+    problem = r"cannot be written: File too large\. Make room there, and run the same command again\."
+    assert re.fullmatch(rf"btlm: error: {tmp_path}/out/{file} {problem}", last)
     assert b"Traceback" not in failed.stderr
     subprocess.run(command(corpus, tmp_path / "out", "--workers=1"), check=True, capture_output=True)
     assert shard_bytes(tmp_path / "out/shards") == shard_bytes(prepared / "shards")
+
+
+def test_a_disk_that_will_be_full_is_told_beforehand(corpus, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    run_prepare([corpus], tmp_path / "out", DataRecipe(), Execution(workers=1))
+    assert re.search(
+        r"warning: all stages take about 0\.\d MB, and the disk has 0\.1 MB free",
+        (tmp_path / "out/log.txt").read_text(),
+    )
 
 
 def test_ray_writes_the_same_bytes(tmp_path):
@@ -449,3 +472,112 @@ def test_inspect_shows_examples_of_everything(prepared, capsys):
     assert "short documents" not in capsys.readouterr().out
     assert main(["data", "inspect", str(prepared), "--stage", "filter"]) == 2
     assert "holds no complete stage 'filter'; it has clean, dedup, mix, tokenize" in capsys.readouterr().err
+
+
+# What is checked before work starts, and what is said at the end
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mix.decontaminate=absent.jsonl"], "mix.decontaminate: absent.jsonl: No such file or directory"),
+        (["--mix.decontaminate=bad.jsonl"], "mix.decontaminate: bad.jsonl, line 1: not JSON"),
+        (
+            ["--read.source=Web", "--mix.weights=web: 2"],
+            "mix.weights names web (did you mean Web?), which the documents",
+        ),
+        (["--recipe=btlm-tinny"], "btlm-tinny is not a readable recipe: did you mean btlm-tiny?"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prepare", "mix"])
+def test_a_mistake_is_told_before_anything_is_read(tmp_path, monkeypatch, capsys, command, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text("not json")
+    Path("x.txt").write_text("some text " * 30)
+    assert main(["data", command, "x.txt", "--output", "out", "--workers=1", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not Path("out").exists()
+
+
+def test_sources_are_checked_as_soon_as_they_are_known(corpus, tmp_path):
+    recipe = DataRecipe(mix=Mix(weights={"web": 2, "Bokos": 1, "RedPajamaArXiv": 3}))
+    known = (
+        r"names Bokos \(did you mean Books\?\), RedPajamaArXiv, web \(did you mean Web\?\), .* are Books, Code, Web\.$"
+    )
+    with pytest.raises(ValueError, match=known):
+        run_prepare([corpus], tmp_path / "out", recipe, Execution(workers=1))
+    assert not (tmp_path / "out/dedup").exists()
+
+
+def test_a_weight_may_name_a_source_of_which_nothing_is_left(tmp_path):
+    rows = [{"text": "short", "source": "Notes"}, *({"text": f"{i} text " * 50, "source": "Web"} for i in range(3))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(mix=Mix(weights={"Notes": 2}))
+    run_prepare([tmp_path / "in.jsonl"], tmp_path / "out", recipe, Execution(workers=1))
+    assert TokenShards(tmp_path / "out/shards").sources == ["Web"]
+
+
+@pytest.mark.parametrize("library", ["duckdb", "matplotlib", "orjson", "pyarrow", "tiktoken"])
+def test_a_library_that_is_missing_is_told_before_anything_is_read(corpus, tmp_path, monkeypatch, capsys, library):
+    monkeypatch.setattr("btlm.data.pipeline.find_spec", lambda name: None if name == library else name)
+    assert main(["data", "prepare", str(corpus), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"btlm: error: {library} is not installed; get it with pip install")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_shipped_recipe_of_data_works_on_any_text(corpus, tmp_path):
+    for name in ("btlm-tiny", "slimpajama"):
+        output = tmp_path / name
+        assert main(["data", "prepare", str(corpus), f"--output={output}", "--workers=1", f"--recipe={name}"]) == 0
+        assert TokenShards(output / "shards").num_tokens("validation") > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "following"),
+    [
+        ("prepare", "a b/shards", "btlm train btlm-tiny --data 'a b/shards' --output runs/tiny"),
+        ("tokenize", "a b", "btlm train btlm-tiny --data 'a b' --output runs/tiny"),
+        ("clean", "a b", "btlm data dedup 'a b' --output deduplicated"),
+        ("dedup", "a b", "btlm data mix 'a b' --output mixed"),
+        ("mix", "a b", "btlm data tokenize 'a b' --output shards"),
+    ],
+)
+def test_a_command_ends_by_naming_the_next(monkeypatch, capsys, command, written, following):
+    monkeypatch.setattr(f"btlm.data.pipeline.run_{command}", lambda *_: None)
+    assert main(["data", command, "x", "--output", "a b"]) == 0
+    assert capsys.readouterr().err == f"btlm: wrote {written}; next: {following}\n"
+
+
+# The report
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_report_fits_a_terminal(prepared, width):
+    """All columns are there, none is cut, and no line is longer than the terminal is wide."""
+    rows = report_rows(load_stage(prepared / "shards"))
+    rows[0]["source"] = "RedPajamaStackExchangeAndALongNameBesides"
+    rows = [row | {"documents": 10**9, "contaminated_documents": 7, "tokens": 627 * 10**9} for row in rows]
+    tables = report_tables(rows, width)
+    console = Console(file=(text := io.StringIO()), width=width)
+    for table in tables:
+        console.print(table)
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text.getvalue(), "nothing is cut off in silence"
+    titles = [str(column.header).replace("\n", " ") for table in tables for column in table.columns]
+    assert [title for title in titles if title != "source"] == [
+        *("documents", "MB", "too short % docs", "duplicate % docs", "duplicate % bytes", "kept docs", "kept MB"),
+        *("in eval sets", "train docs", "valid. docs", "test docs", "tokens", "tokens %"),
+    ]
+    assert titles.count("source") == len(tables) == {80: 3, 120: 2, 200: 1}[width]
+    for row in rows[1:]:
+        assert sum(line.split()[0] == row["source"] for line in lines if line.strip()) == len(tables)
+
+
+def test_the_report_calls_a_source_as_a_recipe_does(tmp_path):
+    rows = [{"text": f"{i} text " * 50, "source": "RedPajamaGithub"} for i in range(5)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = DataRecipe(mix=Mix(weights={"RedPajamaGithub": 2}))
+    run_prepare([tmp_path / "in.jsonl"], tmp_path / "out", recipe, Execution(workers=1))
+    assert "\nRedPajamaGithub " in (tmp_path / "out/report.txt").read_text()

@@ -295,6 +295,11 @@ def test_a_folder_without_manifest_is_refused(folder: Path) -> None:
             TokenShards(path)
 
 
+def test_the_folder_around_the_shards_is_no_folder_of_shards(folder: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{folder.parent} holds no manifest\.json: did you mean {folder}\?$"):
+        TokenShards(folder.parent)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"format": 1, "tok', b"[1]", b"\xff\xfe", b'{"format": 1, "tokenizer": 3}'])
 def test_a_manifest_that_is_none_is_named(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)

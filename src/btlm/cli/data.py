@@ -1,7 +1,10 @@
 """`btlm data` and its commands."""
 
+import shlex
 import sys
+from pathlib import Path
 
+from btlm.console import note
 from btlm.data.recipe import DataRecipe, Execution, Inspection, load_data_recipe
 from btlm.settings import hints, plain, to_yaml
 
@@ -18,12 +21,18 @@ COMMANDS = {
 EXAMPLES = {
     "prepare": """  btlm data prepare corpus/ --output data
   btlm data prepare hf://cerebras/SlimPajama-627B --output data --executor ray
-  btlm data prepare corpus/ --output data --recipe recipes/data/btlm-tiny.yaml""",
+  btlm data prepare corpus/ --output data --recipe btlm-tiny""",
     "clean": "  btlm data clean corpus/ --output clean --clean.min_characters 500",
     "dedup": """  btlm data dedup clean --output dedup
   btlm data dedup web.parquet --output dedup --dedup.threshold 0.7""",
     "mix": "  btlm data mix dedup --output mix --mix.weights 'Books: 2' --mix.holdout 0.01",
     "tokenize": "  btlm data tokenize mix --output shards",
+}
+# What can be done with the output of a command that does not write token shards.
+NEXT = {
+    "clean": "btlm data dedup {} --output deduplicated",
+    "dedup": "btlm data mix {} --output mixed",
+    "mix": "btlm data tokenize {} --output shards",
 }
 # Settings that a command has.
 SECTIONS = {
@@ -60,7 +69,10 @@ def _run(command: str, argv: list[str]) -> None:
     )
     parser.add_argument("--output", metavar="FOLDER", help="folder for the result, reports and a log (required)")
     parser.add_argument(
-        "--recipe", metavar="FILE", help="YAML file with any of the settings below, which the flags change"
+        "--recipe",
+        metavar="RECIPE",
+        help="YAML file with any of the settings below, or the name of one that comes with btlm: btlm-tiny or "
+        "slimpajama; flags change its values",
     )
     parser.add_argument(
         "--print-config",
@@ -85,7 +97,11 @@ def _run(command: str, argv: list[str]) -> None:
     from btlm.data import pipeline
 
     settings = [recipe] if command == "prepare" else [getattr(recipe, name) for name in sections]
-    getattr(pipeline, f"run_{command}")(arguments.input, arguments.output, *settings, execution)
+    output = arguments.output
+    getattr(pipeline, f"run_{command}")(arguments.input, output, *settings, execution)
+    shards = str(Path(output, "shards")) if command == "prepare" else output
+    following = NEXT.get(command, f"btlm train btlm-tiny --data {shlex.quote(shards)} --output runs/tiny")
+    note(f"wrote {shards}; next: {following.format(shlex.quote(output))}")
 
 
 def _inspect(argv: list[str]) -> None:

@@ -10,14 +10,14 @@ def run(argv: list[str]) -> None:
     parser = Parser(
         "btlm train RECIPE --data FOLDER --output FOLDER [options]",
         "Train a model by a recipe. The same command continues an interrupted run.",
-        """  btlm train recipes/btlm-tiny.yaml --data shards --output runs/tiny
-  btlm train recipes/btlm-3b.yaml --plan
-  btlm train recipes/continue.yaml --set start.model=runs/tiny/model \\
+        """  btlm train btlm-tiny --data shards --output runs/tiny
+  btlm train btlm-3b --plan
+  btlm train continue --set start.model=runs/tiny/model \\
       --data shards --output runs/more
-  torchrun --nproc-per-node 8 -m btlm train recipes/btlm-3b.yaml \\
+  torchrun --nproc-per-node 8 -m btlm train btlm-3b \\
       --data shards --output runs/3b""",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or one that comes with btlm, as btlm-tiny")
     parser.add_argument("--data", metavar="FOLDER", help="token shards, see btlm data prepare")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the model, checkpoints, metrics and loss curve")
     parser.add_argument(

@@ -41,14 +41,15 @@ def clean_documents(
     Raises:
         ValueError: An input cannot be used, or more than ``read.max_bad_documents`` documents are bad.
     """
-    units, others = list_units(inputs, read)
-    if others:
-        run.say(f"  {len(others):,} files of unknown kinds were skipped, such as {others[0]}")
+    units, others, hidden = list_units(inputs, read)
+    for files, kind in ((others, "of unknown kinds"), (hidden, "that are hidden")):
+        if files:
+            run.say(f"  Files {kind} were skipped: {len(files):,}, such as {files[0]}")
     settings = {key: value for key, value in plain(read).items() if key != "max_bad_documents"}
-    files: dict[str, list[Any]] = {}
+    given: dict[str, list[Any]] = {}
     for unit in units:  # files of several folders may have the same name
-        files.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
-    if begin(folder, name, {"read": settings, "clean": plain(clean), "input": files}, run):
+        given.setdefault(unit.names[0], []).append([unit.names, unit.bytes, unit.version, unit.shard])
+    if begin(folder, name, {"read": settings, "clean": plain(clean), "input": given}, run):
         return load_stage(folder)
     write_text(folder / UNITS, "".join(json.dumps(unit) + "\n" for unit in units))
     task = partial(_clean_unit, folder, read, clean)

@@ -1,12 +1,19 @@
 """DuckDB for work on all documents at once: it sorts, joins and groups on disk in bounded memory."""
 
+import errno
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from btlm.files import whole_file
+from btlm.errors import DoesNotFit
+from btlm.files import naming_full_disk, whole_file
+
+# Free bytes below which a disk is full: DuckDB's errors tell of a full disk only in words.
+_FULL = 2**20
 
 
 @contextmanager
@@ -21,15 +28,21 @@ def open_database(folder: Path, memory_gb: float) -> Iterator[Any]:
         "preserve_insertion_order": False,
     }
     # Each attempt has its own folder: the same task of a killed command may still be running elsewhere.
-    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
+    with naming_full_disk(folder), TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
         options["temp_directory"] = f"{name}/spilled"
         try:
             with duckdb.connect(f"{name}/database", config=options) as database:
                 yield database
         except duckdb.IOException as error:
+            if shutil.disk_usage(folder).free < _FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise OSError(str(error)) from error
         except duckdb.OutOfMemoryException as error:
-            raise ValueError(f"A query needs more than {memory_gb} GB of memory; raise memory_gb.") from error
+            # DuckDB raises this also when what it spills does not fit the disk.
+            raise DoesNotFit(
+                f"A query needs more than {memory_gb} GB of memory, or more room on the disk of {folder}. Raise "
+                "memory_gb or make room, and run the same command again."
+            ) from error
 
 
 def write_query(database: Any, query: str, path: Path) -> None:

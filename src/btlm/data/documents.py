@@ -59,7 +59,7 @@ class Unit(NamedTuple):
     num_shards: int = 1
 
 
-def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], list[str]]:
+def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], list[str], list[str]]:
     """Divide the input into tasks, sorted by name, so that the order in which inputs are given does not matter.
 
     Args:
@@ -68,13 +68,15 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
         read: How to read documents.
 
     Returns:
-        The tasks, and the files in folders that are of no known kind. A file that is given twice is read once.
+        The tasks; and of the files in folders, those of no known kind, and those that are hidden or in a hidden folder,
+        which editors and file systems leave beside the data. A file that is given twice is read once.
 
     Raises:
         ValueError: An input does not exist, is of no known kind, holds no documents, or is the output of a stage.
     """
     units: list[Unit] = []
     others: list[str] = []
+    hidden: list[str] = []
     texts: dict[Path, list[Path]] = {}
     seen: set[Path] = set()
     for given in sorted({str(path) for path in inputs}):
@@ -91,6 +93,8 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
             raise ValueError(
                 f"{stage} is the output of a data stage; give documents, or only that folder to the next stage."
             )
+        hidden += [str(file) for file in files if _is_hidden(file, path)]
+        files = [file for file in files if not _is_hidden(file, path)]
         known = [file for file in files if _is_known(file)]
         if not known:
             raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}.")
@@ -104,11 +108,15 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
                 units.append(_unit([file], root))
     for root, files in texts.items():
         units += [_unit(files[i : i + _TEXT_FILES], root) for i in range(0, len(files), _TEXT_FILES)]
-    return sorted(units, key=lambda unit: (unit.names, unit.bytes, unit.paths, unit.shard)), others
+    return sorted(units, key=lambda unit: (unit.names, unit.bytes, unit.paths, unit.shard)), others, hidden
 
 
 def _is_known(file: Path) -> bool:
     return file.name.lower().endswith(SUFFIXES)
+
+
+def _is_hidden(file: Path, given: Path) -> bool:
+    return any(name.startswith(".") for name in file.relative_to(given).parts)
 
 
 def _files_below(folder: Path) -> list[Path]:

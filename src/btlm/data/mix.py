@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btlm.files import file_sha256, whole_file
-from btlm.settings import plain
+from btlm.settings import did_you_mean, plain
 
 from .database import open_database, parquet, write_query
 from .minhash import normalize, shingle_hashes
@@ -63,12 +63,9 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
             read.
     """
     before = Documents(source)
-    if unknown := sorted(set(settings.weights) - set(before.stage["sources"])):
-        raise ValueError(
-            f"mix.weights names {', '.join(unknown)}, which the documents do not have; "
-            f"their sources are {', '.join(before.stage['sources'])}."
-        )
-    files = [[Path(file).name, _digest(file)] for file in settings.decontaminate]
+    check_weights(settings, {name for entry in before.stage["history"].values() for name in entry["sources"]})
+    check_evaluation_sets(settings)
+    files = [[Path(file).name, file_sha256(Path(file))] for file in settings.decontaminate]
     plain_settings = {key: value for key, value in plain(settings).items() if key != "decontaminate"}
     if begin(folder, "mix", {"mix": plain_settings, "decontaminate": files, "input": stage_digest(source)}, run):
         return load_stage(folder)
@@ -80,6 +77,8 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
         run_tasks(folder, "decontaminate", partial(_decontaminate, before, folder, settings), before.sizes, run)
     plan = partial(_plan, before, folder, settings, run.execution.memory_gb / 2)
     (counts,) = run_tasks(folder, "plan", plan, [0], run)
+    if settings.holdout and not counts["split_bytes"]["validation"]:
+        run.say("  No document is held out for validation, since there is only one.")
     partitions = {split: max(1, math.ceil(counts["split_bytes"][split] / settings.partition_bytes)) for split in SPLITS}
     scatter = partial(_scatter, before, folder, settings, partitions)
     scattered = run_tasks(folder, "scatter", scatter, before.sizes, run)
@@ -99,11 +98,29 @@ def mix(source: Path, folder: Path, settings: Mix, run: Run) -> dict[str, Any]:
     return finish(folder, result, source, scratch=(SCATTERED, SCRATCH))
 
 
-def _digest(file: str) -> str:
-    try:
-        return file_sha256(Path(file))
-    except OSError as error:
-        raise ValueError(f"mix.decontaminate: {file}: {error.strerror}") from error
+def check_weights(settings: Mix, sources: Iterable[str]) -> None:
+    """Check that there are documents of every source that has a weight.
+
+    Raises:
+        ValueError: A weight names another source.
+    """
+    if unknown := sorted(set(settings.weights) - set(sources)):
+        near = [did_you_mean(name, sources).removeprefix(": ") for name in unknown]
+        names = [f"{name} ({hint})" if hint else name for name, hint in zip(unknown, near, strict=True)]
+        raise ValueError(
+            f"mix.weights names {', '.join(names)}, which the documents do not have; their sources are "
+            f"{', '.join(sorted(sources))}."
+        )
+
+
+def check_evaluation_sets(settings: Mix) -> None:
+    """Check that the evaluation sets can be read.
+
+    Raises:
+        ValueError: One cannot.
+    """
+    for _ in _evaluation_texts(settings):
+        pass
 
 
 # Decontamination
@@ -111,20 +128,26 @@ def _digest(file: str) -> str:
 
 def _evaluation_ngrams(settings: Mix) -> NDArray[np.uint64]:
     """Sorted hashes of the word n-grams of all texts in the evaluation sets, in any field."""
+    hashes = [np.empty(0, dtype=np.uint64)]
+    for text in _evaluation_texts(settings):
+        hashes += shingle_hashes(normalize(text), "words", settings.decontaminate_words)
+    return np.unique(np.concatenate(hashes))
+
+
+def _evaluation_texts(settings: Mix) -> Iterator[str]:
     import orjson
 
-    hashes = [np.empty(0, dtype=np.uint64)]
     for file in settings.decontaminate:
-        for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise ValueError(f"mix.decontaminate: {file}, line {number}: not JSON ({error}).") from error
-            for text in _texts(row):
-                hashes += shingle_hashes(normalize(text), "words", settings.decontaminate_words)
-    return np.unique(np.concatenate(hashes))
+        try:
+            lines = Path(file).read_bytes().splitlines()
+        except OSError as error:
+            raise ValueError(f"mix.decontaminate: {file}: {error.strerror}") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield from _texts(orjson.loads(line))
+                except orjson.JSONDecodeError as error:
+                    raise ValueError(f"mix.decontaminate: {file}, line {number}: not JSON ({error}).") from error
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -164,7 +187,8 @@ def _plan(
     """Write which documents are held out or dropped, and count the rest.
 
     From each source, the documents with the smallest SHA-256 of seed and text are held out, alternately for validation
-    and test. Training documents with the same text as one of them are dropped.
+    and test; one document at least, if any are to be held out. Training documents with the same text as one of them are
+    dropped.
     """
     with open_database(folder / SCRATCH, memory_gb) as database:
         documents = parquet(before.paths(), "document, source, id, bytes, sha256")
@@ -174,17 +198,30 @@ def _plan(
         database.execute(f"CREATE TABLE contaminated AS SELECT * FROM {contaminated}")
         database.execute(
             f"""
+            CREATE VIEW candidates AS
+            SELECT *, sha256('holdout:{settings.seed}:' || sha256) AS place
+            FROM {documents} WHERE document NOT IN (SELECT document FROM contaminated)
+            """
+        )
+        database.execute(
+            """
             CREATE TABLE held_out AS
-            SELECT *, CASE rank % 2 WHEN 1 THEN 'validation' ELSE 'test' END AS split FROM (
+            SELECT document, sha256, CASE rank % 2 WHEN 1 THEN 'validation' ELSE 'test' END AS split FROM (
                 SELECT *, count(*) OVER (PARTITION BY source) AS number, row_number() OVER (
-                    PARTITION BY source ORDER BY sha256('holdout:' || $seed || ':' || sha256), id, document
+                    PARTITION BY source ORDER BY place, id, document
                 ) AS rank
-                FROM {documents} WHERE document NOT IN (SELECT document FROM contaminated)
+                FROM candidates
             )
             WHERE $holdout > 0 AND rank <= least(greatest(round(number * $holdout), $least), number - 1)
             """,
-            {"seed": str(settings.seed), "holdout": settings.holdout, "least": settings.min_holdout},
+            {"holdout": settings.holdout, "least": settings.min_holdout},
         )
+        if settings.holdout and not database.execute("SELECT count(*) FROM held_out").fetchone()[0]:
+            # All sources are so small that their shares round to zero: one document of all is held out.
+            database.execute("""
+                INSERT INTO held_out SELECT document, sha256, 'validation' FROM candidates
+                WHERE (SELECT count(*) FROM candidates) > 1 ORDER BY place, id, document LIMIT 1
+            """)
         query = f"""
             SELECT document, split FROM held_out
             UNION ALL SELECT document, 'contaminated' FROM contaminated

@@ -1,12 +1,17 @@
 """The commands of `btlm data`: each runs one stage or all of them, and reports what was done."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+from btlm.console import gigabytes
 
 from .clean import clean_documents
 from .dedup import deduplicate
-from .mix import mix
+from .documents import list_units
+from .mix import check_evaluation_sets, check_weights, mix
 from .recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from .report import write_report
 from .stage import COMPLETE, Run, load_stage, open_run
@@ -23,8 +28,11 @@ def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, executio
     Raises:
         ValueError: An input or a setting cannot be used, or the output holds other work.
     """
+    _check_beforehand(recipe.read, recipe.mix)
     with _command(inputs, output, execution, last="shards") as (folder, run):
-        clean_documents(inputs, folder / "clean", recipe.read, recipe.clean, run)
+        _warn_of_full_disk(inputs, folder, recipe.read, run)
+        cleaned = clean_documents(inputs, folder / "clean", recipe.read, recipe.clean, run)
+        check_weights(recipe.mix, cleaned["sources"])
         deduplicate(folder / "clean", folder / "dedup", recipe.dedup, run)
         mix(folder / "dedup", folder / "mix", recipe.mix, run)
         tokenize(folder / "mix", folder / "shards", run)
@@ -44,6 +52,7 @@ def run_dedup(inputs: Inputs, output: Path | str, read: Read, dedup: Dedup, exec
 
 def run_mix(inputs: Inputs, output: Path | str, read: Read, settings: Mix, execution: Execution) -> None:
     """Run only the stage ``mix``, on documents or on the output of another stage."""
+    _check_beforehand(read, settings)
     with _command(inputs, output, execution) as (folder, run):
         mix(_documents(inputs, folder, read, run), folder, settings, run)
 
@@ -54,9 +63,19 @@ def run_tokenize(inputs: Inputs, output: Path | str, read: Read, execution: Exec
         tokenize(_documents(inputs, folder, read, run), folder, run)
 
 
+def _check_beforehand(read: Read, settings: Mix) -> None:
+    """Find what would end the stage ``mix`` before the stages ahead of it have worked for hours."""
+    check_evaluation_sets(settings)
+    if read.source is not None:
+        check_weights(settings, [read.source])
+
+
 @contextmanager
 def _command(inputs: Inputs, output: Path | str, execution: Execution, last: str = "") -> Iterator[tuple[Path, Run]]:
     """Lock the output folder for one command, and write the report of its stage ``last`` at the end."""
+    for library in ("duckdb", "matplotlib", "orjson", "pyarrow", "tiktoken"):
+        if find_spec(library) is None:  # before hours of work, not after them
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
     output = Path(output)
     for path in map(Path, inputs):
         if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
@@ -65,6 +84,15 @@ def _command(inputs: Inputs, output: Path | str, execution: Execution, last: str
     with open_run(output, execution) as run:
         yield output, run
         write_report(output / last, output, run)
+
+
+def _warn_of_full_disk(inputs: Inputs, folder: Path, read: Read, run: Run) -> None:
+    units = [] if (folder / "shards" / COMPLETE).exists() else list_units(inputs, read)[0]
+    sizes = [(file, Path(file).stat().st_size) for unit in units if unit.bytes for file in unit.paths]
+    # By the sizes in docs/data.md, with another copy of the documents during the shuffle.
+    needed = sum(size * (7 if Path(file).suffix in (".gz", ".zst", ".parquet") else 2) for file, size in sizes)
+    if needed > (free := shutil.disk_usage(folder).free):
+        run.say(f"warning: all stages take about {gigabytes(needed)}, and the disk has {gigabytes(free)} free")
 
 
 def _documents(inputs: Inputs, output: Path, read: Read, run: Run) -> Path:

@@ -195,15 +195,15 @@ def load_data_recipe(
     """Read and check a recipe of data, which may also say how its tasks run.
 
     Args:
-        path: YAML file with the sections of :class:`DataRecipe` and the keys of :class:`Execution`; the defaults
-            without it.
+        path: YAML file with the sections of :class:`DataRecipe` and the keys of :class:`Execution`, or the name of one
+            that comes with btlm; the defaults without it.
         changes: Values to set on top of the file, by dotted key (``{"mix.holdout": 0.01, "workers": 3}``).
         sections: Sections that will be used; others in the file are an error. All of them if empty.
 
     Raises:
         ValueError: Names every problem at once.
     """
-    raw, problems = {} if path is None else read_yaml(path), list[str]()
+    raw, problems = {} if path is None else read_yaml(path, "data"), list[str]()
     apply_changes(raw, changes or {}, problems)
     run = {key: raw.pop(key) for key in hints(Execution) if key in raw} if isinstance(raw, dict) else {}
     execution, values = read_fields(Execution, run, problems), read_fields(DataRecipe, raw, problems)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,22 +18,24 @@ from btlm.plots import pyplot, save_figure
 from .stage import Run, load_stage
 
 TEXT, JSON, PICTURE = "report.txt", "report.json", "report.png"
-_WIDTH = 140
-# Longest source name that is shown, in characters, and largest number of bars in the picture.
-_NAME, _BARS = 40, 30
+# Width of report.txt, longest source name that is shown, both in characters, and largest number of bars in the picture.
+_WIDTH, _NAME, _BARS = 120, 30, 30
 
 
 def write_report(stage: Path, folder: Path, run: Run) -> None:
     """Write ``report.txt``, ``report.json`` and ``report.png`` on a stage and those before it, and print the table."""
     rows = report_rows(load_stage(stage))
     write_json(folder / JSON, rows)
-    table = report_table(rows)
-    Console(file=(text := io.StringIO()), width=_WIDTH).print(table)
+    _print(Console(file=(text := io.StringIO()), width=_WIDTH), rows)
     write_text(folder / TEXT, text.getvalue())
     plot_report(rows, folder / PICTURE)
-    # A narrow terminal wraps the lines, which is better than numbers that are cut off.
-    Console(stderr=True, width=max(run.console.width, _WIDTH)).print(table)
+    _print(run.console, rows)
     run.say(f"Wrote {folder / TEXT}, {folder / JSON} and {folder / PICTURE}")
+
+
+def _print(console: Console, rows: list[dict[str, Any]]) -> None:
+    for number, table in enumerate(report_tables(rows, console.width)):
+        console.print(*([""] if number else []), table, sep="\n")
 
 
 def report_rows(stage: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,8 +80,11 @@ def _pair(counts: dict[str, int], name: str) -> dict[str, int]:
     return {f"{name}_{unit}": counts.get(f"{name}_{unit}", 0) for unit in ("documents", "bytes")}
 
 
-def report_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table; percentages are relative to the input of each stage."""
+def report_tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
+    """The rows as tables below each other, each with as many columns as fit a width in characters.
+
+    Percentages are relative to the input of each stage.
+    """
     columns: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
         ("documents", "documents", lambda row: f"{row['documents']:,}"),
         ("MB", "bytes", lambda row: f"{row['bytes'] / 1e6:,.1f}"),
@@ -94,22 +100,33 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
         ("tokens", "tokens", lambda row: f"{row['tokens']:,}"),
         ("tokens\n%", "share_of_tokens", lambda row: f"{100 * row['share_of_tokens']:.1f}"),
     ]
-    present = [(title, value) for title, key, value in columns if key in rows[0]]
+    names = _short_names(rows)
+    groups: list[list[tuple[str, list[str]]]] = []
+    left = 0
+    for title, cells in ((title, [value(row) for row in rows]) for title, key, value in columns if key in rows[0]):
+        size = 3 + max(map(cell_len, [*title.split("\n"), *cells]))
+        if size > left:
+            groups.append([])
+            left = width - max(map(cell_len, ["source", *names]))
+        groups[-1].append((title, cells))
+        left -= size
+    return [_table(names, group) for group in groups]
+
+
+def _table(names: list[str], columns: list[tuple[str, list[str]]]) -> Table:
     table = Table("source", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    for title, _ in present:
+    for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    for name, row in zip(_short_names(rows), rows, strict=True):
-        if row is rows[-1]:
+    for row, name in enumerate(names):
+        if row == len(names) - 1:
             table.add_section()
-        table.add_row(escape(name), *(value(row) for _, value in present))
+        table.add_row(escape(name), *(cells[row] for _, cells in columns))
     return table
 
 
 def _short_names(rows: list[dict[str, Any]]) -> list[str]:
-    """Source names to show: without SlimPajama's prefix if they stay distinct, and cut if they are long."""
+    """Source names to show: printable, and cut if they are long."""
     names = [row["source"] for row in rows]
-    short = [name.removeprefix("RedPajama") or name for name in names]
-    names = short if len(set(short)) == len(names) else names
     names = ["".join(character if character.isprintable() else "\ufffd" for character in name) for name in names]
     return [name if len(name) <= _NAME else f"{name[:_NAME]}..." for name in names]
 

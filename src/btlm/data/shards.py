@@ -255,7 +255,9 @@ class TokenShards:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ValueError(f"{path.parent} holds no {path.name}; tokenize documents into it first.")
+        near = next(path.parent.glob(f"*/{path.name}"), None)
+        remedy = f": did you mean {near.parent}?" if near else "; tokenize documents into it first."
+        raise ValueError(f"{path.parent} holds no {path.name}{remedy}")
     try:
         manifest = json.loads(path.read_bytes())
         version, tokenizer = manifest.get("format"), manifest.get("tokenizer", {}).get("sha256")
