@@ -166,7 +166,8 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        if error.errno is None or error.errno not in full:
             raise
         raise DoesNotFit(
             f"{path} cannot be written: {os.strerror(error.errno)}. Make room there, and run the same command again."

@@ -21,23 +21,13 @@ def test_a_query_works_in_its_own_folder_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "free", "error", "message"),
     [
-        (
-            duckdb.IOException("Could not write"),
-            0,
-            DoesNotFit,
-            "scratch cannot be written: No space left on device. Make",
-        ),
-        (duckdb.IOException("Could not read"), 10**9, OSError, "^Could not read$"),
-        (
-            duckdb.OutOfMemoryException("of x"),
-            10**9,
-            DoesNotFit,
-            "more than 0.5 GB of memory, or more room on the disk of",
-        ),
+        ("IOException", 0, DoesNotFit, "scratch cannot be written: No space left on device. Make room"),
+        ("IOException", 10**9, OSError, "^words$"),
+        ("OutOfMemoryException", 10**9, DoesNotFit, "more than 0.5 GB of memory, or more room on the disk of"),
     ],
 )
 def test_errors_of_a_query(tmp_path, monkeypatch, raised, free, error, message):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
     with pytest.raises(error, match=message), open_database(tmp_path / "scratch", 0.5):
-        raise raised
+        raise getattr(duckdb, raised)("words")

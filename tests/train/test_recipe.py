@@ -810,5 +810,5 @@ def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_recipe_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing\.yaml is not a readable recipe: .*No such file"):
+    with pytest.raises(ValueError, match=r"nothing\.yaml is not a readable recipe: .*there is no such file"):
         load_recipe(tmp_path / "nothing.yaml")
