@@ -128,8 +128,8 @@ def test_a_dtype_that_is_not_read(tmp_path):
 def test_folders_without_safetensors(tmp_path):
     with pytest.raises(ValueError, match="holds no weights"):
         map_tensors(weight_files(tmp_path))
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(NotSupported, match=r"its weights are in pytorch_model\.bin"):
+    torch.save(tensors(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(NotSupported, match=r"pytorch_model\.bin is in torch's older format"):
         map_tensors(weight_files(tmp_path))
 
 

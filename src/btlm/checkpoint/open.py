@@ -100,7 +100,7 @@ class Checkpoint:
         """The tensors where they lie in mapped files, by name.
 
         Raises:
-            NotSupported: They are not in safetensors.
+            NotSupported: They are pickled in a form that only torch can read.
             ValueError: There are none, or a file is damaged.
         """
         return map_tensors(self.weight_files)

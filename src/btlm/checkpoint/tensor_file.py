@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from btlm.errors import NotSupported
+from .pickle_file import read_pickle
+from .weight_files import ITEM_BYTES, Stored
 
 # The layout of safetensors: a length of 8 bytes, a JSON header, and the data (github.com/huggingface/safetensors).
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
 _DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 # Where tensors start in files that btlm writes, so that vector instructions read them in place from a mapped file.
 ALIGNMENT = 64
 
@@ -34,32 +34,23 @@ def resident_bytes(tensor: MappedTensor) -> int:
 
 
 def map_tensors(files: Sequence[Path]) -> dict[str, MappedTensor]:
-    """The tensors of files in safetensors, by name.
+    """The tensors of files, by name.
 
     Raises:
-        NotSupported: The files are pickled.
-        ValueError: A file is damaged or cut short.
+        NotSupported, ValueError: See :func:`read_header`.
     """
-    if files[0].suffix != ".safetensors":
-        raise NotSupported(f"{files[0].parent} has no weights in safetensors; its weights are in {files[0].name}.")
     return {name: tensor for file in files for name, tensor in _map_file(file).items()}
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies in a file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
 def read_header(path: Path) -> dict[str, Stored]:
-    """What a file in safetensors holds, by name.
+    """What a file in safetensors, or one by `torch.save`, holds, by name.
 
     Raises:
+        NotSupported: See :func:`.pickle_file.read_pickle`.
         ValueError: It is damaged or cut short.
     """
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
     size = path.stat().st_size
     damaged = f"{path} is damaged or cut short ({size:,} bytes); get it again."
     with path.open("rb") as file:

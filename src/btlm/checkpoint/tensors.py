@@ -4,7 +4,6 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from btlm.console import first_of, one_line
+from btlm.errors import NotSupported
 from btlm.model.alibi import alibi_slopes
 from btlm.model.architecture_btlm import HEAD, SLOPES, TOKEN_TABLE, Architecture
 
@@ -34,8 +34,7 @@ class _Entry(NamedTuple):
 class Weights:
     """The weights of a checkpoint of BTLM, every one of them there and of the shape that the configuration says.
 
-    Files are read where they can be, since the pages of a mapped file count as memory of the process, or mapped for
-    the time of one tensor.
+    Tensors are read one at a time, since the pages of a mapped file count as memory of the process.
 
     Args:
         checkpoint: Not quantized, in safetensors or pickled.
@@ -49,7 +48,7 @@ class Weights:
         check_size(files, architecture.num_parameters(), quantized=False)
         entries: dict[str, _Entry] = {}
         for file in files:
-            entries |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+            entries |= _entries(file)
         if not any(name.startswith("transformer.") for name in entries):  # a folder of the network without its head
             entries = {f"transformer.{name}": entry for name, entry in entries.items()}
         self._entries = entries
@@ -123,9 +122,13 @@ def check_fit(
         raise ValueError(f"The weights of {name} do not fit its config.json: {first_of(problems)}.")
 
 
-def _safetensors(file: Path) -> dict[str, _Entry]:
+def _entries(file: Path) -> dict[str, _Entry]:
+    try:
+        header = read_header(file)
+    except NotSupported:  # has to be read as a whole
+        return {name: _Entry(tuple(t.shape), t.dtype, t.clone) for name, t in unpickle(file).items()}
     entries = {}
-    for name, (dtype_name, shape, start, end) in read_header(file).items():
+    for name, (dtype_name, shape, start, end) in header.items():
         if name.endswith(_OLD_BUFFERS):
             continue
         if dtype_name not in _DTYPES:
@@ -147,20 +150,8 @@ def _reader(file: Path, start: int, end: int, dtype: torch.dtype, shape: tuple[i
     return read
 
 
-def _pickled(file: Path) -> dict[str, _Entry]:
-    mapped = zipfile.is_zipfile(file)
-    return {
-        name: _Entry(tuple(tensor.shape), tensor.dtype, partial(_mapped_tensor, file, name) if mapped else tensor.clone)
-        for name, tensor in unpickle(file).items()
-    }
-
-
-def _mapped_tensor(file: Path, name: str) -> Tensor:
-    return unpickle(file)[name].clone()  # the map ends here
-
-
 def unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, mapped; the older format has to be read as a whole, and stays in memory.
+    """The tensors of a pickled file by torch, mapped; the older format is read as a whole, and stays in memory.
 
     Nothing in the file is run.
 

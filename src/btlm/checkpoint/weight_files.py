@@ -2,11 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from btlm.console import first_of, one_line
 
 # The names that Transformers reads, in the order in which it looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+# Bytes per number of the dtypes, by safetensors' names.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 def weight_files(folder: Path) -> list[Path]:

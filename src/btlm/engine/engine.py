@@ -70,7 +70,7 @@ class Engine:
 
         Args:
             checkpoint: An open checkpoint, its folder, or its id on the Hugging Face Hub; plain (bf16, fp16, fp32) or
-                quantized, in safetensors.
+                quantized, in safetensors or pickled by `torch.save`.
             cache_dtype, context, num_requests: See the class.
             kernels, threads: See :func:`btlm.kernels.load_kernels`.
             factor: Factor of position interpolation, instead of the stored one.

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from btlm.checkpoint.tensor_file import ITEM_BYTES, make_header
+from btlm.checkpoint.tensor_file import make_header
+from btlm.checkpoint.weight_files import ITEM_BYTES
 from btlm.model.architecture_btlm import BTLM_3B, Architecture
 from btlm.model.config_keys_btlm import MODEL_TYPE, QUANT_METHOD
 from btlm.model.storage_btlm import stored_matrices

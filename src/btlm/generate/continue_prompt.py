@@ -35,7 +35,7 @@ def run_generate(
         options: How to continue; greedily where not given.
         **run: The other fields of :class:`btlm.generate.options.Run`. With the engine ``"auto"``, Transformers
             continues what the engine does not support: beams, another dtype than the stored one, devices other than the
-            processor, dynamic interpolation, networks other than SwiGLU with ALiBi, pickled weights.
+            processor, dynamic interpolation, networks other than SwiGLU with ALiBi.
 
     Raises:
         ValueError: One line that says what cannot be used, and what to do.
