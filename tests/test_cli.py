@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import btlm
+import btlm.checkpoint.adapter
 import btlm.convert.gguf
 import btlm.convert.quantize
 import btlm.data.inspect
 import btlm.data.pipeline
+import btlm.evaluate.bench
 import btlm.generate.continue_prompt
 import btlm.generate.with_transformers
 import btlm.plan.info
@@ -19,9 +21,11 @@ import btlm.plan.plan
 import btlm.train.command
 from btlm.checkpoint import BUNDLED_MODEL
 from btlm.cli import main
+from btlm.convert.options import QuantizeOptions
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Inspection, Mix, Read
 from btlm.engine import GenerationOptions
 from btlm.errors import NotFinite, OptionError
+from btlm.evaluate.options import Bench
 from tests.checkpoint.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +33,7 @@ DATA_STEPS = ["prepare", "clean", "dedup", "mix", "tokenize", "inspect"]
 COMMANDS = [
     "generate",
     "info",
+    "merge",
     "quantize",
     "export-gguf",
     "bench",
@@ -74,6 +79,8 @@ def called(monkeypatch):
         (btlm.plan.info, "run_info"),
         (btlm.convert.quantize, "quantize"),
         (btlm.convert.gguf, "export_gguf"),
+        (btlm.checkpoint.adapter, "merge"),
+        (btlm.evaluate.bench, "run_bench"),
         (btlm.train.command, "run_training"),
         (btlm.plan.plan, "run_plan"),
         *((btlm.data.pipeline, f"run_{step}") for step in DATA_STEPS[:-1]),
@@ -195,6 +202,12 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
             "quantize m o --bits 8 --group-size 64 --table-bits 4 --calibrate t.txt",
             ("quantize", ("m", "o"), {"bits": 8, "group_size": 64, "table_bits": 4, "calibration": "t.txt"}),
         ),
+        ("merge a o", ("merge", ("a", "o"), {})),
+        ("merge a o --base b", ("merge", ("a", "o"), {"base": "b"})),
+        ("quantize m o --base b", ("quantize", ("m", "o"), {**vars(QuantizeOptions()), "base": "b"})),
+        ("export-gguf m o.gguf --base b", ("export_gguf", ("m", "o.gguf"), {"type": "F16", "base": "b"})),
+        ("info m --base b", ("run_info", ("m",), {"as_json": False, "base": "b"})),
+        ("bench m --base b", ("run_bench", (["m"],), {**vars(Bench()), "base": "b"})),
         ("export-gguf m o.gguf --type Q8_0", ("export_gguf", ("m", "o.gguf"), {"type": "Q8_0"})),
         ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "auto", {}), {})),
         ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda", {}), {})),

@@ -47,6 +47,22 @@ def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
     assert not asked
 
 
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_the_model_in_the_folder_of_a_run_is_named(tmp_path, file):
+    (tmp_path / "tiny/model").mkdir(parents=True)
+    (tmp_path / "tiny/checkpoints").mkdir()
+    assert message(tmp_path / "tiny").endswith(
+        "has no config.json, so it is not a checkpoint; give the folder that has one."
+    )
+    (tmp_path / "tiny/model" / file).touch()
+    assert message(tmp_path / "tiny").endswith(f"so it is not a checkpoint; {tmp_path / 'tiny/model'} is one.")
+
+
+def test_adapters_are_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    assert "holds adapters and not a model; merge them first, with `btlm merge`." in message(tmp_path)
+
+
 def test_safetensors_are_preferred(hub):
     asked = hub(["config.json", "model.safetensors"])
     folder = checkpoint_folder("owner/name")

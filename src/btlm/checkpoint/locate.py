@@ -7,6 +7,7 @@ from btlm.errors import OptionError
 
 from .weight_files import WEIGHTS
 
+ADAPTER = "adapter_config.json"  # in a folder of adapters, as PEFT writes it
 BUNDLED_MODEL = Path(__file__).parent / "btlm-tiny"
 
 _DESCRIPTION = ("config.json", "generation_config.json")
@@ -34,8 +35,21 @@ def checkpoint_folder(name_or_path: Path | str, *, weights: bool = True) -> Path
         raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights.")
     folder = path if path.is_dir() else _download(str(name_or_path), weights=weights)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name_or_path} has no config.json, so it is not a checkpoint; give the folder that has one.")
+        if is_adapter(folder):
+            raise ValueError(f"{name_or_path} holds adapters and not a model; merge them first, with `btlm merge`.")
+        inside = next((file.parent for file in sorted(folder.glob("*/*config.json")) if _is_model(file.parent)), None)
+        remedy = f"{inside} is one" if inside else "give the folder that has one"
+        raise ValueError(f"{name_or_path} has no config.json, so it is not a checkpoint; {remedy}.")
     return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters instead of a model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or is_adapter(folder)
 
 
 def _download(repo_id: str, *, weights: bool) -> Path:

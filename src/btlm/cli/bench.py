@@ -1,8 +1,10 @@
 """`btlm bench`."""
 
+from btlm.checkpoint.adapter import Adapted
 from btlm.evaluate.options import Bench
+from btlm.settings import hints
 
-from .options import Parser, options_of
+from .options import Parser, given, options_of
 from .stopping import sigterm_unwinds
 
 
@@ -20,13 +22,15 @@ def run(argv: list[str]) -> None:
         nargs="*",
         metavar="MODEL",
         default=["btlm-3b"],
-        help="checkpoint folder, or a shape that gets random weights: btlm-3b or llama-7b (default: btlm-3b)",
+        help="checkpoint folder, folder of adapters, or shape to fill with random weights: btlm-3b, llama-7b "
+        "(default: btlm-3b)",
     )
     parser.add_options(Bench)
+    parser.add_options(Adapted)
     arguments = parser.parse(argv)
     options = options_of(Bench, arguments)
 
     from btlm.evaluate.bench import run_bench
 
     with sigterm_unwinds():
-        run_bench(arguments.models, **vars(options))
+        run_bench(arguments.models, **vars(options), **given(arguments, hints(Adapted)))

@@ -1,8 +1,10 @@
 """`btlm export-gguf`."""
 
+from btlm.checkpoint.adapter import Adapted
 from btlm.convert.options import GGUF
+from btlm.settings import hints
 
-from .options import Parser, options_of
+from .options import Parser, given, options_of
 from .stopping import sigterm_unwinds
 
 
@@ -13,9 +15,10 @@ def run(argv: list[str]) -> None:
         "Write a model for llama.cpp, in its architecture `jais`.",
         """  btlm export-gguf cerebras/btlm-3b-8k-base btlm-3b.gguf --type Q4_0""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
     parser.add_argument("output", metavar="OUT.gguf", help="file that receives the model; must not exist")
     parser.add_options(GGUF)
+    parser.add_options(Adapted)
     arguments = parser.parse(argv)
     options = options_of(GGUF, arguments)
 
@@ -23,4 +26,4 @@ def run(argv: list[str]) -> None:
     from btlm.convert.gguf import export_gguf
 
     with plain_messages(), sigterm_unwinds():
-        export_gguf(arguments.model, arguments.output, **vars(options))
+        export_gguf(arguments.model, arguments.output, **vars(options), **given(arguments, hints(Adapted)))

@@ -1,10 +1,12 @@
 """`btlm generate`."""
 
+from btlm.checkpoint.adapter import Adapted
 from btlm.engine.options import GenerationOptions
 from btlm.generate.options import Run
 from btlm.settings import hints
 
 from .options import Parser, given, options_of
+from .stopping import sigterm_unwinds
 
 
 def run(argv: list[str]) -> None:
@@ -22,14 +24,16 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--prompt-file", metavar="FILE", help="text file to take the prompt from")
     parser.add_options(Run, "model")
+    parser.add_options(Adapted)
     parser.add_options(GenerationOptions, "choice of tokens (default: always the most probable)")
     arguments = parser.parse(argv)
     options = options_of(GenerationOptions, arguments)
     options_of(Run, arguments)
-    chosen = given(arguments, hints(Run))
+    chosen = given(arguments, [*hints(Run), *hints(Adapted)])
     if arguments.prompt_file is not None:
         chosen["prompt_file"] = arguments.prompt_file
 
     from btlm.generate.continue_prompt import run_generate
 
-    run_generate(prompt=arguments.prompt, options=options, **chosen)
+    with sigterm_unwinds():  # merged adapters are in a temporary folder
+        run_generate(prompt=arguments.prompt, options=options, **chosen)

@@ -1,6 +1,9 @@
 """`btlm info`."""
 
-from .options import Parser
+from btlm.checkpoint.adapter import Adapted
+from btlm.settings import hints
+
+from .options import Parser, given
 
 
 def run(argv: list[str]) -> None:
@@ -16,12 +19,13 @@ def run(argv: list[str]) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="checkpoint folder, Hugging Face id, or recipe (.yaml) (default: the bundled model)",
+        help="checkpoint folder, folder of adapters, Hugging Face id, or recipe (.yaml) (default: the bundled model)",
     )
+    parser.add_options(Adapted)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse(argv)
 
     from btlm.checkpoint.locate import BUNDLED_MODEL
     from btlm.plan.info import run_info
 
-    run_info(arguments.model or BUNDLED_MODEL, as_json=arguments.json)
+    run_info(arguments.model or BUNDLED_MODEL, as_json=arguments.json, **given(arguments, hints(Adapted)))

@@ -15,6 +15,7 @@ from .options import choose, flag_of
 COMMANDS = {
     "generate": "continue a prompt",
     "info": "show the shape, muP and cost of a model or a recipe",
+    "merge": "write a model with its adapters merged in",
     "quantize": "write a copy of a model in four or eight bits",
     "export-gguf": "write a model for llama.cpp",
     "bench": "measure memory and speed of models",

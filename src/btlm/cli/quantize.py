@@ -1,8 +1,10 @@
 """`btlm quantize`."""
 
+from btlm.checkpoint.adapter import Adapted
 from btlm.convert.options import QuantizeOptions
+from btlm.settings import hints
 
-from .options import Parser, options_of
+from .options import Parser, given, options_of
 from .stopping import sigterm_unwinds
 
 FLAGS = {"calibration": "--calibrate"}
@@ -17,9 +19,10 @@ def run(argv: list[str]) -> None:
   btlm quantize runs/mine/model mine-4bit --calibrate some-text.txt
   btlm quantize runs/mine/model mine-8bit --bits 8""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
     parser.add_argument("output", metavar="OUT", help="folder that receives the copy; must not exist")
     parser.add_options(QuantizeOptions, flags=FLAGS)
+    parser.add_options(Adapted)
     arguments = parser.parse(argv)
     options = options_of(QuantizeOptions, arguments, FLAGS)
 
@@ -27,4 +30,4 @@ def run(argv: list[str]) -> None:
     from btlm.convert.quantize import quantize
 
     with plain_messages(), sigterm_unwinds():
-        quantize(arguments.model, arguments.output, **vars(options))
+        quantize(arguments.model, arguments.output, **vars(options), **given(arguments, hints(Adapted)))

@@ -19,6 +19,7 @@ from rich.progress import DownloadColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensors import Weights
 from btlm.checkpoint.to_transformers import load_model
@@ -57,7 +58,13 @@ _TABLE, _HEAD = f"{TOKEN_TABLE}.weight", f"{HEAD}.weight"
 _TOKEN_BYTES = 100
 
 
-def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str) -> None:  # noqa: A002 - as on the command line
+def export_gguf(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    type: str,  # noqa: A002 - as on the command line
+    base: Path | str | None = None,
+) -> None:
     """Write a checkpoint, tokenizer included, as a GGUF file that stock llama.cpp runs.
 
     Vectors are stored in F32, and the head in more bits than other matrices (``HEAD_TYPES``).
@@ -66,6 +73,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
         model: An open checkpoint, its folder, or its id on the Hugging Face Hub; quantized weights are decoded.
         output: New file; appears when it is complete.
         type: Of the matrices, one of ``TYPES``.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
 
     Raises:
         ModuleNotFoundError: The library ``gguf`` is not installed.
@@ -78,7 +86,7 @@ def export_gguf(model: Checkpoint | Path | str, output: Path | str, *, type: str
         raise ValueError(f"{output} exists; give a new file or remove it.")
     import gguf
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, base)
     config = checkpoint.config()
     if problem := architecture_problem(config, type):
         raise ValueError(f"{checkpoint.name} cannot be exported: {problem}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig
 
+from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file import make_header
 from btlm.checkpoint.tensor_file_writer import DTYPES, write_tensors
@@ -51,15 +52,17 @@ def quantize(
     table_bits: int = QuantizeOptions.table_bits,
     calibration: Path | str | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    base: Path | str | None = None,
 ) -> dict[str, MatrixError]:
     """Write a quantized copy of a checkpoint, with its tokenizer. :mod:`btlm.model.storage_btlm` has the storage.
 
     Args:
-        model: An open checkpoint, its folder, or its id on the Hugging Face Hub; not quantized.
+        model: An open checkpoint, its folder, its id on the Hugging Face Hub, or a folder of adapters; not quantized.
         output: New folder; appears when it is complete.
         bits, table_bits, calibration: See :class:`btlm.convert.options.QuantizeOptions`; the text is UTF-8.
         group_size: Inputs that share a scale, 64 or 128; divides the width of the model.
         calibration_tokens: Tokens of the text that are used, at most.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
 
     Returns:
         The errors of each matrix, by the name of its module.
@@ -74,7 +77,7 @@ def quantize(
         raise ValueError(f"{output} exists; give a new folder or remove it.")
     QuantizeOptions(bits, group_size, table_bits)  # type: ignore[arg-type]  # it checks them
     quantization = Quantization(bits, group_size, table_bits)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, base)
     config = checkpoint.config()
     if (stored := getattr(config, "quantization_config", None)) is not None:
         raise ValueError(

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes, progress_bars, three_digits
@@ -47,13 +48,16 @@ def run_bench(
     cache_dtype: str = Bench.cache_dtype,
     threads: int | None = None,
     output: Path | str | None = None,
+    base: Path | str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure models, each dtype and context in a process of its own, and print a table to standard output.
 
     Args:
-        models: Folders of checkpoints, measured as they are stored, and names of :data:`SHAPES`, measured with random
-            weights in each of the dtypes. Those are written to a temporary folder (of ``TMPDIR``), one at a time.
+        models: Folders of checkpoints or adapters, measured as they are stored, and names of :data:`SHAPES`, measured
+            with random weights in each of the dtypes. Those are written to a temporary folder (of ``TMPDIR``), one at a
+            time.
         dtypes, contexts, new_tokens, cache_dtype, threads: See :class:`btlm.evaluate.options.Bench`.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
         output: Folder that receives ``bench.json`` after every measurement, and ``figure-1.png`` and ``figure-2.png``.
 
     Returns:
@@ -69,7 +73,7 @@ def run_bench(
         raise OptionError("{contexts} are {}; each must exceed the {} of {new_tokens}.", list(contexts), new_tokens)
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise OptionError("{output} draws with matplotlib: pip install 'btlm[data]', or leave it out.")
-    subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats)]
+    subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats, base)]
     if not subjects:
         raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")
     for subject in subjects:
@@ -150,6 +154,7 @@ class _Subject:
         dtype: Dtype of the weights.
         architecture: The network.
         weight_bytes: Memory of the weights, and for a shape their size on the disk.
+        checkpoint: The checkpoint; None for a shape.
     """
 
     name: str
@@ -157,6 +162,7 @@ class _Subject:
     dtype: str
     architecture: Architecture
     weight_bytes: int
+    checkpoint: Checkpoint | None = None
 
     def check(self, context: int, cache_dtype: str) -> None:
         """Refuse what does not fit the memory or, for a shape, the disk."""
@@ -168,7 +174,7 @@ class _Subject:
                 f"{gigabytes(self.weight_bytes)}, cache {gigabytes(cache)}) and {gigabytes(available)} of memory are "
                 "available; choose another dtype or shorter contexts."
             )
-        if self.given in SHAPES:
+        if self.checkpoint is None:
             self._check_disk()
 
     def _check_disk(self) -> None:
@@ -178,8 +184,8 @@ class _Subject:
     @contextmanager
     def folder(self, progress: Progress) -> Iterator[Path]:
         """The folder to measure; that of a shape is written, and removed afterwards."""
-        if self.given not in SHAPES:
-            yield Path(self.given)
+        if self.checkpoint is not None:
+            yield self.checkpoint.folder
             return
         self._check_disk()
         with tempfile.TemporaryDirectory(prefix="btlm-bench-") as name:
@@ -192,7 +198,7 @@ class _Subject:
             yield Path(name)
 
 
-def _subjects(model: str, dtypes: Sequence[str]) -> list[_Subject]:
+def _subjects(model: str, dtypes: Sequence[str], base: Path | str | None) -> list[_Subject]:
     if sizes := SHAPES.get(model):
         return [
             _Subject(
@@ -206,10 +212,12 @@ def _subjects(model: str, dtypes: Sequence[str]) -> list[_Subject]:
         ]
     if not Path(model).is_dir():
         raise ValueError(f"{model!r} is no folder, and the shapes are {', '.join(SHAPES)}; give one of them.")
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, base)
     architecture, tensors = supported(checkpoint.architecture), checkpoint.tensors
     weight_bytes = sum(map(resident_bytes, tensors.values()))
-    return [_Subject(checkpoint.title, model, weight_dtype(architecture, tensors), architecture, weight_bytes)]
+    return [
+        _Subject(checkpoint.title, model, weight_dtype(architecture, tensors), architecture, weight_bytes, checkpoint)
+    ]
 
 
 def _tell_apart(subjects: Sequence[_Subject]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.locate import BUNDLED_MODEL
 from btlm.checkpoint.open import Checkpoint
 from btlm.console import note, one_line, plain_warnings
@@ -23,6 +24,7 @@ def run_generate(
     prompt_file: Path | str | None = None,
     model: Checkpoint | Path | str = BUNDLED_MODEL,
     options: GenerationOptions | None = None,
+    base: Path | str | None = None,
     **run: Any,
 ) -> None:
     """Write a prompt and its continuation to standard output, as the tokens come.
@@ -31,8 +33,9 @@ def run_generate(
         prompt: Words to be joined by spaces; standard input is read where there are none, and for a single ``"-"``.
         prompt_file: Text file to take the prompt from instead. Of a file and of standard input, the line break at the
             very end is not part of the prompt.
-        model: An open checkpoint, its folder, or its id on the Hugging Face Hub.
+        model: An open checkpoint, its folder, its id on the Hugging Face Hub, or a folder of adapters.
         options: How to continue; greedily where not given.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
         **run: The other fields of :class:`btlm.generate.options.Run`. With the engine ``"auto"``, Transformers
             continues what the engine does not support: beams, another dtype than the stored one, devices other than the
             processor, dynamic interpolation, networks other than SwiGLU with ALiBi.
@@ -44,7 +47,7 @@ def run_generate(
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character must not end the text
         sys.stdout.reconfigure(errors="replace")
     text = _read_prompt(list(prompt), prompt_file)
-    checkpoint, reason = Checkpoint.open(model), ""
+    checkpoint, reason = open_checkpoint(model, base), ""
     if chosen.engine != "transformers":
         try:
             factor = _engine_factor(options, chosen)

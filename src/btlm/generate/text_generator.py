@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
+from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.locate import BUNDLED_MODEL
 from btlm.checkpoint.open import Checkpoint
 from btlm.engine.engine import Engine
@@ -31,17 +32,20 @@ class TextGenerator:
         self.engine, self.tokenizer = engine, tokenizer
 
     @classmethod
-    def open(cls, model: Checkpoint | Path | str = BUNDLED_MODEL, **engine: Any) -> Self:
+    def open(
+        cls, model: Checkpoint | Path | str = BUNDLED_MODEL, *, base: Path | str | None = None, **engine: Any
+    ) -> Self:
         """Make a generator for a checkpoint.
 
         Args:
-            model: An open checkpoint, its folder, or its id on the Hugging Face Hub.
+            model: An open checkpoint, its folder, its id on the Hugging Face Hub, or a folder of adapters.
+            base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
             **engine: Arguments of :meth:`btlm.engine.Engine.open`, such as ``context`` and ``threads``.
 
         Raises:
             DoesNotFit, NotSupported, ValueError: See :meth:`btlm.engine.Engine.open`.
         """
-        checkpoint = Checkpoint.open(model)
+        checkpoint = open_checkpoint(model, base)
         return cls(Engine.open(checkpoint, **engine), checkpoint.tokenizer)
 
     def generate(self, prompt: str, options: GenerationOptions | None = None, *, stop: Sequence[str] = ()) -> str:

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from btlm.checkpoint.locate import BUNDLED_MODEL
-from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.adapter import num_adapter_weights, open_checkpoint
+from btlm.checkpoint.locate import BUNDLED_MODEL, is_adapter
 from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import VECTOR, Architecture, MupRow
@@ -39,12 +39,13 @@ _ARCHITECTURE = {
 }
 
 
-def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> None:
+def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False, base: Path | str | None = None) -> None:
     """Print what :func:`model_info` knows to standard output, as tables or as JSON.
 
     Args:
-        model: Folder of a checkpoint, its id on the Hugging Face Hub, or a recipe (``.yaml``).
+        model: Folder of a checkpoint or of adapters, id on the Hugging Face Hub, or recipe (``.yaml``).
         as_json: Print one JSON object.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
 
     Raises:
         ValueError: The model or the recipe cannot be read.
@@ -53,8 +54,10 @@ def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False) -> Non
     is_recipe = path.suffix in {".yaml", ".yml"} and not path.is_dir()
     with plain_messages():
         recipe = load_recipe(path) if is_recipe else None
-        config = Checkpoint.open(model, weights=False).config() if recipe is None else recipe.config
-    adapters = None if recipe is None or recipe.lora is None else num_adapter_parameters(recipe, config)
+        config = open_checkpoint(model, base, weights=False).config() if recipe is None else recipe.config
+    adapters = num_adapter_weights(path) if is_adapter(path) else None
+    if recipe is not None and recipe.lora is not None:
+        adapters = num_adapter_parameters(recipe, config)
     info = model_info(config, adapters)
     if as_json:
         sys.stdout.write(json.dumps(info, indent=2) + "\n")
@@ -90,6 +93,7 @@ def model_info(config: BTLMConfig, adapters: int | None = None) -> dict[str, Any
         "parameters": {
             "total": architecture.num_parameters(),
             "without_embeddings": architecture.num_parameters(embeddings=False),
+            **({} if adapters is None else {"adapters": adapters}),
         },
         "flops_per_token": [
             {"context": context, "forward": flops(context), "training": flops(context, training=True)}
@@ -127,6 +131,8 @@ def render(name: str, info: dict[str, Any]) -> Group:
     """Tables that fit 80 columns."""
     parameters = info["parameters"]
     counts = f"  {parameters['total']:,} parameters, {parameters['without_embeddings']:,} without embeddings"
+    if "adapters" in parameters:
+        counts += f", {parameters['adapters']:,} in adapters"
     tables = _architecture(info["architecture"]), _mup(info["mup"]), _compute(info["flops_per_token"]), _memory(info)
     return Group(Text(name, "bold cyan"), counts, *tables)
 
