@@ -44,6 +44,11 @@ COMMANDS = [
     *(f"data {step}" for step in DATA_STEPS),
 ]
 
+# What Python calls its own things, which a user should not have to read.
+LEAK = re.compile(
+    r"<(class|function|object|built-in)|typing\.|Annotated|Literal|NoneType|PosixPath|MISSING|SUPPRESS|None\b"
+)
+
 # Without these, something is left out: there is no value in their place.
 NO_DEFAULT = {"--prompt-file", "--data", "--output", "--set", "--recipe"}
 
@@ -65,6 +70,7 @@ def error_of(capsys):
         assert err.startswith("btlm: error: ")
         assert err.endswith("\n")
         assert err.count("\n") == 1
+        assert not LEAK.search(err)
         return err
 
     return run
@@ -108,6 +114,7 @@ def test_help_fits_80_columns(capsys, monkeypatch, command):
     assert err == ""
     assert out.startswith(f"usage: btlm {command}".rstrip())
     assert max(map(len, out.splitlines())) <= 80
+    assert not LEAK.search(out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -117,9 +124,9 @@ def test_help_shows_a_default_for_every_option_that_takes_a_value(capsys, comman
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     for option in re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nexamples:")[0])[1:]:
-        flag, *rest = re.split(r"\s+", option)
+        flag, value = re.match(r"([\w.-]+)(?:, [\w.-]+)?(?: (\S.*?))?(?:  |\n|$)", option).groups()
         # A folder to write to, a file to read, and a flag have none.
-        if flag not in NO_DEFAULT and rest[0].isupper() and len(rest[0]) < 20:
+        if flag not in NO_DEFAULT and value:
             assert re.search(r"\(default:|\(required\)", option), option
 
 

@@ -61,6 +61,17 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def test_without_validation_documents_one_line_says_that_nothing_is_held_out(tmp_path, data, capsys):
+    """The recipe asks for the held-out loss, which would be left out in silence."""
+    shutil.copytree(data, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    del manifest["splits"]["validation"]
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    run_training(write_recipe(tmp_path), tmp_path / "data", tmp_path / "out", "cpu")
+    warning = "btlm: warning: The shards hold no validation documents, so the held-out loss is not measured"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
 class Run(NamedTuple):
     recipe: Path
     output: Path

@@ -50,7 +50,7 @@ class Clean:
     """Normalization, and the filter of short documents.
 
     Args:
-        normalization: Unicode normal form of the text; ``none`` leaves it as it is.
+        normalization: Normal form of Unicode for the text; ``none`` leaves it as it is.
         min_characters: Fewest characters of a document, counted in lower case, without punctuation, and with white
             space collapsed; 0 keeps everything.
     """
@@ -72,7 +72,7 @@ class Dedup:
         permutations: Number of permutations of MinHash.
         bands: Number of bands; documents that agree in one of them are duplicates.
         rows: Permutations per band.
-        threshold: Jaccard similarity to choose bands and rows for, in place of these two.
+        threshold: Similarity (Jaccard's) to choose bands and rows for, in place of these two.
         seed: Seed of the permutations.
     """
 

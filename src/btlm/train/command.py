@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from btlm.console import plain_warnings, progress_bars
+from btlm.console import plain_warnings, progress_bars, warn
 from btlm.data.shards import TokenShards
 from btlm.files import locked, write_text
 from btlm.model import BTLMConfig
@@ -90,6 +90,11 @@ def _train(
         f"{flops:.3g} FLOPs; {recipe.total_tokens / available:.3g} epochs of {available:,} training tokens; "
         f"{ranks.world_size} x {ranks.device.type}",
     )
+    if ranks.first and not shards.num_tokens("validation"):
+        warn(
+            "The shards hold no validation documents, so the held-out loss is not measured; prepare data with "
+            "mix.holdout above 0."
+        )
     last = 0
     with _progress(recipe, config, console) as show:
         for record in train(recipe, shards, output, token_bytes(), ranks=ranks):
