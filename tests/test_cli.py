@@ -124,9 +124,10 @@ def test_help_shows_a_default_for_every_option_that_takes_a_value(capsys, comman
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     for option in re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\nexamples:")[0])[1:]:
-        flag, value = re.match(r"([\w.-]+)(?:, [\w.-]+)?(?: (\S.*?))?(?:  |\n|$)", option).groups()
+        found = re.match(r"([\w.-]+)(?:, [\w.-]+)?(?: (\S.*?))?(?:  |\n|$)", option)
+        assert found
         # A folder to write to, a file to read, and a flag have none.
-        if flag not in NO_DEFAULT and value:
+        if found[1] not in NO_DEFAULT and found[2]:
             assert re.search(r"\(default:|\(required\)", option), option
 
 

@@ -1,6 +1,10 @@
+import dataclasses
 import json
 import random
+import re
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import networkx
 import numpy as np
@@ -12,9 +16,11 @@ from btlm.data.bands import pair_probability
 from btlm.data.clean import clean_documents
 from btlm.data.dedup import deduplicate
 from btlm.data.documents import Document
+from btlm.data.inspect import run_inspect
 from btlm.data.minhash import band_keys, signatures
 from btlm.data.parts import read_table, table_of, write_part, write_table
-from btlm.data.recipe import Clean, Dedup, Execution, Read
+from btlm.data.pipeline import run_dedup, run_prepare
+from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Inspection, Mix, Read
 from btlm.data.stage import COMPLETE, Documents, open_run
 from btlm.files import write_json
 from tests.data.corpus import edited, text
@@ -169,3 +175,127 @@ def test_candidate_pairs_are_all_documents_that_share_a_band(tmp_path):
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         Dedup(**settings)
+
+
+# Against earlier runs
+
+
+def rows_of_batches(rng):
+    """Documents of three batches, which are near-duplicates within and across them, some only through others."""
+    originals = [text(rng, 200) for _ in range(60)]
+
+    def near(original):
+        return edited(original, rng, 0.002)
+
+    chain = list(map(near, originals[:10]))
+    first = [*originals[:30], *map(near, originals[:6])]
+    # Copies of documents of the first batch; copies of these; duplicates within the batch; and new documents.
+    second = [*chain, *map(near, chain), *originals[30:45], *map(near, originals[30:36])]
+    third = [*map(near, originals[3:9]), *map(near, originals[33:39]), *originals[45:], originals[50] + " longer"]
+    return [
+        [{"text": content, "id": f"{batch}{i}", "source": f"s{i % 3}"} for i, content in enumerate(texts)]
+        for batch, texts in zip("abc", (first, second, third), strict=True)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def shard_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in {".bin", ".npy"}}
+
+
+RECIPE = DataRecipe(read=Read(part_bytes=20_000), mix=Mix(holdout=0.1))
+
+
+def against(*folders, **changes):
+    return dataclasses.replace(RECIPE, dedup=Dedup(against=list(map(str, folders)), **changes))
+
+
+def test_against_earlier_runs_as_one_run_over_all_that_prefers_the_earlier_documents(tmp_path):
+    """The reference are the components of one run over all batches; of one with earlier documents, no new one stays."""
+    batches = rows_of_batches(random.Random(2))
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("abc", batches, strict=True)]
+    execution = Execution(workers=1)
+    run_dedup(files, tmp_path / "all", Read(), Dedup(), execution)
+    members = read_table(tmp_path / "all/clusters.parquet").to_pylist()
+    component_of = {row["id"]: row["kept"] for row in members}
+    best = {row["kept"]: row["id"] for row in members if row["document"] == row["kept"]}
+    earlier: list[str] = []
+    outputs: list[Path] = []
+    for number, (name, rows) in enumerate(zip("abc", batches, strict=True)):
+        output = tmp_path / f"out-{name}"
+        run_prepare([files[number]], output, against(*outputs), execution)
+        taken = {component_of.get(id_, id_) for id_ in earlier}
+        # The kept document of a component that is all of this batch may be another one than that of the whole.
+        own = [row for row in rows if component_of.get(row["id"], row["id"]) not in taken]
+        reference = tmp_path / f"reference-{name}"
+        run_prepare([write_rows(tmp_path / f"{name}.own.jsonl", own)], reference, RECIPE, execution)
+        assert shard_files(output / "shards") == shard_files(reference / "shards")
+        assert len(own) < len(rows) or number == 0
+        for row in read_table(output / "dedup/clusters.parquet").to_pylist():
+            component = component_of[row["id"]]
+            assert (row["kept"] < 0) == (component in taken) == (row["earlier_id"] is not None)
+            if row["kept"] < 0:
+                # The document that is named is an earlier one of the same component, in the run that is named.
+                assert component_of[row["earlier_id"]] == component
+                assert row["earlier_id"][0] == "abc"[row["earlier_run"]]
+                assert row["earlier_source"] == f"s{int(row['earlier_id'][1:]) % 3}"
+        earlier += [row["id"] for row in rows]
+        outputs.append(output)
+        # Neither text nor scratch of the earlier runs is needed.
+        shutil.rmtree(output / "clean")
+        shutil.rmtree(output / "dedup/documents")
+        assert not (output / "dedup/earlier.parquet").exists()
+    assert len(best) > 15
+
+
+def test_a_document_names_the_one_that_it_matches_itself(tmp_path, capsys):
+    rng = random.Random(4)
+    originals = [text(rng, 200) for _ in range(3)]
+    old = [{"text": original, "id": f"old-{i}", "source": "books"} for i, original in enumerate(originals)]
+    new = [{"text": originals[i], "id": f"new-{i}", "source": "web"} for i in (2, 0)] + [
+        {"text": text(rng, 200), "id": "x"}
+    ]
+    run_dedup([write_rows(tmp_path / "old.jsonl", old)], tmp_path / "old", Read(), Dedup(), Execution(workers=1))
+    given = [write_rows(tmp_path / "new.jsonl", new)]
+    run_dedup(given, tmp_path / "new", Read(), Dedup(against=[str(tmp_path / "old")]), Execution(workers=2))
+    assert "2 documents match earlier ones" in (tmp_path / "new/log.txt").read_text()
+    run_inspect(tmp_path / "new", Inspection(stage="dedup"))
+    shown = capsys.readouterr().out
+    assert "2 near-duplicates of documents of earlier runs" in shown
+    for number in (0, 2):
+        assert re.search(rf"web  new-{number}  .*\n.*\n    matches  books  old-{number}  in {tmp_path}/old\n", shown)
+    assert "0 clusters of near-duplicates" in shown
+
+
+def test_earlier_runs_that_do_not_fit(tmp_path):
+    execution = Execution(workers=1)
+    old, more = (
+        write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i} " * 200} for i in range(3)]) for n in ("a", "b")
+    )
+    run_prepare([old], tmp_path / "old", RECIPE, execution)
+    run_prepare([more], tmp_path / "more", against(tmp_path / "old"), execution)
+    refused = [
+        (against(tmp_path / "absent"), "dedup.against: .*absent holds no signatures; give what this version"),
+        (against(tmp_path / "old/shards"), "dedup.against: .*old/shards holds no signatures"),
+        (
+            against(tmp_path / "old", bands=3),
+            r"was deduplicated with other settings \(bands was 9, is 3\); use the same",
+        ),
+        (against(tmp_path / "old", seed=2), r"\(seed was 1, is 2\)"),
+        (dataclasses.replace(against(tmp_path / "old"), clean=Clean("NFKC")), 'normalization was "NFC", is "NFKC"'),
+        (against(tmp_path / "more"), "more/dedup was itself compared with .*old/dedup; name both"),
+    ]
+    for recipe, message in refused:
+        with pytest.raises(ValueError, match=message):
+            run_prepare([more], tmp_path / "new", recipe, execution)
+        assert not (tmp_path / "new").exists(), "nothing is read"
+    with pytest.raises(ValueError, match="No document is left: all of them match earlier ones"):
+        run_prepare([old], tmp_path / "new", against(tmp_path / "old"), execution)
+    # Other earlier runs are other settings.
+    with pytest.raises(ValueError, match=r"other settings or input \(input has changed"):
+        run_prepare([more], tmp_path / "more", RECIPE, execution)
+    run_prepare([more], tmp_path / "more", against(tmp_path / "old/dedup"), execution)

@@ -21,7 +21,8 @@ COMMANDS = {
 EXAMPLES = {
     "prepare": """  btlm data prepare corpus/ --output data
   btlm data prepare hf://cerebras/SlimPajama-627B --output data --executor ray
-  btlm data prepare corpus/ --output data --recipe btlm-tiny""",
+  btlm data prepare corpus/ --output data --recipe btlm-tiny
+  btlm data prepare more/ --output data2 --against data""",
     "clean": "  btlm data clean corpus/ --output clean --clean.min_characters 500",
     "dedup": """  btlm data dedup clean --output dedup
   btlm data dedup web.parquet --output dedup --dedup.threshold 0.7""",
@@ -83,7 +84,7 @@ def _run(command: str, argv: list[str]) -> None:
     parser.add_options(Execution, "execution (does not change the result)")
     sections = {name: cls for name, cls in hints(DataRecipe).items() if name in SECTIONS[command]}
     for name, cls in sections.items():
-        parser.add_options(cls, name, prefix=name)
+        parser.add_options(cls, name, prefix=name, flags={"against": "--against"})
     arguments = parser.parse(argv)
     keys = hints(Execution)
     changes = {key: value for key, value in vars(arguments).items() if "." in key or key in keys}

@@ -1,6 +1,7 @@
 """Prints examples of what each stage did: bad input, short documents, clusters of duplicates, tokens."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,8 +80,19 @@ def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Ite
     source = folder / stage["before"] / DOCUMENTS
     options = Dedup(**{**stage["history"]["dedup"]["settings"]["dedup"], "threshold": None})
     clusters: dict[int, list[int]] = {}
-    for document, kept in rows_of(read_table(folder / CLUSTERS), "document", "kept"):
-        clusters.setdefault(kept, []).append(document)
+    table = read_table(folder / CLUSTERS)
+    for document, kept in rows_of(table, "document", "kept"):
+        if kept >= 0:
+            clusters.setdefault(kept, []).append(document)
+    if stage.get("against"):
+        rows = rows_of(table, "document", "earlier_run", "earlier_source", "earlier_id")
+        known = [row for row in rows if row[1] is not None]
+        yield f"[bold]{len(known):,} near-duplicates of documents of earlier runs[/bold]"
+        for document, run, other_source, other_id in _some(known, examples, rng):
+            found = _look_up(source, document)
+            yield from _document(found["source"], found["id"], found["text"])
+            place = os.path.normpath(folder / stage["against"][run][0])
+            yield escape(f"    matches  {_printable(other_source)}  {_printable(other_id)}  in {place}")
     sizes = Counter(len(members) for members in clusters.values())
     yield f"[bold]{len(clusters):,} clusters of near-duplicates[/bold]; the longest document of each is kept"
     yield "  documents per cluster: number of clusters   " + ", ".join(
@@ -156,9 +168,11 @@ def _some(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
 
 
 def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str]:
-    # Control characters could move the cursor or change colours, so they are shown as U+FFFD.
-    line = "".join(
-        character if character.isprintable() else "\ufffd" for character in " ".join(text.split())[: _WIDTH + 1]
-    )
-    yield escape(f"  {label}  {source}  {id_}  ({len(text):,} characters)")
+    line = _printable(" ".join(text.split())[: _WIDTH + 1])
+    yield escape(f"  {label}  {_printable(source)}  {_printable(id_)}  ({len(text):,} characters)")
     yield f"[dim]    {escape(line[:_WIDTH])}{'...' if len(line) > _WIDTH else ''}[/dim]"
+
+
+def _printable(text: str) -> str:
+    """A text in which control characters, which could move the cursor or change colours, are U+FFFD."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from btlm.console import gigabytes
 
 from .clean import clean_documents
-from .dedup import deduplicate
+from .dedup import deduplicate, earlier_stages
 from .documents import list_units
 from .mix import check_evaluation_sets, check_weights, mix
 from .recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
@@ -29,6 +29,7 @@ def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, executio
         ValueError: An input or a setting cannot be used, or the output holds other work.
     """
     _check_beforehand(recipe.read, recipe.mix)
+    earlier_stages(recipe.dedup, recipe.clean.normalization)
     with _command(inputs, output, execution, last="shards") as (folder, run):
         _warn_of_full_disk(inputs, folder, recipe.read, run)
         cleaned = clean_documents(inputs, folder / "clean", recipe.read, recipe.clean, run)

@@ -74,6 +74,8 @@ class Dedup:
         rows: Permutations per band.
         threshold: Similarity (Jaccard's) to choose bands and rows for, in place of these two.
         seed: Seed of the permutations.
+        against: Outputs of earlier runs of `btlm data prepare` or `dedup`; near-duplicates of their documents are left
+            out, too. Their text is not read again.
     """
 
     shingle: Literal["characters", "words"] = "characters"
@@ -83,6 +85,7 @@ class Dedup:
     rows: Count = 13
     threshold: Annotated[float, Range(above=0, below=1)] | None = None
     seed: Whole = 1
+    against: list[Annotated[str, "FOLDER"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check the values, and derive bands and rows where a threshold is given."""
@@ -125,7 +128,7 @@ class Mix:
     holdout: Annotated[float, Range(0, below=1)] = 0.0017
     min_holdout: Whole = 0
     seed: Whole = 1
-    decontaminate: list[str] = field(default_factory=list)
+    decontaminate: list[Annotated[str, "FILE"]] = field(default_factory=list)
     decontaminate_words: Count = 13
     partition_bytes: Count = 64_000_000
 

@@ -90,7 +90,7 @@ def begin(folder: Path, name: str, key: Mapping[str, Any], run: Run) -> bool:
                 raise OptionError(
                     "{} holds a stage with other settings or input ({}); give another folder, or {force} to start this "
                     "stage over.",
-                    *(folder, first_of(_differences(before, key))),
+                    *(folder, first_of(differences_of(before, key))),
                 )
             _start_over(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def finish(
         folder: Folder of the stage.
         result: The result as plain values; ``sources`` holds the counts per source.
         before: Folder of the previous stage.
-        scratch: Folders in ``folder`` that later stages do not need, which are removed.
+        scratch: Files and folders in ``folder`` that later stages do not need, which are removed.
 
     Returns:
         The result, with ``before`` (relative path of the previous stage's folder) and ``history`` (settings and counts
@@ -137,8 +137,11 @@ def finish(
     history[name] = {"settings": settings, "sources": result.get("sources", {})}
     linked = {"before": os.path.relpath(before, folder)} if before else {}
     write_json(folder / COMPLETE, {"stage": name, "key": key, "history": history, **linked, **result})
-    for name in scratch:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (folder / name for name in scratch):
+        if path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
     return load_stage(folder)
 
 
@@ -196,10 +199,11 @@ def stage_digest(folder: Path) -> str:
     return file_sha256(folder / COMPLETE)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+def differences_of(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What has changed between two mappings of plain values, by dotted key, as parts of a sentence."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences_of(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         values = [json.dumps(value) for value in (before, now)]
         if max(map(len, values)) < 60 and name.split(".")[0] != "input":
