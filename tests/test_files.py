@@ -157,6 +157,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert names(tmp_path / "a") == ["a.partial"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_in_a_folder_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "a") as partial:
+            for name, own in (("weights", 0o600), ("script", 0o700)):
+                (partial / name).touch()
+                (partial / name).chmod(own)
+    finally:
+        assert os.umask(before) == umask, "it stays as it was"
+    assert (tmp_path / "a/weights").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "a/script").stat().st_mode & 0o777 == mode | 0o700
+
+
 def test_a_folder_is_removed_under_another_name(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/file").touch()

@@ -105,7 +105,11 @@ def remove_folder(path: Path) -> None:
 
 
 def _rename_folder(partial: Path, path: Path) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
     for written in (*partial.rglob("*"), partial):
+        if written.is_file():  # safetensors, for one, writes files that only their owner may read
+            written.chmod(written.stat().st_mode | 0o666 & ~umask)
         sync(written)
     partial.rename(path)
     sync(path.parent)

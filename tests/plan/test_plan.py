@@ -112,6 +112,17 @@ def test_a_device_with_less_than_a_micro_batch_needs_less() -> None:
     assert row["memory"] == memory_per_device(dataclasses.replace(recipe, micro_batch_tokens=16), 4)["total"]
 
 
+def test_the_largest_batch_decides_on_micro_batches_and_memory() -> None:
+    """A stage of fewer tokens per step needs less; the plan has to fit all of them."""
+    stages = [Stage(16, 64, 256), Stage(16, 32, 64), Stage(32, 128, 256)]
+    recipe = tiny_recipe(stages=stages, micro_batch_tokens=64)
+    (row,) = plan(recipe, devices=[1])["days"]
+    assert (row["micro_batches"], row["micro_batch_tokens"]) == (2, 64)
+    assert row["memory"] == memory_per_device(recipe, 1)["total"]
+    (row,) = plan(recipe, devices=[2])["days"]
+    assert (row["micro_batches"], row["micro_batch_tokens"]) == (1, 64)
+
+
 # Inputs of a plan
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,6 +25,8 @@ from btlm.errors import NotFinite
 from btlm.model import BTLMLMHeadModel
 from btlm.train import Recipe, train
 from btlm.train import state as checkpoint
+from btlm.train.distributed import Ranks
+from btlm.train.loop import _set_up, _stop_on_signal
 from btlm.train.recipe import Checkpoints, Optimizer, Precision, Stage
 from btlm.train.step import LossModel
 from tests.data.tiny import write_streams
@@ -335,6 +338,18 @@ def test_dropout_makes_the_random_numbers_matter(tmp_path: Path, shards: TokenSh
     assert metrics(tmp_path) != metrics(uninterrupted)
 
 
+def test_every_rank_has_the_same_weights_and_drops_out_its_own_units() -> None:
+    ids = torch.arange(64).view(2, 32)
+    losses, networks = [], []
+    for rank in (0, 1, 0):
+        run = _set_up(tiny_recipe(DROPOUT), Ranks(torch.device("cpu"), rank))
+        networks.append(run.trainee.network.state_dict())
+        losses.append(float(run.model(ids).detach()))
+    assert losses[0] == losses[2] != losses[1]
+    for name, weight in networks[0].items():
+        assert torch.equal(weight, networks[1][name]), name
+
+
 def test_a_run_goes_on_where_its_checkpoint_is(tmp_path: Path, shards: TokenShards) -> None:
     recipe = tiny_recipe(DROPOUT)
     run(recipe, shards, tmp_path, steps=5)
@@ -568,6 +583,53 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     run(recipe, shards, tmp_path)
     assert weights(tmp_path).keys() == weights(uninterrupted).keys()
     assert all(torch.equal(tensor, weights(uninterrupted)[key]) for key, tensor in weights(tmp_path).items())
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """Numbers of the signals that reach the handlers which are there before a run."""
+    seen: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_acts_at_once(handled: list[int], first: int, second: int) -> None:
+    with _stop_on_signal() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(first)
+        assert stop.is_set()
+        assert handled == []
+        signal.raise_signal(second)
+        assert handled == [second]
+    signal.raise_signal(first)
+    assert handled == [second, first]
+
+
+def test_a_signal_that_a_shell_ignores_stays_ignored(handled: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(handled: list[int]) -> None:
+    def inside() -> None:
+        with _stop_on_signal() as stop:
+            assert not stop.is_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(inside).result()
+    signal.raise_signal(signal.SIGTERM)
+    assert handled == [signal.SIGTERM]
 
 
 # Damage

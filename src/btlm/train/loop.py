@@ -237,7 +237,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        for other, handler in before.items():
+            signal.signal(other, handler)
         logger.warning("Stopping after this step (%s); a second signal stops at once.", signal.Signals(number).name)
 
     for number in before:
