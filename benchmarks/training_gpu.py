@@ -189,7 +189,7 @@ def main() -> None:
         recipe = replace(recipe, model=recipe.model | SMOKE, mup_base_width=80)
         args.contexts, args.tokens, args.blocks = [64, 128], 128, [1, 2]
     torch.manual_seed(0)
-    rate = matrix_rate(device, torch.bfloat16)
+    rate = matrix_rate(device, torch.bfloat16) or 1e12  # on a CPU, where this only tries the program
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}; {args.tokens:,} tokens per pass, ", end="")
     print(f"{args.blocks[0]} and {args.blocks[1]} blocks, medians of {args.repeats}")
@@ -210,7 +210,7 @@ def main() -> None:
     print(f"\n| context | kernel at {width} | forward + backward ms | TFLOP/s of {recipe.config.head_dim} |")
     print("|---|---|---|---|")
     print("\n".join(attention_rows(recipe.config, args, device)))
-    after = matrix_rate(device, torch.bfloat16)
+    after = matrix_rate(device, torch.bfloat16) or rate
     print(f"\nbf16 matrix rate: {rate / 1e12:,.1f} TFLOP/s before (the denominator), {after / 1e12:,.1f} after")
 
 

@@ -62,7 +62,11 @@ def main(arguments: list[str] | None = None) -> Trainer:
         train_dataset=rows,
         optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True), None),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if args.output.exists() else None)
+    last = get_last_checkpoint(args.output) if args.output.exists() else None
+    if last is not None and int(last.rpartition("-")[2]) >= args.steps:
+        model.load_state_dict(load_model(last).state_dict())  # the Trainer would train one more step
+    else:
+        trainer.train(resume_from_checkpoint=last)
     model.config.use_cache = use_cache  # the Trainer turns it off for training, and would save it turned off
     trainer.save_model()
     return trainer

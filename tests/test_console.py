@@ -2,6 +2,7 @@ import io
 import logging
 
 import pytest
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -11,16 +12,21 @@ from btlm.console import first_of, gigabytes, one_line, plain_messages, plural, 
 def test_warnings_of_btlm_are_lines_and_transformers_is_silent(capsys):
     ours, theirs = logging.getLogger("btlm.model.x"), transformers_logging.get_logger("transformers.x")
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    levels = logging.getLogger("btlm").level, hub_logging.get_verbosity()
     with plain_messages():
         ours.warning("look %s", "here")
-        ours.info("detail")
+        ours.warning("look %s", "here")
+        ours.info("continuing")
+        ours.debug("detail")
         theirs.warning("chatter")
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         assert not transformers_logging.is_progress_bar_enabled()
-    assert capsys.readouterr().err == "btlm: warning: look here\n"
+    assert capsys.readouterr().err == "btlm: warning: look here\nbtlm: continuing\n"
     assert transformers_logging.get_verbosity() == verbosity
     assert transformers_logging.is_progress_bar_enabled() == bars
     assert logging.getLogger("btlm").propagate
     assert not logging.getLogger("btlm").handlers
+    assert (logging.getLogger("btlm").level, hub_logging.get_verbosity()) == levels
 
 
 @pytest.mark.parametrize(

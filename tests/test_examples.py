@@ -135,8 +135,11 @@ def test_the_same_command_goes_on_from_the_last_checkpoint(hf_trainer, recipe, t
     again = run(hf_trainer, tmp_path / "run", *arguments, "--steps", 4)
     assert kept.stat().st_mtime_ns == written, "it started from the beginning"
     assert again.state.global_step == 4
-    for name, parameter in whole.model.named_parameters():
-        assert torch.equal(parameter, again.model.get_parameter(name)), name
+    finished = run(hf_trainer, tmp_path / "run", *arguments, "--steps", 4)
+    assert finished.state.global_step == 0, "nothing is left to train"
+    for model in (again.model, finished.model, BTLMLMHeadModel.from_pretrained(tmp_path / "run")):
+        for name, parameter in whole.model.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name)), name
 
 
 def test_rows_are_cut_from_one_stream(hf_trainer, recipe, shards, text, tmp_path):

@@ -49,14 +49,16 @@ def plain_messages() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """In this context, Transformers shows only errors and downloads."""
+    """In this context, Transformers and the Hub's client show only errors and downloads."""
+    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, of_the_hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     progress = transformers_logging.is_progress_bar_enabled()
     downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # without a network it would tell of every attempt
     transformers_logging.disable_progress_bar()
     if downloads:  # the line above also disables the bars of the Hub's downloads
         enable_progress_bars()
@@ -64,44 +66,55 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_the_hub)
         if progress:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def plain_warnings(shown: bool = True) -> Iterator[None]:
-    """In this context, :func:`warn` prints btlm's warnings, each of them once; or nothing does if not ``shown``."""
+    """In this context, :func:`warn` prints btlm's warnings, each of them once, and :func:`note` what it tells besides.
+
+    Args:
+        shown: Whether to print them; else nothing does.
+    """
     handler = _Lines() if shown else logging.NullHandler()
     ours = logging.getLogger("btlm")
-    propagate = ours.propagate
+    propagate, level = ours.propagate, ours.level
     ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
     ours.propagate = False
     try:
         yield
     finally:
         ours.removeHandler(handler)
+        ours.setLevel(level)
         ours.propagate = propagate
 
 
 class _Lines(logging.Handler):
-    """Prints log records with :func:`warn`, which looks up standard error each time, since it may be redirected."""
+    """Prints log records as lines on standard error, which is looked up each time, since it may be redirected."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if text not in self.seen:
             self.seen.add(text)
-            warn(text)
+            (warn if record.levelno >= logging.WARNING else note)(text)
 
 
 # Progress
 
 
 def progress_bars(
-    *details: "ProgressColumn", console: "Console | None" = None, transient: bool = True, remaining: bool = True
+    *details: "ProgressColumn",
+    console: "Console | None" = None,
+    transient: bool = True,
+    remaining: bool = True,
+    width: int = 40,
 ) -> "Progress":
     """Progress bars on standard error with details, elapsed and remaining time. Only a terminal shows them.
 
@@ -110,6 +123,7 @@ def progress_bars(
         console: Console on standard error, if there is one already.
         transient: Whether to remove the bars at the end.
         remaining: Whether to show the remaining time.
+        width: Columns of the bars.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -117,7 +131,7 @@ def progress_bars(
     console = console or Console(stderr=True)
     columns = [
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(width),
         *(details or [TextColumn("{task.percentage:>3.0f}%")]),
         TimeElapsedColumn(),
         *([TextColumn("eta"), TimeRemainingColumn()] if remaining else []),

@@ -290,9 +290,16 @@ def test_a_damaged_file_is_named(folder: Path, suffix: str) -> None:
 
 def test_a_folder_without_manifest_is_refused(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    for path in (folder, folder / "nowhere"):
-        with pytest.raises(ValueError, match=rf"^{path} holds no manifest\.json; tokenize documents into it first\.$"):
-            TokenShards(path)
+    with pytest.raises(ValueError, match=rf"^{folder} holds no manifest\.json; tokenize documents into it first\.$"):
+        TokenShards(folder)
+    with pytest.raises(ValueError, match=rf"^There is no folder {folder}/nowhere\.$"):
+        TokenShards(folder / "nowhere")
+
+
+def test_a_folder_with_a_mistyped_name_is_named(folder: Path) -> None:
+    wrong = folder.with_name(f"{folder.name}x")
+    with pytest.raises(ValueError, match=rf"^There is no folder {wrong}: did you mean {folder}\?$"):
+        TokenShards(wrong)
 
 
 def test_the_folder_around_the_shards_is_no_folder_of_shards(folder: Path) -> None:

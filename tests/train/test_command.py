@@ -158,7 +158,7 @@ def test_a_second_call_has_nothing_to_do(copied: Path, data: Path, capsys: pytes
     assert sorted(path.name for path in copied.iterdir()) == NAMES
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert [line.split()[0] for line in captured.err.splitlines()][1:] == ["Wrote"]
+    assert [line.split()[0] for line in captured.err.splitlines()][1:] == ["btlm:", "Wrote"]
 
 
 def test_records_that_were_removed_are_not_needed(copied: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,8 +356,56 @@ def test_a_terminal_gets_a_bar(
     told = capsys.readouterr().err
     assert "\x1b[?25l" in told, "the cursor is hidden while the bar is drawn"
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told)
-    assert re.search(r"step 4/4 ━+ loss 1\.500 .* rows 32", plain)
+    assert re.search(r"step 4/4 ━+ loss 1\.500 .* rows 32 +\d:\d\d:\d\d", plain)
     assert not re.search(r"step \d/4  loss", plain), "no lines as in a log"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown", "left_out"),
+    [
+        (40, [], "loss"),
+        (80, ["loss 1.500", "64 tok/s", "ETA 1 day, 9:57:01"], "lr"),
+        (120, ["lr 1.00e-02", "|g| 0.25", "64 tok/s", "ETA 1 day, 9:57:01"], "rows"),
+        (140, ["rows 16"], "…"),
+    ],
+)
+def test_a_terminal_always_shows_the_step_and_the_total(
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    columns: int,
+    shown: list[str],
+    left_out: str,
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    pretend(monkeypatch, [1234, 1235])
+    with pytest.raises(SystemExit):  # before the last step
+        run_training(write_recipe(tmp_path, stages=one_stage(123_456)), data, tmp_path / "run", "cpu")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("step 1235/")]
+    assert lines
+    for line in lines:
+        assert re.match(r"step 1235/123456 [━╸╺ ]{10,}", line)
+        assert re.search(r" \d:\d\d:\d\d$", line), "the time since the start"
+        assert len(line) <= columns
+        assert "…" not in line
+        assert [part for part in shown if part not in line] == []
+        assert left_out not in line
+
+
+def test_a_second_call_says_where_it_continues(
+    tmp_path: Path, data: Path, finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    run_training(finished.recipe, data, tmp_path / "run", "cpu")
+    _, first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "btlm: continuing from step 2"
+    assert second.startswith("step 3/4  ")
+    run_training(finished.recipe, data, tmp_path / "run", "cpu")
+    assert capsys.readouterr().err.splitlines()[1] == "btlm: all 4 steps are done"
 
 
 def test_adapters_take_two_passes_of_three(

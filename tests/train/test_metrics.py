@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from btlm.data.shards import TokenShards
 from btlm.train import train
@@ -92,7 +93,11 @@ def test_numbers_of_a_record() -> None:
 # TensorBoard and W&B
 
 
-def test_tensorboard_has_every_step_once_after_a_resume(shards: TokenShards, tmp_path: Path) -> None:
+def test_tensorboard_has_every_step_once_after_a_resume(
+    shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of the same second and process are told apart by this number, and read in the order of their names.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     recipe = tiny_recipe(watching=Watching())
     for record in train(recipe, shards, tmp_path, TOKEN_BYTES):
         if record["step"] == 5:
@@ -154,8 +159,16 @@ def test_what_is_not_installed_is_named(
         pass
 
 
-def test_the_matrix_rate_is_of_this_device_and_draws_no_random_numbers() -> None:
-    before = torch.get_rng_state()
-    rate = matrix_rate(torch.device("cpu"), torch.float32)
-    assert 1e8 < rate < 1e15
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_cpu_has_no_matrix_rate_and_a_run_on_it_no_mfu(shards: TokenShards, tmp_path: Path) -> None:
+    assert matrix_rate(torch.device("cpu"), torch.float32) is None
+    assert not any("mfu" in record for record in train(tiny_recipe(), shards, tmp_path, TOKEN_BYTES))
+
+
+def test_the_matrix_rate_of_a_gpu_is_that_of_its_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, *(time for i in range(15) for time in (10.0 * i, 10.0 * i + 1 + (i != 7)))])
+    monkeypatch.setattr("btlm.train.metrics.time.perf_counter", lambda: next(clock))
+    for name in ("linspace", "mm"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: torch.zeros(1).expand(8192 * 8192))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    rate = matrix_rate(torch.device("cuda"), torch.bfloat16)
+    assert rate == 2 * 8192**3, "one second, the first product only warms up"

@@ -230,7 +230,10 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     assert all(slope["passes"] for slope in report["slopes"])
 
     assert not run_coord_check(path, replace(small, ablate="logits"), output=tmp_path / "out", device="cpu")
-    assert "Some slopes are not" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Some slopes are not" in shown
+    failed = [row for row in shown.splitlines() if "✗" in row and "muP's" not in row]
+    assert [row.split()[1] for row in failed] == ["logits"], "a sign tells of them without color, too"
     assert not all(slope["passes"] for slope in json.loads((tmp_path / "out/coord-check.json").read_text())["slopes"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"coord-check.png", "coord-check.json"}
 

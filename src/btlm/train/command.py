@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from btlm.console import plain_warnings, progress_bars, warn
+from btlm.console import plain_warnings, progress_bars, quiet_transformers, warn
 from btlm.data.shards import TokenShards
 from btlm.files import locked, write_text
 from btlm.model import BTLMConfig
@@ -51,12 +51,13 @@ def run_training(
         SystemExit: Status 143 if a signal stopped the run and a checkpoint was written.
     """
     output = Path(output)
-    recipe = load_recipe(recipe_path, changes)
+    with quiet_transformers():
+        recipe = load_recipe(recipe_path, changes)
     shards = TokenShards(data)
     ranks = join_ranks(device)
     console = Console(stderr=True, quiet=not ranks.first, markup=False, emoji=False)
     try:
-        with plain_warnings(shown=ranks.first), ExitStack() as stack:
+        with quiet_transformers(), plain_warnings(shown=ranks.first), ExitStack() as stack:
             # Both raise their errors before the output folder is created.
             training_batches(recipe, shards, ranks)
             config = recipe.config
@@ -128,7 +129,8 @@ def _say(console: Console, line: str) -> None:
 def _progress(recipe: Recipe, config: BTLMConfig, console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a function that shows a record, as a bar or as occasional lines, and the held-out loss as a line."""
     details = TextColumn("{task.fields[status]}")  # the status includes the remaining time
-    bars = progress_bars(details, console=console, transient=False, remaining=False)
+    bar = 10 if console.width < 100 else 20
+    bars = progress_bars(details, console=console, transient=False, remaining=False, width=bar)
     every = max(1, recipe.total_steps // LOG_LINES)
     with bars as progress:
         task = progress.add_task(f"step 0/{recipe.total_steps}", total=recipe.total_steps, status="")
@@ -136,7 +138,9 @@ def _progress(recipe: Recipe, config: BTLMConfig, console: Console) -> Iterator[
         def show(record: dict[str, Any]) -> None:
             line = status(recipe, config, record)
             place = f"step {record['step']}/{recipe.total_steps}"
-            progress.update(task, completed=record["step"], description=place, status=line)
+            elapsed = timedelta(seconds=int(progress.tasks[task].elapsed or 0))
+            room = console.width - len(f"{place} {bar * '━'}  {elapsed}")
+            progress.update(task, completed=record["step"], description=place, status=shortened(line, room))
             if not console.is_terminal and (record["step"] % every == 0 or record["step"] <= 10):
                 _say(console, f"{place}  {line}")
             if "bits_per_byte" in record:
@@ -151,12 +155,22 @@ def _progress(recipe: Recipe, config: BTLMConfig, console: Console) -> Iterator[
 
 
 def status(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> str:
-    """One line of status: loss, learning rate, gradient norm, speed, MFU, remaining time, tokens per row."""
+    """One line of status: loss, learning rate, gradient norm, speed, MFU on a GPU, remaining time, tokens per row."""
+    mfu = f"MFU {record['mfu']:.0%}  " if "mfu" in record else ""
     left = timedelta(seconds=round(_seconds_left(recipe, config, record)))
     return (
         f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_s']:,.0f} tok/s  MFU {record['mfu']:.0%}  ETA {left}  rows {record['sequence_length']:,}"
+        f"{record['tokens_per_s']:,.0f} tok/s  {mfu}ETA {left}  rows {record['sequence_length']:,}"
     )
+
+
+def shortened(line: str, room: int) -> str:
+    """A line of status without the least important parts, where it is longer than the room for it."""
+    parts = line.split("  ")
+    for name in ("rows", "MFU", "|g|", "lr", "tok/s", "ETA", "loss"):
+        if len("  ".join(parts)) > room:
+            parts = [part for part in parts if name not in part]
+    return "  ".join(parts)
 
 
 def _seconds_left(recipe: Recipe, config: BTLMConfig, record: dict[str, Any]) -> float:

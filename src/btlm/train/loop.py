@@ -80,7 +80,7 @@ def train(
         remove_partial_files(output)
         records = truncate_metrics(output, done)
     monitor = SpikeMonitor(recipe.watching.spike_deviations, [record["loss"] for record in records])
-    rate = matrix_rate(ranks.device, run.model.dtype) * ranks.world_size
+    rate = matrix_rate(ranks.device, run.model.dtype)
 
     checkpoint = output / "checkpoints" / f"step-{done:08d}"
     watching = recipe.watching if ranks.first else Watching(tensorboard=False)
@@ -108,7 +108,6 @@ def train(
                 problem = f"Step {step}: {error.problem}; {output / NOT_FINITE} names the batch."
                 raise NotFinite(problem, error.losses) from error
             speed = batch_tokens / (time.perf_counter() - started)
-            flops = flops_per_token(recipe, config, batch.sequence_length)
             record: dict[str, Any] = {
                 "step": step,
                 "tokens": batch.tokens,
@@ -117,8 +116,9 @@ def train(
                 "grad_norm": result.grad_norm,
                 "lr": recipe.optimizer.lr * factor,
                 "tokens_per_s": speed,
-                "mfu": speed * flops / rate,
             }
+            if rate is not None:
+                record["mfu"] = speed * flops_per_token(recipe, config, batch.sequence_length) / ranks.world_size / rate
             if (deviations := monitor.check(result.loss)) is not None:
                 record["spike"] = deviations
                 logger.warning(
@@ -205,7 +205,12 @@ def _resume(output: Path, run: _Run, loader: TokenLoader, recipe: Recipe, ranks:
     except ValueError as error:
         raise ValueError(f"{folder} belongs to another run; give a new output folder. {error}") from error
     load_checkpoint(folder, run.trainee, run.optimizer, ranks, marker["world_size"])
-    return int(marker["step"])
+    done: int = marker["step"]
+    if done < recipe.total_steps:
+        logger.info("continuing from step %d", done)
+    else:
+        logger.info("all %d steps are done", done)
+    return done
 
 
 def _evaluate(

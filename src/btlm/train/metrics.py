@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -127,30 +126,24 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a square matrix product on one device, with which the FLOP/s of training are compared.
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Measured FLOP/s of a large matrix product on one GPU, with which the FLOP/s of training are compared.
 
-    The best of up to 15 products after one that warms up, of 512 rows on a CPU and 8,192 on a GPU; none begins after a
-    quarter of a second, since a CPU without bf16 takes seconds for what others do in milliseconds. No random numbers of
-    the run are drawn.
+    The best of 15 products of 8,192 x 8,192 matrices after one that warms up. No random numbers of the run are drawn.
+
+    Returns:
+        ``None`` on other devices: the rate of a CPU depends on what else it does, so that the MFU of the same run
+        would be 1% one time and 90% the next.
     """
-    size = 8192 if device.type == "cuda" else 512
+    if device.type != "cuda":
+        return None
+    size, times = 8192, []
     left = torch.linspace(-1.0, 1.0, size * size, device=device).to(dtype).view(size, size)
     right = left.flip(0).contiguous()
-    best, spent = math.inf, 0.0
-    for repeat in range(16):
-        _wait(device)
+    for _ in range(16):
+        torch.cuda.synchronize(device)
         started = time.perf_counter()
         torch.mm(left, right)
-        _wait(device)
-        if repeat:
-            seconds = time.perf_counter() - started
-            best, spent = min(best, seconds), spent + seconds
-        if spent > 0.25:
-            break
-    return 2 * size**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
         torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return float(2 * size**3 / min(times[1:]))

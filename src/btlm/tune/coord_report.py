@@ -28,17 +28,18 @@ _PANELS = (
 
 def coord_table(slopes: list[Slope]) -> Table:
     """Table with one line per quantity: its slopes with standard errors, and muP's predictions."""
-    table = Table(title=f"Exponent of the width, within {TOLERANCE} of muP's")
+    table = Table(title=f"Exponent of the width; ✗: not within {TOLERANCE} of muP's")
     table.add_column("", no_wrap=True)
     for moment in ("initial", "change"):
         table.add_column(moment, justify="right")
         table.add_column("muP", justify="right")
     by_quantity: dict[str, list[str]] = {}
     for slope in slopes:
-        color = "green" if slope.passes else "bold red"
+        # A sign besides the color, which not everybody sees and not every terminal has.
+        color, sign = ("green", "") if slope.passes else ("bold red", " ✗")
         error = f" ± {slope.error:.2f}" if slope.error == slope.error else ""
         cells = by_quantity.setdefault(slope.quantity, [])
-        cells += [f"[{color}]{_signed(slope.value)}{error}[/]", _range(slope.predicted)]
+        cells += [f"[{color}]{_signed(slope.value)}{error}{sign}[/]", _range(slope.predicted)]
     for quantity, cells in by_quantity.items():
         table.add_row(quantity, *cells)
     return table
@@ -88,7 +89,7 @@ def plot_coordinates(check: CoordCheck, coordinates: Coordinates, slopes: list[S
         for place, moment in ((0.0, "initial"), (1.0, "change")):
             slope = found[quantity, moment]
             style = {"color": "0.35"} if slope.passes else {"color": "crimson", "weight": "bold"}
-            text = f"{moment} {_signed(slope.value)}"
+            text = f"{moment} {_signed(slope.value)}{'' if slope.passes else ' ✗'}"
             side = "right" if place else "left"
             axis.text(place, 1.03, text, transform=axis.transAxes, ha=side, size=8, **style)
     for axis in axes[-1]:
