@@ -491,3 +491,18 @@ def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):
         main(command)
     assert (ended.value.code, cleared) == (143, [True])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train btlm-tiny --data absent --output absent",
+        "transfer btlm-proxy-40m --data absent --output absent --trials 1",
+        "coord-check --output absent",
+        "data prepare absent --output absent",
+    ],
+)
+def test_a_command_that_draws_at_its_end_asks_for_matplotlib_first(error_of, monkeypatch, command):
+    monkeypatch.setattr("btlm.plots.find_spec", lambda _: None)
+    told = "btlm: error: matplotlib is not installed; get it with pip install 'btlm[all]'\n"
+    assert error_of(*command.split()) == told

@@ -1,9 +1,20 @@
 """Figures that are drawn without a display and saved whole or not at all."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from btlm.files import whole_file
+
+
+def need_matplotlib() -> None:
+    """Check that Matplotlib is installed, before the work whose result it is to draw.
+
+    Raises:
+        ModuleNotFoundError: It is not.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
 def pyplot() -> Any:

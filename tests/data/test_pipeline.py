@@ -520,7 +520,8 @@ def test_a_weight_may_name_a_source_of_which_nothing_is_left(tmp_path):
 
 @pytest.mark.parametrize("library", ["duckdb", "matplotlib", "orjson", "pyarrow", "tiktoken"])
 def test_a_library_that_is_missing_is_told_before_anything_is_read(corpus, tmp_path, monkeypatch, capsys, library):
-    monkeypatch.setattr("btlm.data.pipeline.find_spec", lambda name: None if name == library else name)
+    for module in ("btlm.data.pipeline", "btlm.plots"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == library else name)
     assert main(["data", "prepare", str(corpus), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"btlm: error: {library} is not installed; get it with pip install")
     assert not (tmp_path / "out").exists()

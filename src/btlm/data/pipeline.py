@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from btlm.console import gigabytes
+from btlm.plots import need_matplotlib
 
 from .clean import clean_documents
 from .dedup import deduplicate, earlier_stages
@@ -74,7 +75,8 @@ def _check_beforehand(read: Read, settings: Mix) -> None:
 @contextmanager
 def _command(inputs: Inputs, output: Path | str, execution: Execution, last: str = "") -> Iterator[tuple[Path, Run]]:
     """Lock the output folder for one command, and write the report of its stage ``last`` at the end."""
-    for library in ("duckdb", "matplotlib", "orjson", "pyarrow", "tiktoken"):
+    need_matplotlib()
+    for library in ("duckdb", "orjson", "pyarrow", "tiktoken"):
         if find_spec(library) is None:  # before hours of work, not after them
             raise ModuleNotFoundError(f"No module named {library!r}", name=library)
     output = Path(output)

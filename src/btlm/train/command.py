@@ -13,6 +13,7 @@ from btlm.console import plain_warnings, progress_bars, quiet_transformers, warn
 from btlm.data.shards import TokenShards
 from btlm.files import locked, write_text
 from btlm.model import BTLMConfig
+from btlm.plots import need_matplotlib
 from btlm.settings import plain, to_yaml
 
 from .cost import flops_by_stage, flops_per_token
@@ -51,6 +52,7 @@ def run_training(
         SystemExit: Status 143 if a signal stopped the run and a checkpoint was written.
     """
     output = Path(output)
+    need_matplotlib()
     with quiet_transformers():
         recipe = load_recipe(recipe_path, changes)
     shards = TokenShards(data)

@@ -18,6 +18,7 @@ from btlm.console import progress_bars
 from btlm.data.shards import TokenShards
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import BTLM_3B
+from btlm.plots import need_matplotlib
 from btlm.train.recipe import Optimizer
 from btlm.train.recipe_file import load_recipe
 
@@ -59,6 +60,8 @@ def run_coord_check(
     from rich.console import Console
 
     check = check or CoordCheck()
+    if output is not None:
+        need_matplotlib()
     config, optimizer = BTLMConfig(**_BTLM), Optimizer(lr=0.012)
     if recipe_path is not None:
         recipe = load_recipe(recipe_path)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from btlm.data.shards import TokenShards
 from btlm.files import is_empty, locked, write_text
+from btlm.plots import need_matplotlib
 from btlm.settings import plain, to_yaml
 from btlm.train.distributed import join_ranks
 from btlm.train.loop import training_batches
@@ -80,6 +81,7 @@ def run_transfer(
     from .transfer_report import plot_trials, trials_table, watch
 
     Search(trials, workers, seed=seed)  # checks them
+    need_matplotlib()
     space = space or SearchSpace()
     recipe = _read_proxy(proxy)
     # Raises errors of the target's recipe before anything is trained.
