@@ -104,6 +104,17 @@ def test_an_open_checkpoint_is_given_back(checkpoint):
     assert one.title == checkpoint.name
 
 
+@pytest.mark.parametrize(
+    ("folder", "title"), [("runs/tiny/model", "tiny"), ("runs/model-4bit", "model-4bit"), ("model/tiny", "tiny")]
+)
+def test_the_folder_of_a_run_is_called_by_the_run(tmp_path, monkeypatch, folder, title):
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    assert Checkpoint(".", tmp_path / folder).title == Checkpoint(tmp_path / folder, tmp_path).title == title
+    assert Checkpoint("/model", tmp_path).title == "/model"  # no folder here
+    assert Checkpoint("owner/model", tmp_path).title == "owner/model"
+
+
 def test_a_configuration_may_be_changed(checkpoint):
     one = Checkpoint.open(checkpoint)
     one.config().n_embd = 1

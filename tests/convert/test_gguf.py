@@ -232,6 +232,13 @@ def test_sizes_are_those_of_the_configuration(checkpoint, tmp_path):
     assert file["attention.max_alibi_bias"] == 8.0
 
 
+@pytest.mark.parametrize(("folder", "name"), [("runs/tiny/model", "tiny"), ("btlm-4bit", "btlm-4bit")])
+def test_the_model_is_called_by_its_run(checkpoint, tmp_path, folder, name):
+    shutil.copytree(checkpoint, tmp_path / folder)
+    export_gguf(str(tmp_path / folder), tmp_path / "model.gguf", type="Q8_0")
+    assert Jais(tmp_path / "model.gguf").fields["general.name"] == name
+
+
 def test_the_vocabulary_is_that_of_the_tokenizer(checkpoint, tmp_path):
     export_gguf(str(checkpoint), tmp_path / "model.gguf", type="F16")
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in Jais(tmp_path / "model.gguf").fields.items()}

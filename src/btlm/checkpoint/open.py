@@ -52,8 +52,11 @@ class Checkpoint:
 
     @property
     def title(self) -> str:
-        """A short name for messages: that of the folder, or the id on the Hub."""
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        """A short name: that of the folder, of its run if the folder is called ``model``, or the id on the Hub."""
+        if not Path(self.name).is_dir():
+            return self.name
+        folder = Path(self.name).resolve()
+        return (folder.parent.name if folder.name == "model" else "") or folder.name
 
     def config(self) -> "BTLMConfig":
         """The configuration, checked; a new object that may be changed.

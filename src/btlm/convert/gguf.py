@@ -103,7 +103,7 @@ def export_gguf(
     with locked(output), whole_file(output) as partial, progress_bars(DownloadColumn()) as progress:
         writer = gguf.GGUFWriter(partial, "jais")
         try:
-            _describe(writer, config, checkpoint.name.rpartition("/")[2], type)
+            _describe(writer, config, checkpoint.title.rpartition("/")[2], type)
             _add_vocabulary(writer, vocabulary, ends, config)
             for target, kind, size in zip(targets, types, sizes, strict=True):
                 writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), size, raw_dtype=kind)
