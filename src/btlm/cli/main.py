@@ -26,6 +26,9 @@ COMMANDS = {
 }
 
 
+_LONGEST = 1000  # characters of an error: values of damaged files may be far longer
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -72,5 +75,6 @@ def _run(command: str, argv: list[str]) -> None:
 
 
 def _fail(problem: object) -> int:
-    sys.stderr.write(f"btlm: error: {' '.join(str(problem).split()) or type(problem).__name__}\n")
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    sys.stderr.write(f"btlm: error: {text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'}\n")
     return 2

@@ -130,7 +130,8 @@ class Network:
             kernels.linear(inner, block.down, x, add=True)
         wanted = np.ascontiguousarray(x[rows])
         kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, architecture.layer_norm_epsilon, wanted)
-        wanted *= np.float32(architecture.logits_scale)
+        with np.errstate(over="ignore"):  # of a scale that fp32 does not hold; the logits tell of it
+            wanted *= np.float32(architecture.logits_scale)
         logits = np.empty((len(rows), self._head.rows), np.float32)
         if len(rows):
             kernels.linear(wanted, self._head, logits)
