@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,3 +225,14 @@ def test_a_recipe_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "mine.yaml").touch()
     with pytest.raises(ValueError, match=message):
         read_yaml(name)
+
+
+def test_recipes_are_a_part_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert pyproject["tool"]["scikit-build"]["wheel"]["packages"] == {"btlm": "src/btlm", "btlm/recipes": "recipes"}
+    # As in a wheel: they lie beside the modules.
+    installed = tmp_path / "site-packages/btlm"
+    shutil.copytree(Path(__file__).parents[1] / "recipes", installed / "recipes")
+    monkeypatch.setattr("btlm.settings.__file__", str(installed / "settings.py"))
+    assert recipe_file("btlm-3b") == installed / "recipes/btlm-3b.yaml"
+    assert recipe_file("slimpajama", "data") == installed / "recipes/data/slimpajama.yaml"

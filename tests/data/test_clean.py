@@ -62,7 +62,7 @@ def test_bad_documents_are_counted_and_listed(tmp_path):
 
 
 def test_too_many_bad_documents_end_the_stage_with_one_line(tmp_path):
-    rows = ["bad\n"] * 3 + [{"text": "good " * 50}]
+    rows = ["bad\n"] * 5 + [{"text": "good " * 50}]  # the fourth is not read
     with pytest.raises(
         ValueError, match=r"^3 bad documents, more than read.max_bad_documents \(2\); the first: a.jsonl, line 1"
     ):
@@ -81,6 +81,16 @@ def test_the_limit_counts_all_files_together(tmp_path):
         # The result does not depend on the limit, so with a higher limit the same command continues.
         stage = clean_documents(inputs, folder, Read(max_bad_documents=4), Clean(), run)
     assert len(stage["parts"]) == 2
+
+
+def test_more_sources_than_shards_can_tell_apart_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm.data.clean.MAX_SOURCES", 2)
+    rows = [{"text": f"{i} text " * 50, "source": str(i)} for i in range(3)]
+    stage, _ = clean(tmp_path, rows[:2])
+    assert len(stage["sources"]) == 2
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ValueError, match="The documents have 3 sources, more than the 2 that shards can tell apart"):
+        clean(tmp_path / "more", rows)
 
 
 def test_nothing_left_is_an_error(tmp_path):

@@ -99,6 +99,43 @@ def test_hidden_files_are_skipped_and_counted(tmp_path):
     assert [document.text for document in read(folder / "._a.jsonl")] == ["._a.jsonl"]
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jsonl").write_bytes(jsonl({"text": "text"}))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/link").symlink_to(tmp_path / "elsewhere")
+    assert [document.text for document in read(tmp_path / "corpus")] == ["text"]
+
+
+def test_many_text_files_make_several_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm.data.documents._TEXT_FILES", 3)
+    names = [f"{i}.txt" for i in range(7)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    assert [len(unit.paths) for unit in list_units([tmp_path], Read())[0]] == [3, 3, 1]
+    assert [document.text for document in read(tmp_path)] == names
+
+
+def test_a_source_may_be_a_number_and_is_not_empty(tmp_path):
+    sources = [
+        {"source": 7},
+        {"source": "", "meta": {"redpajama_set_name": "Web"}},
+        {"source": ["x"]},
+        {"source": None},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*({"text": "text"} | source for source in sources)))
+    assert [document.source for document in read(tmp_path)] == ["7", "Web", "a", "a"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_the_longest_document(tmp_path, name):
+    text = "é" + "ab" * 499  # 1,000 bytes of UTF-8
+    (tmp_path / name).write_bytes(jsonl({"text": text}) if name == "a.jsonl" else text.encode())
+    assert [document.text for document in read(tmp_path, max_document_bytes=1000)] == [text]
+    (problem,) = read(tmp_path, max_document_bytes=999)
+    assert problem.reason == "1,000 bytes of text, more than read.max_document_bytes"
+
+
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for i in range(2):

@@ -199,6 +199,11 @@ def test_after_a_power_cut_no_file_only_counts_as_whole(corpus, tmp_path, power_
     # The log grows, a database lasts for one task, and a mark, which has no content, is set after its task's result.
     assert {str(path) for path in others if not {"scratch", "completions"} & set(path.parts)} == {"log.txt"}
     assert any("scattered" in path.parts for path in written)
+    # What marks a stage as complete comes last, and the manifest after the shards.
+    for stage in ("clean", "dedup", "mix", "shards"):
+        names = [path.name for path in power_cut.renamed if path.is_relative_to(tmp_path / "out" / stage)]
+        assert (names[0], names[-1], names.count("stage.json")) == ("begun.json", "stage.json", 1)
+    assert names[-2] == "manifest.json"
 
 
 def command(corpus, output, *options):
