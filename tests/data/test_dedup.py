@@ -271,6 +271,27 @@ def test_a_document_names_the_one_that_it_matches_itself(tmp_path, capsys):
     assert "0 clusters of near-duplicates" in shown
 
 
+def test_of_several_earlier_documents_the_most_similar_is_named_and_the_first_of_equals(tmp_path):
+    rng = random.Random(6)
+    base, settings = text(rng, 400), Dedup()
+    relatives = (edited(base, rng, 0.01) for _ in range(50))
+    keys = {relative: band_keys(signatures([base, relative], settings)[0], 9, 13) for relative in relatives}
+    relative = next(other for other, (one, two) in keys.items() if 1 <= (one == two).sum() <= 3)
+    rows = {
+        "a": [("relative", relative)],
+        "b": [("base", base)],
+        "c": [("base", base)],
+        "d": [("copy of base", base), ("copy of relative", relative), ("another", text(rng, 400))],
+    }
+    for name, documents in rows.items():
+        file = write_rows(tmp_path / f"{name}.jsonl", [{"text": body, "id": id_} for id_, body in documents])
+        earlier = [str(tmp_path / other) for other in "abc"] if name == "d" else []
+        run_dedup([file], tmp_path / name, Read(), Dedup(against=earlier), Execution(workers=1))
+    found = read_table(tmp_path / "d/clusters.parquet").to_pylist()
+    named = {row["id"]: (row["earlier_run"], row["earlier_id"]) for row in found}
+    assert named == {"copy of base": (1, "base"), "copy of relative": (0, "relative")}
+
+
 def test_earlier_runs_that_do_not_fit(tmp_path):
     execution = Execution(workers=1)
     old, more = (
@@ -293,6 +314,9 @@ def test_earlier_runs_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             run_prepare([more], tmp_path / "new", recipe, execution)
         assert not (tmp_path / "new").exists(), "nothing is read"
+    with pytest.raises(ValueError, match='normalization was "NFC", is "none"'):
+        run_dedup([more], tmp_path / "new", Read(), Dedup(against=[str(tmp_path / "old")]), execution)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="No document is left: all of them match earlier ones"):
         run_prepare([old], tmp_path / "new", against(tmp_path / "old"), execution)
     # Other earlier runs are other settings.

@@ -182,9 +182,11 @@ def _components(before: Documents, folder: Path, bands: int, memory_gb: float, t
     with open_database(folder / SCRATCH, memory_gb) as database:
         pairs = parquet([folder / PAIRS / f"{band:03d}.parquet" for band in range(bands)], "document AS a, first AS b")
         database.execute(f"CREATE TABLE edges AS SELECT DISTINCT a, b FROM {pairs}")
-        database.execute(
-            "CREATE TABLE matches AS SELECT a AS document, min(b) AS match FROM edges WHERE b < 0 GROUP BY a"
-        )
+        # Of the earlier documents that a document shares bands with, the one of most bands.
+        database.execute(f"""
+            CREATE TABLE matches AS SELECT DISTINCT ON (a) a AS document, b AS match
+            FROM (SELECT a, b, count(*) AS shared FROM {pairs} WHERE b < 0 GROUP BY a, b) ORDER BY a, shared DESC, b
+        """)
         while not _is_stars(database):
             database.execute("""
                 CREATE OR REPLACE TABLE large AS

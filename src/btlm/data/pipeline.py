@@ -11,7 +11,7 @@ from btlm.plots import need_matplotlib
 
 from .clean import clean_documents
 from .dedup import deduplicate, earlier_stages
-from .documents import list_units
+from .documents import HUB, list_units
 from .mix import check_evaluation_sets, check_weights, mix
 from .recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from .report import write_report
@@ -19,6 +19,8 @@ from .stage import COMPLETE, Run, load_stage, open_run
 from .tokenize import tokenize
 
 Inputs = Sequence[Path | str]
+# How a stage that is given documents reads them.
+_AS_READ = Clean(normalization="none", min_characters=0)
 
 
 def run_prepare(inputs: Inputs, output: Path | str, recipe: DataRecipe, execution: Execution) -> None:
@@ -48,6 +50,8 @@ def run_clean(inputs: Inputs, output: Path | str, read: Read, clean: Clean, exec
 
 def run_dedup(inputs: Inputs, output: Path | str, read: Read, dedup: Dedup, execution: Execution) -> None:
     """Run only the stage ``dedup``, on documents or on the output of another stage."""
+    if not any((Path(given) / COMPLETE).exists() for given in inputs):
+        earlier_stages(dedup, _AS_READ.normalization)
     with _command(inputs, output, execution) as (folder, run):
         deduplicate(_documents(inputs, folder, read, run), folder, dedup, run)
 
@@ -90,8 +94,10 @@ def _command(inputs: Inputs, output: Path | str, execution: Execution, last: str
 
 
 def _warn_of_full_disk(inputs: Inputs, folder: Path, read: Read, run: Run) -> None:
-    units = [] if (folder / "shards" / COMPLETE).exists() else list_units(inputs, read)[0]
-    sizes = [(file, Path(file).stat().st_size) for unit in units if unit.bytes for file in unit.paths]
+    if (folder / "clean").exists():
+        return  # a part of it is on the disk already
+    units, _, _ = list_units((given for given in inputs if not str(given).startswith(HUB)), read)
+    sizes = [(file, Path(file).stat().st_size) for unit in units for file in unit.paths]
     # By the sizes in docs/data.md, with another copy of the documents during the shuffle.
     needed = sum(size * (7 if Path(file).suffix in (".gz", ".zst", ".parquet") else 2) for file, size in sizes)
     if needed > (free := shutil.disk_usage(folder).free):
@@ -115,5 +121,5 @@ def _documents(inputs: Inputs, output: Path, read: Read, run: Run) -> Path:
             )
         return stages[0]
     folder = output / "read"
-    clean_documents(inputs, folder, read, Clean(normalization="none", min_characters=0), run, name="read")
+    clean_documents(inputs, folder, read, _AS_READ, run, name="read")
     return folder
