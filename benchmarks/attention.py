@@ -1,10 +1,11 @@
-"""One BTLM-3B block: ALiBi folded into head dimensions against an additive mask, forward and forward + backward.
+"""One BTLM-3B block with ALiBi folded into head dimensions, without ALiBi, and with an additive mask.
 
-    python benchmarks/attention.py [--tokens 2048 8192] [--repeats 5]
+    python benchmarks/attention.py [--tokens 2048 8192] [--repeats 5] [--clock wall]
 
-Both are this package's block; the peer passes ALiBi and causality to the same fused attention as a mask tensor ``[1,
-heads, tokens, tokens]`` in bf16, as Transformers' ALiBi models do. Each measurement runs in its own process, in turn A
-B A B, so that peak memories are separate. Prints medians, ratios and peak resident memory.
+All are this package's block, forward and forward + backward. "plain" is the same fused attention without ALiBi; "mask"
+passes ALiBi and causality to it as a tensor ``[1, heads, tokens, tokens]`` in bf16, as Transformers' models do. Each
+measurement runs in its own process, in turn, so that peak memories are separate. Prints medians, ratios and peak
+resident memory. ``--clock cpu`` counts the processor time of all threads, for machines in use.
 """
 
 import argparse
@@ -35,10 +36,12 @@ SHAPE = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+FORMS = ("folded", "plain", "mask")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SMOKE_SHAPE = SHAPE | {"n_embd": 128, "n_inner": 256}
 
 
-def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any]) -> dict[str, float]:
+def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any], clock: str) -> dict[str, float]:
     """Seconds and peak memory of one pass in this process, without the block's own memory, after a warm-up."""
     from btlm import BTLMConfig
     from btlm.model.alibi import alibi_slopes, attention_bias, fold_attention_bias
@@ -57,6 +60,8 @@ def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any]) -> di
         if form == "mask":
             mask = attention_bias(slopes, positions, tokens, None).to(torch.bfloat16)
             return AttentionPlan(**common, is_causal=False, mask=mask)
+        if form == "plain":
+            return AttentionPlan(**common, is_causal=True)
         features = fold_attention_bias(
             slopes, positions, tokens, None, scale=config.attention_scale, dtype=torch.bfloat16
         )
@@ -69,12 +74,12 @@ def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any]) -> di
         hidden.grad = None
     base = resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the block
-    started = time.perf_counter()
+    started = CLOCKS[clock]()
     with torch.set_grad_enabled(backward):
         output, _ = block(hidden, plan(tokens))
     if backward:
         output.sum().backward()
-    seconds = time.perf_counter() - started
+    seconds = CLOCKS[clock]() - started
     return {"seconds": seconds, "peak_mb": resident_mb("VmHWM") - base}
 
 
@@ -85,42 +90,38 @@ def resident_mb(field: str) -> float:
 
 
 def main() -> None:
-    """Run both forms in turn and print a Markdown table."""
+    """Run the forms in turn and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     add_smoke(parser)
     parser.add_argument("--one", nargs=3, metavar=("FORM", "TOKENS", "BACKWARD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         form, tokens, backward = args.one
-        print(json.dumps(measure(form, int(tokens), backward == "1", SMOKE_SHAPE if args.smoke else SHAPE)))
+        print(json.dumps(measure(form, int(tokens), backward == "1", SMOKE_SHAPE if args.smoke else SHAPE, args.clock)))
         return
     if args.smoke:
         args.tokens, args.repeats = [128], 1
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16, batch 1, medians of {args.repeats}\n")
-    print("| tokens | pass | folded s | mask s | time ratio | folded MB | mask MB |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| tokens | pass | form | {args.clock} s | folded / form | MB |")
+    print("|---|---|---|---|---|---|")
     for tokens in args.tokens:
         for backward in (False, True):
-            runs: dict[str, list[dict[str, float]]] = {"folded": [], "mask": []}
+            runs: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
             for _ in range(args.repeats):
                 for form, results in runs.items():
                     command = [sys.executable, __file__, "--one", form, str(tokens), str(int(backward))]
-                    command += ["--smoke"] if args.smoke else []
+                    command += ["--clock", args.clock, *(["--smoke"] if args.smoke else [])]
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                     results.append(json.loads(done.stdout))
-            seconds = {form: statistics.median(r["seconds"] for r in results) for form, results in runs.items()}
-            ratio = statistics.median(
-                b["seconds"] / a["seconds"] for a, b in zip(runs["folded"], runs["mask"], strict=True)
-            )
-            peak = {form: statistics.median(r["peak_mb"] for r in results) for form, results in runs.items()}
             name = "forward + backward" if backward else "forward"
-            print(
-                f"| {tokens:,} | {name} | {seconds['folded']:.3f} | {seconds['mask']:.3f} | {ratio:.2f} "
-                f"| {peak['folded']:,.0f} | {peak['mask']:,.0f} |",
-                flush=True,
-            )
+            for form, results in runs.items():
+                pairs = zip(runs["folded"], results, strict=True)
+                ratio = statistics.median(folded["seconds"] / other["seconds"] for folded, other in pairs)
+                seconds, peak = (statistics.median(r[key] for r in results) for key in ("seconds", "peak_mb"))
+                print(f"| {tokens:,} | {name} | {form} | {seconds:.3f} | {ratio:.2f} | {peak:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train BTLM with Transformers' own ``Trainer``, at muP's learning rates.
 
-    pip install 'btlm[train]' accelerate
+    pip install -c constraints.txt '.[train]' accelerate    (in a clone of the project)
     python examples/hf_trainer.py --model recipes/btlm-tiny.yaml --text book.txt --output runs/hf --steps 200
     python examples/hf_trainer.py --model runs/hf --data data/ --output runs/hf-2 --steps 200
 

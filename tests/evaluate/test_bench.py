@@ -19,7 +19,9 @@ from btlm.console import progress_bars
 from btlm.convert.quantize import quantize
 from btlm.engine import Engine, GenerationOptions
 from btlm.evaluate import bench as bench_module
+from btlm.evaluate import bench_plot
 from btlm.evaluate.bench import bench_table, run_bench
+from btlm.evaluate.bench_plot import plot_memory, plot_speed
 from btlm.evaluate.random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
 from btlm.model.architecture_btlm import Architecture
 from tests.checkpoint.tiny import save_tiny
@@ -172,6 +174,30 @@ def test_table_fits_80_columns(capsys):
     lines = capture.get().splitlines()
     shown = ["llama-7b", "bfloat16", "8,192", "2.00", "0.30", "2.40", "0.01", "100", "10.0", "40.0", "100%"]
     assert shown in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(("peak", "marked"), [(0.1e9, False), (1.1e9, True), (8e9, True)])
+def test_the_line_of_small_devices_is_drawn_where_it_leaves_room(monkeypatch, tmp_path, peak, marked):
+    row = {"model": "m", "dtype": "4bit", "context": 512} | fake_child({"folder": ""}, None, "", 1)
+    kept = []
+    monkeypatch.setattr(bench_plot, "save_figure", lambda figure, picture: kept.append(figure))
+    for plot in (plot_memory, plot_speed):
+        plot([row | {"peak_bytes": peak, "weight_bytes": peak / 2}], tmp_path / "figure.png")
+    for figure in kept:
+        assert ("3 GB" in [text.get_text().strip() for text in figure.axes[0].texts]) is marked
+    assert (kept[0].axes[0].get_xlim()[1] > 3) == marked
+
+
+def test_dtypes_need_a_shape(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_module, "_child", fake_child)
+    (tmp_path / "mine").mkdir()
+    write_random_model(tmp_path / "mine", SMALL, "float32")
+    with pytest.raises(ValueError, match="dtypes are for shapes with random weights, and checkpoints are measured as"):
+        run_bench([str(tmp_path / "mine")], dtypes=["4bit"], contexts=[64], new_tokens=8)
+    rows = run_bench([str(tmp_path / "mine"), "small"], dtypes=["8bit"], contexts=[64], new_tokens=8)
+    assert [row["dtype"] for row in rows] == ["float32", "8bit"]
+    (row,) = run_bench(["small"], contexts=[64], new_tokens=8)
+    assert row["dtype"] == "4bit"
 
 
 def test_every_dtype_and_context_is_measured_once(monkeypatch, tmp_path):

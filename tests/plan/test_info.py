@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from btlm.checkpoint import BUNDLED_MODEL
 from btlm.model import BTLMConfig
 from btlm.plan.info import model_info, run_info
 from tests.checkpoint.tiny import TINY, set_config
@@ -104,9 +105,25 @@ def test_tables_fit_80_columns_and_hold_the_numbers(copy, capsys, monkeypatch, s
 
 def test_json_is_finite_and_complete(capsys, checkpoint):
     info = info_of(capsys, checkpoint)
-    assert set(info) == {"architecture", "mup", "parameters", "flops_per_token", "kv_cache_bytes", "weight_bytes"}
+    keys = {"architecture", "mup", "parameters", "flops_per_token", "kv_cache_bytes", "weight_bytes", "quantization"}
+    assert set(info) == keys
     numbers = [*info["parameters"].values(), *info["weight_bytes"].values(), *info["kv_cache_bytes"].values()]
     assert all(math.isfinite(number) and number > 0 for number in numbers)
+
+
+def test_a_folder_shows_the_bytes_of_its_files(capsys, copy):
+    info = info_of(capsys, BUNDLED_MODEL)
+    size = (BUNDLED_MODEL / "model.safetensors").stat().st_size
+    assert info["weight_bytes"]["stored"] == size
+    assert (info["quantization"]["bits"], info["quantization"]["table_bits"]) == (4, 8)
+    run_info(BUNDLED_MODEL)
+    tables = capsys.readouterr().out
+    assert f"files of the weights: {size / 1e6:.1f} MB (blocks in 4 bits, table in 8, scales)" in tables
+    assert max(map(len, tables.splitlines())) <= 80
+    run_info(copy)
+    assert "files of the weights: 9" in capsys.readouterr().out
+    (copy / "model.safetensors").unlink()
+    assert "stored" not in info_of(capsys, copy)["weight_bytes"]
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "recipe.yml"])

@@ -42,7 +42,7 @@ _SPARE = 100_000_000  # bytes of the disk to leave free
 def run_bench(
     models: Sequence[str],
     *,
-    dtypes: Sequence[str] = Bench.dtypes,
+    dtypes: Sequence[str] | None = Bench.dtypes,
     contexts: Sequence[int] = Bench.contexts,
     new_tokens: int = Bench.new_tokens,
     cache_dtype: str = Bench.cache_dtype,
@@ -68,7 +68,12 @@ def run_bench(
         ValueError: Something cannot be measured. If this is known beforehand, nothing is measured.
     """
     Bench(dtypes=dtypes, contexts=contexts, new_tokens=new_tokens, threads=threads)  # type: ignore[arg-type]  # checks
-    formats, lengths = list(dict.fromkeys(dtypes)), sorted(set(contexts))
+    if dtypes is not None and not SHAPES.keys() & set(models):
+        raise OptionError(
+            "{dtypes} are for shapes with random weights, and checkpoints are measured as they are stored; leave them "
+            "out, or measure a copy of the checkpoint that `btlm quantize` wrote."
+        )
+    formats, lengths = list(dict.fromkeys(dtypes or ("4bit",))), sorted(set(contexts))
     if lengths[0] <= new_tokens:
         raise OptionError("{contexts} are {}; each must exceed the {} of {new_tokens}.", list(contexts), new_tokens)
     if output is not None and importlib.util.find_spec("matplotlib") is None:

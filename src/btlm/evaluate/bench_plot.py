@@ -1,6 +1,6 @@
 """The two plots of `btlm bench`, like figures 1 and 2 of BTLM's model card: memory by format, memory beside speed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     for place, peak in zip(places, peaks, strict=True):
         text = axis.annotate(f"{peak:.2f}", (peak, place), (4, 0), "data", "offset points", va="center", size=8)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-    axis.axvline(PHONE, color="C3", linestyle="--", linewidth=1)
-    top = axis.get_xaxis_transform()
-    axis.text(PHONE, 1.0, f"{PHONE:g} GB", transform=top, color="C3", size=8, ha="center", va="bottom")
+    if marked := _marks_phone(peaks):
+        axis.axvline(PHONE, color="C3", linestyle="--", linewidth=1)
+        top = axis.get_xaxis_transform()
+        axis.text(PHONE, 1.0, f"{PHONE:g} GB", transform=top, color="C3", size=8, ha="center", va="bottom")
     axis.set_yticks(places, labels, size=8)
     axis.tick_params(axis="y", length=0)
     for (model, dtype), members in _groups(rows).items():
@@ -42,7 +43,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         label = ("\n" if len(members) > 1 else " ").join((_short(model), _FORMATS[dtype]))
         at = axis.get_yaxis_transform()
         axis.annotate(label, (0, middle), (-42, 0), at, "offset points", ha="right", va="center", size=9)
-    axis.set(xlabel="peak resident memory (GB), by tokens of context", xlim=(0, max(*peaks, PHONE) * 1.12))
+    axis.set(xlabel="peak resident memory (GB), by tokens of context", xlim=(0, max([*peaks, PHONE * marked]) * 1.12))
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(axis="x", color="0.93")
     axis.set_axisbelow(True)
@@ -88,12 +89,18 @@ def plot_speed(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         axis.grid(axis="y", color="0.93")
         axis.set_axisbelow(True)
         axis.margins(y=0.1)
-    axes[0].axhline(PHONE, color="C3", linestyle="--", linewidth=1)
-    edge = axes[0].get_yaxis_transform()
-    axes[0].text(1.0, PHONE, f" {PHONE:g} GB", transform=edge, color="C3", size=8, va="center", ha="left")
+    if _marks_phone(row["peak_bytes"] / 1e9 for row in rows):
+        axes[0].axhline(PHONE, color="C3", linestyle="--", linewidth=1)
+        edge = axes[0].get_yaxis_transform()
+        axes[0].text(1.0, PHONE, f" {PHONE:g} GB", transform=edge, color="C3", size=8, va="center", ha="left")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
     save_figure(figure, picture)
+
+
+def _marks_phone(peaks: Iterable[float]) -> bool:
+    """Whether the line at :data:`PHONE` leaves the bars of these peaks, in GB, more than a third of the plot."""
+    return max(peaks) > PHONE / 3
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:

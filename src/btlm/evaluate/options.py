@@ -12,7 +12,7 @@ class Bench:
     """What `btlm bench` measures.
 
     Args:
-        dtypes: Dtypes of models with random weights; checkpoints are measured as they are stored.
+        dtypes: Dtypes of models with random weights (default: 4bit); checkpoints are measured as they are stored.
         contexts: Lengths in tokens, the decoded ones included, which are the last.
         new_tokens: Tokens to decode; speed is that of the median step.
         cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
@@ -21,7 +21,7 @@ class Bench:
         output: Folder that receives bench.json, figure-1.png and figure-2.png.
     """
 
-    dtypes: Annotated[tuple[Literal["4bit", "8bit", "bfloat16", "float32"], ...], NOT_EMPTY] = ("4bit",)
+    dtypes: Annotated[tuple[Literal["4bit", "8bit", "bfloat16", "float32"], ...], NOT_EMPTY] | None = None
     contexts: Annotated[tuple[Count, ...], NOT_EMPTY] = (512, 2048)
     new_tokens: Annotated[int, Range(3)] = 32
     cache_dtype: Annotated[str, "DTYPE"] = "auto"

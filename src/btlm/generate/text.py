@@ -1,6 +1,5 @@
 """Text of a prompt and of its continuation, without torch."""
 
-import math
 import sys
 from collections.abc import Sequence
 
@@ -88,20 +87,18 @@ class StopStrings:
         return held
 
 
-def longer_than_trained(n_positions: int, trained: float, length: int) -> str | None:
+def longer_than_trained(trained: float, length: int) -> str | None:
     """What to know of a text of ``length`` tokens if it is longer than what the model is made for.
 
     Args:
-        n_positions: The training length.
-        trained: The same times the interpolation in force.
+        trained: The training length times the interpolation in force.
         length: Prompt and continuation.
     """
     if length <= trained:
         return None
-    factor = math.ceil(10 * length / n_positions) / 10
     return (
         f"the prompt and max_new_tokens make {length:,} tokens, more than the {trained:,.0f} that this model is made "
-        f"for; the text gets better with context_scaling dynamic, or {factor:g}, which is faster"
+        "for, so the text may get worse; context_scaling (dynamic, or a factor) helps some models and harms others"
     )
 
 

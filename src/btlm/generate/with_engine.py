@@ -35,8 +35,7 @@ def run_engine(prompt: str, checkpoint: Checkpoint, options: GenerationOptions, 
         f"{checkpoint.title}, {architecture.num_parameters():,} parameters, {engine.network.weight_dtype} on cpu "
         f"({used.name}, {plural(used.threads, 'thread')})"
     )
-    trained = architecture.n_positions
-    if warning := longer_than_trained(trained, trained * interpolation(architecture), length):
+    if warning := longer_than_trained(architecture.n_positions * interpolation(architecture), length):
         warn(warning)
     write_text("" if run.no_echo else prompt)
     stream = TextGenerator(engine, checkpoint.tokenizer).stream(prompt, options)

@@ -135,7 +135,7 @@ def length_warning(config: BTLMConfig, length: int) -> str | None:
             f"{config.n_positions:,}; shorten one of them."
         )
     trained = config.n_positions * (1.0 if scaling is None else scaling.get("factor", math.inf))
-    return longer_than_trained(config.n_positions, trained, length)
+    return longer_than_trained(trained, length)
 
 
 class _Streamer(BaseStreamer):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from btlm.checkpoint.adapter import num_adapter_weights, open_checkpoint
 from btlm.checkpoint.locate import BUNDLED_MODEL, is_adapter
+from btlm.checkpoint.weight_files import weight_files
 from btlm.console import plain_messages, scaled
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import VECTOR, Architecture, MupRow
@@ -59,6 +61,10 @@ def run_info(model: Path | str = BUNDLED_MODEL, *, as_json: bool = False, base: 
     if recipe is not None and recipe.lora is not None:
         adapters = num_adapter_parameters(recipe, config)
     info = model_info(config, adapters)
+    if path.is_dir() and adapters is None:
+        with suppress(ValueError):  # a folder without weights
+            info["weight_bytes"]["stored"] = sum(file.stat().st_size for file in weight_files(path))
+            info["quantization"] = getattr(config, "quantization_config", None)
     if as_json:
         sys.stdout.write(json.dumps(info, indent=2) + "\n")
     else:
@@ -76,7 +82,8 @@ def model_info(config: BTLMConfig, adapters: int | None = None) -> dict[str, Any
     Returns:
         ``architecture``; ``mup`` with the rows of :mod:`btlm.model.architecture_btlm`, where ``lr_multiplier`` is what
         the peak learning rate is multiplied by; ``parameters``; ``flops_per_token`` at two contexts; ``kv_cache_bytes``
-        in bf16; and ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file.
+        in bf16; and ``weight_bytes`` by format, where int8 and int4 leave out the scales of a quantized file. Of a
+        folder, :func:`run_info` adds the bytes of its files as ``stored``, and their ``quantization``.
     """
     architecture = config.architecture
     positions, cached = architecture.n_positions, architecture.kv_bytes_per_token()
@@ -180,11 +187,16 @@ def _compute(rows: list[dict[str, Any]]) -> Padding:
 
 def _memory(info: dict[str, Any]) -> Padding:
     weights, cache = info["weight_bytes"], info["kv_cache_bytes"]
-    table = _table("memory", *weights)
-    table.add_row("weights", *(f"{scaled(size)}B" for size in weights.values()))
+    table = _table("memory", *_FORMATS)
+    table.add_row("weights", *(f"{scaled(weights[name])}B" for name in _FORMATS))
     table.add_row("cache of one token", "", f"{scaled(cache['per_token'])}B")
     table.add_row(f"cache of {info['architecture']['positions']:,}", "", f"{scaled(cache['at_n_positions'])}B")
-    return _section(table)
+    remarks = ["int8 and int4 leave out the scales of quantized weights"]
+    if "stored" in weights:
+        few = info["quantization"]
+        form = f" (blocks in {few['bits']} bits, table in {few['table_bits']}, scales)" if few else ""
+        remarks.append(f"files of the weights: {scaled(weights['stored'])}B{form}")
+    return _section(table, *remarks)
 
 
 def _table(title: str, *numbers: str) -> Table:
