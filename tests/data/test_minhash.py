@@ -10,6 +10,7 @@ from btlm.data import minhash
 from btlm.data.bands import pair_probability
 from btlm.data.minhash import (
     band_keys,
+    document_hashes,
     normalize,
     normalized_length_reaches,
     permutations,
@@ -93,6 +94,21 @@ def test_the_length_filter_agrees_with_the_normal_form_at_every_length():
     for _ in range(400):
         text = "".join(rng.choices("ab ,.\n", k=rng.randint(0, 120)))
         assert normalized_length_reaches(text, 20) == (len(plain_normal_form(text)) >= 20)
+
+
+def test_the_length_filter_agrees_where_the_start_of_a_text_decides():
+    """The first 144 characters here, which are cut within a word, white space or punctuation."""
+    rng = random.Random(2)
+    reaches = []
+    for _ in range(3000):
+        letters = "".join(rng.choices("ab ", k=rng.randint(15, 20)))
+        start = f"{letters}{' ' * (144 - len(letters))}"
+        text = rng.choice([start[:143] + "b", start, start[:-1] + "."]) + rng.choice(
+            ["", ",", " ,. ", " c", "c", " " * 200 + "d"]
+        )
+        reaches.append(normalized_length_reaches(text, 20))
+        assert reaches[-1] == (len(plain_normal_form(text)) >= 20), text
+    assert 300 < sum(reaches) < 2700
 
 
 def test_the_length_filter_looks_past_a_start_of_punctuation():
@@ -209,5 +225,8 @@ def test_of_long_word_ngrams_the_beginning_is_hashed(monkeypatch, letters):
                 [int(h) >> 32 for part in shingle_hashes(normalize(t), "words", size) for h in part] for t in texts
             ]
             assert found == [[plain_hash(s[:50]) for s in plain_shingles(text, "words", size)] for text in texts]
+        # A document of fewer words is one shingle.
+        (whole,) = document_hashes(texts[0], Dedup(shingle="words", shingle_size=61))
+        assert [int(value) >> 32 for value in whole] == [plain_hash(plain_normal_form(texts[0])[:50])]
     finally:
         minhash._powers.cache_clear()

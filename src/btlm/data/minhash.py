@@ -54,9 +54,7 @@ def normalize(text: str) -> NDArray[np.uint32]:
 
 def normalized_length_reaches(text: str, characters: int) -> bool:
     """Whether a text's normal form has at least ``characters`` characters; the start of a long text may decide."""
-    # Where the text is cut, one or two spaces may remain that the normal form of the whole text does not have.
-    start = normalize(text[: 4 * characters + 64])
-    return len(start) >= characters + 2 or len(normalize(text)) >= characters
+    return any(len(normalize(part)) >= characters for part in (text[: 4 * characters + 64], text))
 
 
 def signatures(texts: Sequence[str], options: Dedup) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
