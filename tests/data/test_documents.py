@@ -2,6 +2,7 @@ import gzip
 import json
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -117,7 +118,7 @@ def test_many_text_files_make_several_tasks(tmp_path, monkeypatch):
 
 
 def test_a_source_may_be_a_number_and_is_not_empty(tmp_path):
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"source": 7},
         {"source": "", "meta": {"redpajama_set_name": "Web"}},
         {"source": ["x"]},

@@ -165,6 +165,8 @@ def test_documents_that_share_an_ngram_with_an_evaluation_set_are_dropped(tmp_pa
     # With one word less, there is no 13-gram.
     (tmp_path / "eval.jsonl").write_text(json.dumps({"q": " ".join(question[:-1])}))
     assert len(everything(mixed(tmp_path / "12", rows, settings)[1])) == 60
+    fewer_words = Mix(decontaminate=settings.decontaminate, decontaminate_words=12)
+    assert {text for text, _ in rows} - set(everything(mixed(tmp_path / "of 12", rows, fewer_words)[1])) == {rows[7][0]}
 
 
 @pytest.mark.parametrize(
