@@ -465,6 +465,25 @@ def test_the_seed_of_inspect_chooses_the_examples(prepared, capsys):
     assert shown[0] == shown[2] != shown[1]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_inspect_fits_a_terminal_and_is_safe_to_look_at(tmp_path, capsys, monkeypatch, width):
+    """Of a text as much is shown as fits one line, and control characters do not reach the terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    body = text(random.Random(0), 300)
+    rows = [{"text": f"\x1b[31m{i} [bold]\n{body}", "source": "\x1b]0;title\x07", "id": "\x1b[2J"} for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_prepare([tmp_path / "in.jsonl"], tmp_path / "out", DataRecipe(), Execution(workers=1))
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "out"), "--stage", "dedup"]) == 0
+    shown = capsys.readouterr().out
+    texts = [line for line in shown.splitlines() if "[bold]" in line]
+    assert len(texts) == 3
+    assert {len(line) for line in texts} == {width}
+    assert all(line.startswith("    \ufffd[31m") and line.endswith("…") for line in texts)
+    assert "\x1b" not in shown
+    assert shown.count("\ufffd]0;title\ufffd  \ufffd[2J  (") == 3
+
+
 def test_inspect_shows_examples_of_everything(prepared, capsys):
     assert main(["data", "inspect", str(prepared), "--examples", "2"]) == 0
     shown = capsys.readouterr().out

@@ -20,7 +20,8 @@ from .parts import first_in, part_of, read_rows, read_table, rows_of
 from .recipe import Dedup, Inspection
 from .stage import COMPLETE, DOCUMENTS, load_stage
 
-_WIDTH = 100
+# Number of characters at the beginning of a text of which as many are shown as fit the terminal.
+_LENGTH = 1000
 
 
 def run_inspect(folder: Path | str, options: Inspection | None = None) -> None:
@@ -41,8 +42,8 @@ def run_inspect(folder: Path | str, options: Inspection | None = None) -> None:
         raise ValueError(f"{folder} holds no complete stage; give the output of a btlm data command.")
     if stage and stage not in stages:
         raise ValueError(f"{folder} holds no complete stage {stage!r}; it has {', '.join(stages)}.")
-    console = Console(highlight=False, soft_wrap=True)
-    shown: dict[str, Callable[[Path, int, np.random.Generator], Iterator[str]]] = {
+    console = Console(highlight=False)
+    shown: dict[str, Callable[[Path, int, np.random.Generator], Iterator[str | Text]]] = {
         "read": _inspect_clean,
         "clean": _inspect_clean,
         "dedup": _inspect_dedup,
@@ -53,10 +54,12 @@ def run_inspect(folder: Path | str, options: Inspection | None = None) -> None:
         if name in stages and stage in (None, name):
             console.rule(Text(f"{name}: {stages[name]}"), align="left")
             for line in inspect(stages[name], options.examples, np.random.default_rng(options.seed)):
-                console.print(line)
+                # What can be copied is not cut off.
+                cut = {"no_wrap": True, "overflow": "ellipsis"} if isinstance(line, Text) else {"soft_wrap": True}
+                console.print(line, **cut)
 
 
-def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+def _inspect_clean(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str | Text]:
     import pyarrow.parquet as pq
 
     files = sorted((folder / PROBLEMS).glob("*.jsonl"))
@@ -75,7 +78,7 @@ def _kind(reason: str) -> str:
     return "".join(character for character in reason.split(" (")[0] if not character.isdigit() and character != ",")
 
 
-def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+def _inspect_dedup(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str | Text]:
     stage = load_stage(folder)
     source = folder / stage["before"] / DOCUMENTS
     options = Dedup(**{**stage["history"]["dedup"]["settings"]["dedup"], "threshold": None})
@@ -120,7 +123,7 @@ def _jaccard(first: str, second: str, options: Dedup) -> float:
     return common / max(1, len(sets[0]) + len(sets[1]) - common)
 
 
-def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str | Text]:
     source = folder / load_stage(folder)["before"] / DOCUMENTS
     plan = sorted(rows_of(read_table(folder / HELD_OUT), "split", "document"))
     titles = {
@@ -136,7 +139,7 @@ def _inspect_mix(folder: Path, examples: int, rng: np.random.Generator) -> Itera
         yield from _examples(source, documents, title, examples, rng)
 
 
-def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str]:
+def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> Iterator[str | Text]:
     from .shards import TokenShards
     from .tokenize import decode
 
@@ -149,7 +152,9 @@ def _inspect_tokens(folder: Path, examples: int, rng: np.random.Generator) -> It
             yield from _document("token", f"{start:,}", text)
 
 
-def _examples(folder: Path, documents: list[int], title: str, examples: int, rng: np.random.Generator) -> Iterator[str]:
+def _examples(
+    folder: Path, documents: list[int], title: str, examples: int, rng: np.random.Generator
+) -> Iterator[str | Text]:
     yield f"[bold]{len(documents):,} {title}[/bold]"
     for document in _some(documents, examples, rng):
         found = _look_up(folder, document)
@@ -167,10 +172,10 @@ def _some(items: list[Any], number: int, rng: np.random.Generator) -> list[Any]:
     return [items[index] for index in sorted(chosen)]
 
 
-def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str]:
-    line = _printable(" ".join(text.split())[: _WIDTH + 1])
+def _document(source: str, id_: str, text: str, label: str = "") -> Iterator[str | Text]:
     yield escape(f"  {label}  {_printable(source)}  {_printable(id_)}  ({len(text):,} characters)")
-    yield f"[dim]    {escape(line[:_WIDTH])}{'...' if len(line) > _WIDTH else ''}[/dim]"
+    start = _printable(" ".join(text[:_LENGTH].split()))
+    yield Text(f"    {start}", "dim")
 
 
 def _printable(text: str) -> str:
