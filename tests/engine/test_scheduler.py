@@ -32,6 +32,7 @@ HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
 native = pytest.mark.skipif(not HAS_NATIVE, reason="btlm was installed without a compiler")
 
 STEP_TOKENS = (2, 3, 8, 64)
+MOST_STEPS = 5000  # of one engine; the longest sequences take some 1,000
 TEXTS = ([*b"to be or not to be, that is to be or not to be: the words again, the"], [1, 2] * 34, [3] * 68)
 RULES: list[dict[str, Any]] = [
     {},
@@ -115,6 +116,17 @@ class Callers(RuleBasedStateMachine):
         context = choose.choice((12, 40, 65))
         self.engine = Engine(network, cache_dtype=self.dtype, context=context, num_requests=self.num_requests)
         self.engine._scheduler = Scheduler(self.engine.cache, step_tokens, choose.choice((3, 64)))
+        self.limit_steps()
+
+    def limit_steps(self):
+        """A request that the scheduler forgets fails the test, and does not let it wait forever."""
+        step, left = self.engine._step, iter(range(MOST_STEPS))
+
+        def limited(only=None):
+            assert next(left, None) is not None, f"not finished after {MOST_STEPS} steps: {self.running}"
+            return step(only)
+
+        self.engine._step = limited  # type: ignore[method-assign]
 
     # Requests
 

@@ -156,6 +156,23 @@ def test_static_cache_longer_than_the_mask_hides_empty_slots() -> None:
     assert_cached_equals_uncached(model, input_ids, LEFT, [7, 5, 1, 4, 7], cache)
 
 
+@pytest.mark.parametrize("train_seq_len", [11, 20])
+@torch.no_grad()
+def test_a_mask_of_all_slots_of_a_static_cache_counts_only_those_in_use(train_seq_len: int) -> None:
+    """Dynamic interpolation counts keys; slots that are empty yet are none, though the mask has ones there."""
+    model = tiny_model(alibi_scaling={"type": "linear", "train_seq_len": train_seq_len})
+    input_ids, cache, start = tokens(3, LENGTH), make_cache(StaticCache, model), 0
+    for size in (7, 1, 3, 1, 6, 1, 5):
+        end = start + size
+        mask = torch.cat((LEFT[:, :end], torch.ones(3, LENGTH + 5 - end, dtype=torch.long)), dim=1)
+        new = model(input_ids[:, start:end], attention_mask=mask, past_key_values=cache)
+        uncached = model(input_ids[:, :end], attention_mask=LEFT[:, :end], use_cache=False)
+        real = real_rows(LEFT, start, end)
+        assert_near(new.logits[real], uncached.logits[:, start:][real], 2e-5)
+        start = end
+    assert start == LENGTH
+
+
 @pytest.mark.parametrize("scaling", [None, FIXED], ids=["plain", "fixed"])
 @torch.no_grad()
 def test_packed_documents_with_a_cache(scaling: dict[str, Any] | None) -> None:
