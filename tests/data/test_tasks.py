@@ -200,6 +200,8 @@ def test_killed_while_it_starts_over_a_stage_keeps_its_old_key(tmp_path, monkeyp
         finish(folder, {"parts": []})
         with monkeypatch.context() as patch:
             patch.setattr("btlm.data.stage.shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+            listed = Path.iterdir
+            patch.setattr(Path, "iterdir", lambda path: iter(sorted(listed(path), key=Path.is_file)))  # folders first
             with pytest.raises(KeyboardInterrupt):
                 begin(folder, "clean", {"size": 2}, run)
         with pytest.raises(ValueError, match="is not a complete stage"):
