@@ -109,6 +109,16 @@ def test_a_failure_comes_before_a_worker_that_is_killed(tmp_path):
         run_tasks(tmp_path / "out/s", "step", task, [10] * 4, run)
 
 
+def test_a_failure_of_an_earlier_attempt_is_not_told_again(tmp_path):
+    (tmp_path / "broken").touch()
+    with open_run(tmp_path / "out", Execution(workers=2)) as run:
+        task = partial(fail, tmp_path, ValueError("the earlier attempt"))
+        with pytest.raises(ValueError, match="the earlier attempt"):
+            run_tasks(tmp_path / "out/s", "step", task, [10] * 3, run)
+        with pytest.raises(ValueError, match="A worker was killed"):
+            run_tasks(tmp_path / "out/s", "step", partial(die, tmp_path), [10] * 3, run)
+
+
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
