@@ -129,7 +129,7 @@ def test_every_command_takes_adapters(made, base, tmp_path, temporary, capsys):
         quantize(model, tmp_path / name, group_size=64)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     (row,) = run_bench([str(adapter)], contexts=[32], new_tokens=8, threads=1)
-    assert (row["model"], row["dtype"]) == ("model", "float32")
+    assert (row["model"], row["dtype"]) == (adapter.parent.name, "float32")
     assert "in adapters" not in capsys.readouterr().out
 
 

@@ -82,6 +82,32 @@ def test_repetition_penalty_of_greedy_choices(penalty, logits):
     assert (sampler.choose(logits, ids) == ids[0]) is (penalty <= 1)
 
 
+def test_the_penalty_lowers_negative_logits_too():
+    logits = np.array([-1.0, -2.0, -9.0], np.float32)
+    assert Sampler(GenerationOptions(repetition_penalty=3.0)).choose(logits, [0]) == 1
+    assert Sampler(GenerationOptions(repetition_penalty=0.3)).choose(logits, [1]) == 1
+
+
+@pytest.mark.parametrize("given", [{"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 1, "temperature": 1.0}])
+def test_bans_do_not_change_the_logits(given, logits):
+    before = logits.copy()
+    Sampler(GenerationOptions(**given)).choose(logits, [1, 2])
+    assert np.array_equal(logits, before)
+
+
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (0.25, 1), (0.75, 3), (1 - 2**-53, 3)])
+def test_a_token_without_probability_is_never_drawn(point, token):
+    """At the border of two tokens, the draw takes the second one, and leaves out the banned ones between."""
+
+    class Draws:
+        def random(self):
+            return point
+
+    sampler = Sampler(GenerationOptions(temperature=1.0))
+    sampler._random = Draws()  # type: ignore[assignment]
+    assert sampler.choose(np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf], np.float32), [0]) == token
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_repeated_n_grams_are_those_of_transformers(size):
     rng = np.random.default_rng(size)
@@ -114,7 +140,7 @@ def test_log_probability_and_softmax(logits):
         assert np.allclose(softmax(scores), np.exp(exact), atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300, 5e-324])
 def test_the_smallest_temperatures_are_greedy(logits, temperature):
     sampler = Sampler(GenerationOptions(temperature=temperature, seed=0))
     assert {sampler.choose(logits, [0]) for _ in range(20)} == {int(logits.argmax())}

@@ -416,6 +416,18 @@ def test_guesses_of_one_request_hold_up_no_other(open_engine):
         assert all(request.new_tokens >= step for request in requests)
 
 
+@pytest.mark.parametrize(("others", "guesses"), [(0, True), (1, True), (2, False)])
+def test_guesses_end_where_more_requests_fill_the_step(open_engine, others, guesses):
+    engine = open_engine(num_requests=3)
+    request = engine.add([1, 2, 1], GenerationOptions(max_new_tokens=20, lookup_tokens=3), stop_ids=frozenset())
+    prophet: Any = Prophet([0] * 20, 3, wrong=False)
+    request.lookup = prophet
+    for token in range(others):
+        engine.add([token], GenerationOptions(max_new_tokens=20, lookup_tokens=0), stop_ids=frozenset())
+    engine.step()
+    assert any(part.guess for part in engine._scheduler.plan().parts) is guesses
+
+
 @pytest.mark.parametrize("context", [1, 63, 64])
 def test_no_guess_is_written_past_the_context(open_engine, context):
     """Guesses that go on behind the end are cut: the last token of a request has no place in the cache."""

@@ -218,7 +218,7 @@ def test_folders_of_one_name_are_told_apart(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_module, "_child", fake_child)
     given = []
     for name in ("a", "b"):
-        folder = tmp_path / name / "model"
+        folder = tmp_path / name / "copy"
         folder.mkdir(parents=True)
         write_random_model(folder, SMALL, "4bit")
         given.append(str(folder))

@@ -75,6 +75,16 @@ def test_counts_of_btlm_3b() -> None:
     assert tokens * (0.75 * flops[0] + 0.25 * flops[1]) == pytest.approx(1.11e22, rel=5e-3)
 
 
+def test_training_adapters_of_btlm_3b_skips_the_gradient_of_frozen_weights() -> None:
+    # Rank 16 on every projection, in 32 blocks; two thirds of the frozen weights' share, all of attention's and theirs.
+    adapters = 32 * 16 * (2560 + 7680 + 2 * 2560 + 3 * (2560 + 6826))
+    assert BTLM_3B.num_adapter_parameters(16, ["c_attn", "c_proj", "c_fc", "c_fc2"]) == adapters
+    frozen, attention = 2 * (32 * (4 * 2560**2 + 3 * 2560 * 6826) + 50257 * 2560), 32 * 4 * 2560 * 2049 / 2
+    training = BTLM_3B.flops_per_token(2048, training=True, adapters=adapters)
+    assert training == pytest.approx(2 * frozen + 3 * attention + 3 * 2 * adapters)
+    assert BTLM_3B.flops_per_token(2048, adapters=adapters) == pytest.approx(frozen + attention + 2 * adapters)
+
+
 def test_scales_of_btlm_3b() -> None:
     assert BTLM_3B.head_dim == 80
     assert BTLM_3B.attention_scale == 1 / 80

@@ -58,7 +58,8 @@ class Sampler:
     def _draw(self, scores: npt.NDArray[np.floating[Any]]) -> int:
         options = self.options
         if options.temperature is not None:  # the largest score becomes 0, which stays finite at any temperature
-            scores = (scores - scores.max()).astype(np.float64) / options.temperature
+            with np.errstate(over="ignore"):  # the others may become -inf
+                scores = (scores - scores.max()).astype(np.float64) / options.temperature
         tokens = np.arange(len(scores))
         if options.top_k is not None and options.top_k < len(scores):
             smallest = np.partition(scores, -options.top_k)[-options.top_k]
@@ -72,7 +73,7 @@ class Sampler:
             tokens, probabilities = tokens[order], probabilities[order]
         cumulative = np.cumsum(probabilities)
         point = self._random.random() * cumulative[-1]
-        return int(tokens[min(np.searchsorted(cumulative, point, side="right"), len(tokens) - 1)])
+        return int(tokens[np.searchsorted(cumulative, point, side="right")])  # random() < 1: not behind the last
 
 
 def log_probability(logits: Floats, token: int) -> float:
