@@ -1,15 +1,19 @@
 """Checkpoints as files: what is on the disk after a step, and after a power cut."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from btlm.data.shards import TokenShards
+from btlm.model import BTLMConfig, BTLMLMHeadModel
 from btlm.train import train
+from btlm.train.recipe import Lora, Start
 from btlm.train.state import publish_model
 from tests.power_cut import PowerCut
-from tests.train.tiny import TOKEN_BYTES, tiny_recipe, tiny_shards
+from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +72,30 @@ def test_the_weights_may_be_read_by_whom_the_umask_allows(finished: Path) -> Non
     modes = {path: path.stat().st_mode & 0o777 for path in finished.rglob("*") if path.is_file()}
     assert {"model.safetensors", "config.json", ".metadata", "checkpoint.json"} <= {path.name for path in modes}
     assert set(modes.values()) == {0o666 & ~UMASK}
+
+
+def test_the_readme_of_adapters_is_about_these(
+    tmp_path: Path, shards: TokenShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("PEFT asks the Hub")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", forbidden)
+    BTLMLMHeadModel(BTLMConfig(**MODEL)).save_pretrained(tmp_path / "a: base")
+    base = str(tmp_path / "a: base")
+    recipe = replace(tiny_recipe(), model={}, start=Start(base), lora=Lora(4, 8.0, target_modules=("c_attn", "c_fc")))
+    list(train(recipe, shards, tmp_path / "run", TOKEN_BYTES))
+    readme = (tmp_path / "run/model/README.md").read_text()
+    _, front, text = readme.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == base
+    # Two blocks, rank 4: matrices of 32 + 96 and of 32 + 44.
+    assert f"{2 * 4 * (128 + 76):,} parameters in adapters" in text
+    assert "of rank 4 on `c_attn`, `c_fc`, for a model of\n23,856 parameters" in text
+    assert "for 7 of 7 steps, 448 tokens" in text
+    assert yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["lora"]["alpha"] == 8.0
+    assert f'from_pretrained("{base}")' in text
+    assert "Information Needed" not in readme
+    assert not (tmp_path / "run/checkpoints/step-00000007/state/README.md").exists()
 
 
 UMASK = os.umask(0o022)

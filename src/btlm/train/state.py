@@ -33,6 +33,7 @@ from btlm.console import quiet_transformers
 from btlm.files import PARTIAL, file_sha256, remove_folder, replace_folder
 from btlm.settings import plain
 
+from .adapter_card import adapter_card
 from .distributed import Ranks
 from .model import Trainee
 from .recipe import Recipe
@@ -80,7 +81,10 @@ def save_checkpoint(
         weights = _whole_weights(trainee, ranks)
         if ranks.first:
             with quiet_transformers():  # it would draw over the progress of the run
-                trainee.saved.save_pretrained(str(partial / "model"), state_dict=weights)
+                _save_model(trainee, partial / "model", weights)
+            if trainee.adapted:
+                card = adapter_card(recipe, step, loader_state["tokens"])
+                (partial / "model" / "README.md").write_text(card, encoding="utf-8")
         del weights
         with _alone(ranks):
             save_state(_state(trainee, optimizer), checkpoint_id=partial / "state", no_dist=ranks.world_size == 1)
@@ -225,6 +229,12 @@ def _whole_weights(trainee: Trainee, ranks: Ranks) -> dict[str, Tensor] | None:
     # Gathering makes a tied head a separate copy, which would be written too.
     tied = "lm_head.weight" if trainee.network.config.tie_word_embeddings else None
     return {name: value for name, value in weights.items() if isinstance(value, Tensor) and name != tied}
+
+
+def _save_model(trainee: Trainee, folder: Path, weights: dict[str, Tensor] | None) -> None:
+    # PEFT would look on the Hub for whether the vocabulary of the base was changed; it is not.
+    options = {"save_embedding_layers": False} if trainee.adapted else {}
+    trainee.saved.save_pretrained(str(folder), state_dict=weights, **options)
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:
