@@ -26,6 +26,7 @@ from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Inspection, Mi
 from btlm.engine import GenerationOptions
 from btlm.errors import NotFinite, OptionError
 from btlm.evaluate.options import Bench
+from btlm.plan.options import Hardware
 from tests.checkpoint.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -219,11 +220,12 @@ def test_a_prompt_is_never_read_as_anything_else(called, prompt):
         ("export-gguf m o.gguf --type Q8_0", ("export_gguf", ("m", "o.gguf"), {"type": "Q8_0"})),
         ("train r.yaml --data d --output o", ("run_training", ("r.yaml", "d", "o", "auto", {}), {})),
         ("train r.yaml --data d --output o --device cuda", ("run_training", ("r.yaml", "d", "o", "cuda", {}), {})),
-        ("train r.yaml --plan", ("run_plan", ("r.yaml", 0.4, 989.0, None, {}), {})),
+        ("train r.yaml --plan", ("run_plan", ("r.yaml", Hardware(), {}, "auto"), {})),
         (
             "train r.yaml --plan --mfu 0.55 --peak-tflops 312 --devices 8,64 --set seed=2",
-            ("run_plan", ("r.yaml", 0.55, 312.0, [8, 64], {"seed": 2}), {}),
+            ("run_plan", ("r.yaml", Hardware(None, 312.0, 0.55, [8, 64]), {"seed": 2}, "auto"), {}),
         ),
+        ("train r.yaml --plan --hardware h100", ("run_plan", ("r.yaml", Hardware("h100"), {}, "auto"), {})),
         ("data prepare a b --output o", ("run_prepare", (["a", "b"], "o", DataRecipe(), Execution()), {})),
         (
             "data prepare a --output o --mix.holdout 0.2 --workers 3 --memory-gb 4 --force",
@@ -353,10 +355,11 @@ def test_settings_add_up_and_the_last_word_counts(called):
         ("train r.yaml --output o", "train needs --data:"),
         ("train absent.yaml --data d --output o", "absent.yaml is not a readable recipe: "),
         ("train absent.yaml --plan", "absent.yaml is not a readable recipe: "),
-        (f"train {ROOT}/recipes/btlm-tiny.yaml --data ./absent --output o", "absent holds no manifest.json"),
+        (f"train {ROOT}/recipes/btlm-tiny.yaml --data ./absent --output o", "There is no folder absent"),
         ("train r.yaml --plan --mfu much", "--mfu: 'much' is not a number"),
         ("train r.yaml --plan --devices 8,many", "--devices: 'many' is not a whole number"),
         ("train r.yaml --plan --peak-tflops", "--peak-tflops: expected one argument"),
+        ("train r.yaml --plan --mfu 0.3", "--mfu is a share of a peak; give --hardware or --peak-tflops, too."),
         ("train r.yaml --data d --output o --set seed", "--set 'seed' is not of the form KEY=VALUE"),
         ("train r.yaml --data d --output o --set =1", "--set '=1' is not of the form KEY=VALUE"),
         ("train r.yaml --data d --output o --set seed=[", "--set 'seed=[': the value is not YAML (while parsing"),

@@ -15,7 +15,7 @@ from btlm.engine.options import GenerationOptions
 from btlm.errors import OptionError
 from btlm.evaluate.options import Bench
 from btlm.generate.options import Run
-from btlm.plan.options import Assumptions
+from btlm.plan.options import Hardware
 from btlm.settings import (
     NOT_EMPTY,
     Count,
@@ -36,7 +36,7 @@ from btlm.settings import (
 from btlm.tune.options import CoordCheck, Search, SearchSpace
 
 OPTIONS = [Read, Clean, Dedup, Mix, Execution, Inspection, GenerationOptions, Run, Bench, QuantizeOptions, GGUF]
-OPTIONS += [Assumptions, CoordCheck, Search, SearchSpace, Device]
+OPTIONS += [Hardware, CoordCheck, Search, SearchSpace, Device]
 
 
 @dataclass(frozen=True)

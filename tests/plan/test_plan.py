@@ -12,9 +12,13 @@ from rich.console import Console
 from torch import nn
 
 from btlm.model import BTLMConfig, BTLMLMHeadModel
+from btlm.plan import plan as plan_module
 from btlm.plan.info import run_info
 from btlm.plan.memory import memory_per_device
-from btlm.plan.plan import plan, render, run_plan
+from btlm.plan.options import Hardware
+from btlm.plan.plan import plan as plan_at
+from btlm.plan.plan import render, run_plan
+from btlm.plan.speed import Speed, _part, measure_speed
 from btlm.settings import to_yaml
 from btlm.train import Recipe, load_recipe
 from btlm.train.loop import train
@@ -25,6 +29,12 @@ ROOT = Path(__file__).parents[2]
 BTLM_3B = ROOT / "recipes/btlm-3b.yaml"
 PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "head")
 LORA = Lora(rank=4)
+
+
+def plan(recipe: Recipe, devices: list[int] | None = None) -> dict[str, Any]:
+    """The plan for devices of 989 TFLOP/s at an MFU of 0.4."""
+    return plan_at(recipe, 0.4 * 989e12, devices)
+
 
 # BTLM-3B-8k: figures of the paper, its recipes and the model card; FLOPs and days computed by hand
 
@@ -57,11 +67,11 @@ def test_btlm_3b() -> None:
     assert by_shards[8]["weights"] == 10_585_022_976 / 8
 
 
-def test_days_follow_the_assumptions() -> None:
+def test_days_follow_the_speed() -> None:
     recipe = load_recipe(BTLM_3B)
     (before,) = plan(recipe, devices=[8])["days"]
-    (after,) = plan(recipe, mfu=0.2, peak_tflops=2 * 989, devices=[32])["days"]
-    assert after["days"] == pytest.approx(before["days"] / 4)
+    (after,) = plan_at(recipe, 0.2 * 989e12, [32])["days"]
+    assert after["days"] == pytest.approx(before["days"] / 2)
     assert (before["micro_batches"], after["micro_batches"]) == (60, 15)
 
 
@@ -145,27 +155,78 @@ def test_nothing_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert numbers["parameters"] == plan(tiny_recipe(lora=LORA))["parameters"]
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_devices_that_cannot_share_the_batches_are_named(count: int) -> None:
+    problem = rf"^devices has {count}, which cannot share the batches of the recipe evenly; give some of 1, 2\.$"
+    with pytest.raises(ValueError, match=problem):
+        plan(tiny_recipe(), devices=[1, count])
+
+
 @pytest.mark.parametrize(
-    ("arguments", "problem"),
+    ("values", "problem"),
     [
-        ({"mfu": 0}, "mfu is 0; give a share of the peak, above 0 and at most 1 (0.4 for 40%)."),
-        ({"mfu": 40.0}, "mfu is 40.0; give a share"),
-        ({"mfu": float("nan")}, "mfu is nan; give a share"),
-        ({"mfu": "0.4"}, "mfu is '0.4'; give a share"),
-        ({"mfu": True}, "mfu is True; give a share"),
-        ({"peak_tflops": 0.0}, "peak_tflops is 0.0; give the peak of one device in TFLOP/s"),
-        ({"peak_tflops": -989}, "peak_tflops is -989; give"),
-        ({"peak_tflops": 9.89e14}, "peak_tflops is 989000000000000.0; give"),
-        ({"peak_tflops": float("inf")}, "peak_tflops is inf; give"),
-        ({"devices": [1, 3]}, "devices has 3, which cannot share the batches of the recipe evenly; give some of 1, 2."),
-        ({"devices": [0]}, "devices has 0, which"),
-        ({"devices": [True]}, "devices has True, which"),
-        ({"devices": []}, "devices is empty; leave it out, or give some of 1, 2."),
+        ({"mfu": 0.0}, "mfu is 0.0, not a number above 0 and at most 1"),
+        ({"mfu": 40.0}, "mfu is 40.0, not a number"),
+        ({"mfu": float("nan")}, "mfu is nan, not a number"),
+        ({"peak_tflops": -989}, "peak_tflops is -989, not a number above 0"),
+        ({"peak_tflops": 9.89e14}, "peak_tflops is 989000000000000.0, not a number"),
+        ({"devices": [0]}, "devices is [0], not a list"),
+        ({"devices": []}, "devices is [], not a list"),
+        ({"hardware": "h1000"}, "hardware is 'h1000', not one of a100, h100, h200"),
+        ({"mfu": 0.3}, "mfu is a share of a peak; give hardware or peak_tflops, too."),
+        ({"hardware": "h100", "peak_tflops": 1.0}, "hardware and peak_tflops both give the peak of a device; leave"),
     ],
 )
-def test_a_wrong_argument_is_named(arguments: dict[str, Any], problem: str) -> None:
+def test_a_wrong_option_is_named(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
-        plan(tiny_recipe(), **arguments)
+        Hardware(**values)
+
+
+# This machine and others
+
+
+def test_the_plan_is_for_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(plan_module, "measure_speed", lambda *_: Speed(1e15, "abacus", 4, 2, 8192))
+    run_plan(BTLM_3B)
+    text = capsys.readouterr().out
+    # 1.11e22 FLOPs at 1e15 per second take 128 days; this machine has four devices.
+    days = re.findall(r"^  (\d+) +\d+ .* (\d+)(?:\.\d)? days", text, re.MULTILINE)
+    assert days == [("1", "128"), ("2", "64"), ("4", "32")]
+    words = " ".join(text.split())
+    assert "measured on this machine (abacus): 1.00 PFLOP/s per device in passes of 2 blocks on 8,192 tokens" in words
+    assert "H100" not in text
+
+
+def test_errors_come_before_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "measure_speed", None)
+    with pytest.raises(ValueError, match=r"^devices has 7, which cannot share"):
+        run_plan(BTLM_3B, Hardware(devices=[7]))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_speed_is_that_of_passes_of_the_model(monkeypatch: pytest.MonkeyPatch, lora: Lora | None) -> None:
+    recipe = tiny_recipe(lora=lora)
+    clock = iter([0.0, 50.0, 100.0, 104.0, 200.0, 202.0, 300.0, 308.0])
+    monkeypatch.setattr("btlm.plan.speed.time.process_time", lambda: next(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    speed = measure_speed(recipe, "cpu")
+    # The fastest pass after the first took two seconds of processor time on four threads: half a second.
+    flops = 16 * plan(recipe)["stages"][0]["flops"] / 256
+    assert speed.flops_per_s == pytest.approx(flops / 0.5)
+    assert speed[1:] == ("CPU, 4 threads", 1, 2, 16)
+
+
+def test_a_large_model_is_measured_by_a_part_of_it() -> None:
+    recipe = load_recipe(BTLM_3B)
+    part, length = _part(recipe, on_gpu=False)
+    assert (part.config.n_layer, part.config.n_embd, part.precision) == (1, 2560, Precision("bfloat16", True, False))
+    assert part.config.flops_per_token(length, training=True) * length == pytest.approx(5e11, rel=0.03)
+    assert part.config.mup_width_scale == 0.1
+    part, length = _part(load_recipe(ROOT / "recipes/btlm-tiny.yaml"), on_gpu=False)
+    assert (part.config.n_layer, length) == (6, 2048), "the whole model"
+    part, length = _part(recipe, on_gpu=True)
+    assert (part.config.n_layer, length) == (4, 2048)
 
 
 def test_replicas_have_to_share_the_rows() -> None:
@@ -216,7 +277,7 @@ def test_tables_of_shipped_recipes_fit_80_columns(path: Path) -> None:
 
 def test_tables_hold_the_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    run_plan(BTLM_3B)
+    run_plan(BTLM_3B, Hardware("h100"))
     text = capsys.readouterr().out
     for part in (
         "btlm-3b.yaml",
@@ -232,7 +293,7 @@ def test_tables_hold_the_numbers(capsys: pytest.CaptureFixture[str], monkeypatch
         "16.2 hours",
     ):
         assert part in text
-    run_plan(BTLM_3B, 0.5, 312.0, [40], {"micro_batch_tokens": 16_384})
+    run_plan(BTLM_3B, Hardware(None, 312.0, 0.5, [40]), {"micro_batch_tokens": 16_384})
     text = capsys.readouterr().out
     assert "assumptions: MFU 0.5 at any number of devices, and a peak of 312 TFLOP/s each" in text
     assert "H100" not in text
@@ -244,7 +305,6 @@ def test_tables_of_variants() -> None:
     for part in (
         "more in adapters, the only ones that are trained",
         "(4 x frozen + 6 x trained parameters) x tokens",
-        "the recipe computes in float32: give its peak, peak_tflops",
         "2 replicas: devices are that many times the shards",
         " seconds",
     ):

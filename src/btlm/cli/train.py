@@ -1,6 +1,6 @@
 """`btlm train`."""
 
-from btlm.plan.options import Assumptions
+from btlm.plan.options import Hardware
 
 from .options import Device, Parser, options_of
 
@@ -28,15 +28,15 @@ def run(argv: list[str]) -> None:
         help="value to change in the recipe, as in optimizer.lr=1.0e-3; may be repeated",
     )
     parser.add_options(Device)
-    plan = parser.add_options(Assumptions, "plan")
+    plan = parser.add_options(Hardware, "plan")
     plan.add_argument("--plan", action="store_true", help="print cost and memory of the run, and do nothing else")
     arguments = parser.parse(argv)
-    device, assumptions = options_of(Device, arguments).device, options_of(Assumptions, arguments)
+    device, hardware = options_of(Device, arguments).device, options_of(Hardware, arguments)
     changes = dict(map(_setting, arguments.set))
     if arguments.plan:
         from btlm.plan.plan import run_plan
 
-        run_plan(arguments.recipe, assumptions.mfu, assumptions.peak_tflops, assumptions.devices, changes)
+        run_plan(arguments.recipe, hardware, changes, device)
         return
     if missing := [f"--{name}" for name in ("data", "output") if getattr(arguments, name) is None]:
         raise ValueError(

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from btlm.console import scaled, three_digits
+from btlm.console import plain_messages, plural, scaled, three_digits
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import GATE, is_target
 from btlm.train.cost import flops_by_stage, num_adapter_parameters
@@ -18,7 +18,8 @@ from btlm.train.recipe import Recipe
 from btlm.train.recipe_file import load_recipe
 
 from .memory import adapted_matrices, memory_per_device
-from .options import Assumptions
+from .options import MFU, Hardware
+from .speed import measure_speed
 
 # More shards are worth a row while doubling them frees at least this part of the memory.
 _WORTH_A_ROW = 0.05
@@ -26,33 +27,52 @@ _WORTH_A_ROW = 0.05
 
 def run_plan(
     recipe_path: Path | str,
-    mfu: float = Assumptions.mfu,
-    peak_tflops: float = Assumptions.peak_tflops,
-    devices: Sequence[int] | None = None,
+    hardware: Hardware | None = None,
     changes: dict[str, Any] | None = None,
+    device: str = "auto",
 ) -> None:
-    """Print what :func:`plan` knows of a recipe to standard output; the arguments that it shares are described there.
+    """Print what :func:`plan` knows of a recipe to standard output.
 
     Args:
         recipe_path: YAML file.
-        mfu: Expected part of the peak.
-        peak_tflops: Of one device.
-        devices: Numbers of devices.
+        hardware: Devices to expect times for; by default this machine, whose speed is measured.
         changes: Values to set on top of the file, as for :func:`btlm.train.load_recipe`.
+        device: Torch device of this machine to measure, or ``auto`` for a GPU if there is one.
 
     Raises:
-        ValueError: The recipe cannot be read, or an argument cannot be.
+        ValueError: The recipe, the numbers of devices or the device cannot be used.
     """
-    recipe = load_recipe(recipe_path, changes)
-    Console().print(render(Path(recipe_path).name, plan(recipe, mfu, peak_tflops, devices)))
+    hardware = hardware or Hardware()
+    with plain_messages():
+        recipe = load_recipe(recipe_path, changes)
+        rate, counts, notes = _measured(recipe, hardware, device) if hardware.peak is None else _assumed(hardware)
+        Console().print(render(Path(recipe_path).name, plan(recipe, rate, counts), notes))
 
 
-def plan(
-    recipe: Recipe,
-    mfu: float = Assumptions.mfu,
-    peak_tflops: float = Assumptions.peak_tflops,
-    devices: Sequence[int] | None = None,
-) -> dict[str, Any]:
+def _measured(recipe: Recipe, hardware: Hardware, device: str) -> tuple[float, Sequence[int] | None, list[str]]:
+    """FLOP/s of one device of this machine, numbers of devices, and lines that say so."""
+    plan(recipe, 1.0, hardware.devices)  # raises its errors before anything is measured
+    speed = measure_speed(recipe, device)
+    here = [count for count in _device_counts(recipe) if count <= speed.devices]
+    part = "the model" if speed.blocks == recipe.config.n_layer else plural(speed.blocks, "block")
+    note = (
+        f"measured on this machine ({speed.device}): {scaled(speed.flops_per_s)}FLOP/s per device in passes of {part} "
+        f"on {plural(speed.tokens, 'token')}; not counted: the optimizer, exchange between devices, evaluation"
+    )
+    return speed.flops_per_s, hardware.devices or here or None, [note]
+
+
+def _assumed(hardware: Hardware) -> tuple[float, Sequence[int] | None, list[str]]:
+    """FLOP/s of one device of other hardware, numbers of devices, and the assumptions as lines."""
+    assert hardware.peak is not None
+    mfu = MFU if hardware.mfu is None else hardware.mfu
+    notes = [f"assumptions: MFU {mfu:g} at any number of devices, and a peak of {hardware.peak:g} TFLOP/s each"]
+    if hardware.hardware:
+        notes.append(f"(dense bf16 products on an {hardware.hardware.upper()} SXM, NVIDIA's data sheet)")
+    return hardware.peak * 1e12 * mfu, hardware.devices, notes
+
+
+def plan(recipe: Recipe, flops_per_s: float, devices: Sequence[int] | None = None) -> dict[str, Any]:
     """What a run needs, as plain numbers; nothing is allocated, and of ``start.model`` only its configuration is read.
 
     FLOPs are those that training needs: recomputation by activation checkpointing is not among them, as in the
@@ -61,8 +81,7 @@ def plan(
 
     Args:
         recipe: The run.
-        mfu: Part of the peak that is expected to go into those FLOPs, in (0, 1].
-        peak_tflops: Of one device in the dtype of the recipe, TFLOP/s.
+        flops_per_s: FLOP/s of one device that go into those FLOPs.
         devices: Numbers of devices to expect days for; by default those that can share the batches, each at least
             twice the one before.
 
@@ -78,17 +97,16 @@ def plan(
         - ``micro_batch_tokens``: tokens of a forward pass of one device.
         - ``memory``: rows of :func:`btlm.plan.memory.memory_per_device` for 1, 2, 4, ... ``shards``, until more make
           little difference or a step has too few rows.
-        - ``mfu``, ``peak_tflops``: the assumptions behind
         - ``days``: rows of ``devices``, ``shards`` (devices that one copy of the state is cut over), ``micro_batches``
           (of each device in a step, the most of any stage), ``micro_batch_tokens`` (less than the recipe's where a
           device gets less), ``memory`` (bytes per device), and ``days``.
 
     Raises:
-        ValueError: ``mfu``, ``peak_tflops`` or ``devices`` cannot be, replicas cannot share the batches, or ``lora``
-            has other targets than matrices of the blocks.
+        ValueError: Devices or replicas cannot share the batches, or ``lora`` has other targets than matrices of the
+            blocks.
     """
     config, replicas = recipe.config, recipe.parallelism.replicate
-    _raise_problems(recipe, config, mfu, peak_tflops, devices)
+    _raise_problems(recipe, config, devices)
     total, adapters = config.num_parameters(), num_adapter_parameters(recipe, config)
     by_parameters = 6 * total if recipe.lora is None else 4 * total + 6 * adapters
     stages = []
@@ -123,7 +141,7 @@ def plan(
                 "micro_batches": math.ceil(most / at_once),
                 "micro_batch_tokens": at_once,
                 "memory": row["total"],
-                "days": flops / (count * peak_tflops * 1e12 * mfu * 86_400),
+                "days": flops / (count * flops_per_s * 86_400),
             }
         )
     return {
@@ -144,8 +162,6 @@ def plan(
         "flops": flops,
         "micro_batch_tokens": recipe.micro_batch_tokens,
         "memory": memory,
-        "mfu": mfu,
-        "peak_tflops": peak_tflops,
         "days": days,
     }
 
@@ -153,16 +169,7 @@ def plan(
 # Devices
 
 
-def _raise_problems(
-    recipe: Recipe, config: BTLMConfig, mfu: float, peak_tflops: float, devices: Sequence[int] | None
-) -> None:
-    if not (_is_number(mfu) and 0 < mfu <= 1):
-        raise ValueError(f"mfu is {mfu!r}; give a share of the peak, above 0 and at most 1 (0.4 for 40%).")
-    if not (_is_number(peak_tflops) and 0 < peak_tflops <= 1e6):
-        raise ValueError(
-            f"peak_tflops is {peak_tflops!r}; give the peak of one device in TFLOP/s, above 0 and at most 1e6 "
-            f"({Assumptions.peak_tflops:g} for an H100 SXM in bf16)."
-        )
+def _raise_problems(recipe: Recipe, config: BTLMConfig, devices: Sequence[int] | None) -> None:
     if recipe.lora is not None:
         # A name that only other activations have is none too many: PEFT passes over it.
         names = [*config.architecture.matrices, GATE]
@@ -177,12 +184,12 @@ def _raise_problems(
             f"parallelism.replicate is {replicas}, but the steps have {rows} rows to share; give a divisor of that."
         )
     fitting = [count for count in range(replicas, rows + 1, replicas) if rows % count == 0]
-    remedy = f"give some of {', '.join(map(str, fitting))}."
-    if devices is not None and not devices:
-        raise ValueError(f"devices is empty; leave it out, or {remedy}")
     for count in devices or ():
-        if isinstance(count, bool) or count not in fitting:
-            raise ValueError(f"devices has {count!r}, which cannot share the batches of the recipe evenly; {remedy}")
+        if count not in fitting:
+            raise ValueError(
+                f"devices has {count!r}, which cannot share the batches of the recipe evenly; give some of "
+                f"{', '.join(map(str, fitting))}."
+            )
 
 
 def _rows(recipe: Recipe) -> int:
@@ -200,15 +207,11 @@ def _device_counts(recipe: Recipe) -> list[int]:
     return counts
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 # Rendering
 
 
-def render(name: str, numbers: dict[str, Any]) -> Group:
-    """Tables of what :func:`plan` returns that fit 80 columns."""
+def render(name: str, numbers: dict[str, Any], notes: Sequence[str] = ()) -> Group:
+    """Tables of what :func:`plan` returns that fit 80 columns, with lines that say where the speed is from."""
     parameters = numbers["parameters"]
     counts = f"  {parameters['total']:,} parameters, {parameters['without_embeddings']:,} without embeddings"
     if parameters["adapters"]:
@@ -218,7 +221,7 @@ def render(name: str, numbers: dict[str, Any]) -> Group:
         counts,
         _stages(numbers),
         _memory(numbers),
-        _days(numbers),
+        _days(numbers, notes),
     )
 
 
@@ -253,9 +256,9 @@ def _memory(numbers: dict[str, Any]) -> Padding:
     for row in numbers["memory"]:
         moments.setdefault(row["moment"], []).append(str(row["shards"]))
     fullest = "; ".join(f"{moment} ({', '.join(shards)})" for moment, shards in moments.items())
+    tokens = plural(numbers["micro_batch_tokens"], "token")
     notes = [
-        f"estimate for one device, {numbers['micro_batch_tokens']:,} tokens per micro-batch, at the fullest moment of",
-        f"a step, by shards: {fullest}",
+        f"estimate for one device, {tokens} per micro-batch, at the fullest moment of a step, by shards: {fullest}",
         "gathered: weights in use, gathered or cast, and gradients not yet reduced",
         *(["activations: block inputs are kept, the rest is recomputed"] if numbers["checkpointing"] else []),
         "not counted: CUDA context, NCCL, fragmentation" + (", savings by compilation" if numbers["compiled"] else ""),
@@ -263,7 +266,7 @@ def _memory(numbers: dict[str, Any]) -> Padding:
     return _section(table, *notes)
 
 
-def _days(numbers: dict[str, Any]) -> Padding:
+def _days(numbers: dict[str, Any], basis: Sequence[str]) -> Padding:
     table = _table("devices", ("shards", 6), ("micro-batches", 15), ("memory", 9), ("time", 13))
     for row in numbers["days"]:
         table.add_row(
@@ -273,15 +276,7 @@ def _days(numbers: dict[str, Any]) -> Padding:
             f"{scaled(row['memory'])}B",
             _duration(row["days"]),
         )
-    peak = numbers["peak_tflops"]
-    default = peak == Assumptions.peak_tflops
-    notes = [
-        f"assumptions: MFU {numbers['mfu']:g} at any number of devices, and a peak of {peak:g} TFLOP/s each",
-        *(["(dense bf16 products on an H100 SXM, NVIDIA's data sheet)"] if default else []),
-    ]
-    if default and numbers["dtype"] != "bfloat16":
-        notes.append(f"the recipe computes in {numbers['dtype']}: give its peak, peak_tflops")
-    notes.append("micro-batches (number x tokens) in a step, and memory, are those of one device")
+    notes = [*basis, "micro-batches (number x tokens) in a step, and memory, are those of one device"]
     if numbers["replicas"] > 1:
         notes.append(f"{numbers['replicas']} replicas: devices are that many times the shards")
     return _section(table, *notes)

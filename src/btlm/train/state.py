@@ -233,7 +233,7 @@ def _whole_weights(trainee: Trainee, ranks: Ranks) -> dict[str, Tensor] | None:
 
 def _save_model(trainee: Trainee, folder: Path, weights: dict[str, Tensor] | None) -> None:
     # PEFT would look on the Hub for whether the vocabulary of the base was changed; it is not.
-    options = {"save_embedding_layers": False} if trainee.adapted else {}
+    options: dict[str, Any] = {"save_embedding_layers": False} if trainee.adapted else {}
     trainee.saved.save_pretrained(str(folder), state_dict=weights, **options)
 
 
