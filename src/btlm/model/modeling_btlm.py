@@ -95,6 +95,7 @@ class BTLMPreTrainedModel(PreTrainedModel):
     config: BTLMConfig
     config_class = BTLMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BTLMBlock"]  # noqa: RUF012 - the class attributes are Transformers' contract
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -152,14 +153,6 @@ class BTLMModel(BTLMPreTrainedModel):
         self.gradient_checkpointing = False
         name_layers(self)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token table."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table."""
-        self.wte = value  # type: ignore[assignment]  # any module that maps ids to embeddings
 
     def forward(
         self,
@@ -312,15 +305,6 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         name_layers(self)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        head: nn.Module = self.lm_head
-        return head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
 
     def forward(
         self,
