@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from btlm.engine import GenerationOptions
+from btlm.errors import NotSupported
 from btlm.generate.continue_prompt import run_generate
 from tests.checkpoint.tiny import byte_tokenizer, set_config, tiny_model
 
@@ -67,6 +68,36 @@ def test_the_continuation_without_the_prompt(checkpoint, capsys, engine):
 def test_one_token_is_singular(checkpoint, capsys):
     run_generate(["O"], model=checkpoint, options=SHORT)
     assert "\nbtlm: 1 prompt token, 6 new (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"engine": "transformers", "threads": 1}, "threads only matter to the engine, .* by Transformers; leave"),
+        ({"engine": "transformers", "kernels": "torch", "cache_dtype": "int8"}, "cache_dtype and kernels only matter"),
+        ({"dtype": "bfloat16", "threads": 1}, r"by Transformers \(The engine has no dtype but the stored one\); leave"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(checkpoint, capsys, given, named):
+    with pytest.raises(ValueError, match=named):
+        run_generate(["a"], model=checkpoint, options=SHORT, **given)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"dtype": "float32"}, "no dtype but the stored one"),
+        ({"device": "cuda"}, "no device but the processor"),
+        ({"context_scaling": "dynamic"}, "no dynamic interpolation"),
+        ({"context_scaling": "0.5"}, "no context scaling 0.5"),
+        ({"context_scaling": "much"}, "no context scaling much"),
+        ({"options": GenerationOptions(num_beams=2)}, "no beams"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_where_it_is_demanded(checkpoint, given, reason):
+    with pytest.raises(NotSupported, match=reason):
+        run_generate(["a"], model=checkpoint, engine="btlm", **given)
 
 
 def test_beams(checkpoint, capsys):
