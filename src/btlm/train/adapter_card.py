@@ -21,8 +21,8 @@ tags: [btlm, lora]
 {trained:,} parameters in adapters (LoRA, arXiv 2106.09685) of rank {rank} on `{layers}`, for a model of
 {total:,} parameters. They were trained by `btlm train` for {step:,} of {steps:,} steps, {tokens:,} tokens of text.
 
-This folder has only the adapters (`adapter_model.safetensors`); the base model is needed, too. The commands of btlm take
-the folder as a model, `btlm merge FOLDER MERGED` writes a model without adapters, and in Python:
+This folder has only the adapters (`adapter_model.safetensors`); the base model is needed, too. The commands of btlm
+take the folder as a model, `btlm merge FOLDER MERGED` writes a model without adapters, and in Python:
 
 ```python
 import btlm
