@@ -172,6 +172,12 @@ def test_an_end_of_the_configuration_that_is_no_token(copy):
         assert "\n" not in str(error.value)
 
 
+def test_a_configuration_of_far_more_layers_costs_nothing(copy):
+    set_config(copy, n_layer=10**9)
+    with pytest.raises(ValueError, match=r"describes .* parameters, and the weights take .* do not belong together"):
+        Engine.open(copy, context=4)
+
+
 # Its configuration, which is read without the configuration class
 
 

@@ -188,6 +188,20 @@ def test_another_order_of_bytes(file):
         read_pickle(file)
 
 
+def test_a_member_that_says_it_is_longer_than_the_file(file):
+    torch.save({"a": torch.randn(3, 5)}, file)
+    rewrite(file, described(shape=(1000, 1000), strides=(1000, 1)))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"data/0", content.index(b"PK\1\2"))  # in the directory at the end
+    entry = content.rindex(b"PK\1\2", 0, at)
+    content[entry + 20 : entry + 28] = struct.pack("<II", 4_000_000, 4_000_000)
+    file.write_bytes(content)
+    with zipfile.ZipFile(file) as archive:
+        assert max(member.file_size for member in archive.infolist()) == 4_000_000
+    with pytest.raises(ValueError, match="does not lie in the file"):
+        read_pickle(file)
+
+
 @pytest.mark.parametrize("missing", ["data.pkl", "data/0"])
 def test_a_member_that_is_not_there(file, missing):
     torch.save({"a": torch.zeros(3)}, file)

@@ -11,7 +11,7 @@ from btlm.model.config_keys_btlm import end_ids
 from .config import read_architecture, read_config
 from .locate import checkpoint_folder
 from .tensor_file import MappedTensor, map_tensors
-from .weight_files import weight_files
+from .weight_files import check_size, weight_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,8 +104,10 @@ class Checkpoint:
 
         Raises:
             NotSupported: They are pickled in a form that only torch can read.
-            ValueError: There are none, or a file is damaged.
+            ValueError: There are none, a file is damaged, or they are too small for the configuration.
         """
+        quantized = self.architecture.quantization is not None
+        check_size(self.weight_files, self.architecture.num_parameters(), quantized=quantized)
         return map_tensors(self.weight_files)
 
     @cached_property
