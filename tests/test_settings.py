@@ -92,6 +92,7 @@ def test_values_are_read_in_their_types() -> None:
     assert whole == Whole(Part(2), [Part(1)], (0, 0.25), ("a", "b"), {"a": 2}, {7: None}, on=True)  # type: ignore[dict-item]
     assert read(yaml.safe_load(to_yaml(whole))) == (values, [])
     assert plain(whole)["names"] == ["a", "b"]
+    assert list(yaml.safe_load(to_yaml(whole))) == [item.name for item in dataclasses.fields(Whole)], "in their order"
 
 
 def test_every_problem_is_found_and_what_can_be_read_is() -> None:
@@ -164,6 +165,7 @@ def test_the_nearest_key() -> None:
     assert did_you_mean("bandz", ["rows", "bands"]) == ": did you mean bands?"
     assert did_you_mean("colour", ["rows", "bands"]) == ""
     assert did_you_mean(7, ["rows"]) == ""
+    assert did_you_mean("BANDZ", ["rows", "Bands"]) == ": did you mean Bands?"
 
 
 def test_changes_of_what_is_no_mapping_are_passed_over() -> None:
@@ -215,6 +217,8 @@ def test_recipes_that_come_with_btlm_are_known_by_name(
         ("btlm-tny", r"^btlm-tny is not a readable recipe: did you mean btlm-tiny\?$"),
         ("mine.yml", r"^mine.yml is not a readable recipe: did you mean mine.yaml\?$"),
         ("x", "^x is not a readable recipe: there is no such file, and btlm comes with btlm-3b, .*, lora.$"),
+        ("here/mine.yml", r"^here/mine.yml is not a readable recipe: there is no such file"),
+        ("recipes/btlm-tny.yaml", r"^recipes/btlm-tny.yaml is not a readable recipe: did you mean btlm-tiny\?$"),
         ("recipes/absent.yaml", "^recipes/absent.yaml is not a readable recipe: there is no such file"),
         ("slimpajama", "^slimpajama is not a readable recipe: there is no such file"),  # one of data
         (".", "^. is not a readable recipe"),

@@ -140,7 +140,8 @@ def recipe_file(name: Path | str, kind: str = "") -> Path:
     named = recipes / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else shipped.get(str(name), path)
     if found := next((file for file in (path, named) if file.is_file()), None):
         return found
-    near = did_you_mean(name, [*shipped, *map(str, path.parent.glob("*.y*ml"))])
+    beside = (file.name for file in path.parent.glob("*.y*ml"))
+    near = did_you_mean(path.name, beside) or did_you_mean(path.stem, shipped)
     none = f": there is no such file, and btlm comes with {', '.join(shipped)}."
     raise ValueError(f"{name} is not a readable recipe{near or none}")
 

@@ -301,7 +301,12 @@ def test_text_that_is_too_long(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("missing.jsonl", "does not exist"), ("a.pdf", "is not one of .jsonl"), ("folder", "holds no file that ends in")],
+    [
+        ("missing.jsonl", r"missing.jsonl does not exist; give files or folders of \.jsonl, "),
+        ("Folders", r"Folders does not exist: did you mean folder\?$"),
+        ("a.pdf", "is not one of .jsonl"),
+        ("folder", "holds no file that ends in"),
+    ],
 )
 def test_input_that_is_none(tmp_path, name, message):
     (tmp_path / "a.pdf").write_text("x")

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from btlm.settings import did_you_mean
+
 from .recipe import Read
 
 HUB = "hf://"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".txt")
+KINDS = ", ".join(SUFFIXES)
 
 # Number of text files per task; every other file has a task of its own.
 _TEXT_FILES = 1000
@@ -85,9 +88,10 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
             continue
         path = Path(given)
         if not path.exists():
-            raise ValueError(f"{path} does not exist; give files or folders of {', '.join(SUFFIXES)}.")
+            near = did_you_mean(path.name, (file.name for file in path.parent.glob("*")))
+            raise ValueError(f"{path} does not exist{near or f'; give files or folders of {KINDS}.'}")
         if path.is_file() and not _is_known(path):
-            raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}.")
+            raise ValueError(f"{path} is not one of {KINDS}.")
         files = [path] if path.is_file() else _files_below(path)
         if stage := next((file.parent for file in files if file.name == "begun.json"), None):
             raise ValueError(
@@ -97,7 +101,7 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
         files = [file for file in files if not _is_hidden(file, path)]
         known = [file for file in files if _is_known(file)]
         if not known:
-            raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}.")
+            raise ValueError(f"{path} holds no file that ends in {KINDS}.")
         others += [str(file) for file in files if not _is_known(file)]
         root = path.absolute().parent
         for file in (file.absolute() for file in known if file.resolve() not in seen):
