@@ -505,7 +505,8 @@ def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):
         "data prepare absent --output absent",
     ],
 )
-def test_a_command_that_draws_at_its_end_asks_for_matplotlib_first(error_of, monkeypatch, command):
+def test_a_command_that_draws_at_its_end_asks_for_matplotlib_first(error_of, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("btlm.plots.find_spec", lambda _: None)
     told = "btlm: error: matplotlib is not installed; get it with pip install 'btlm[all]'\n"
     assert error_of(*command.split()) == told

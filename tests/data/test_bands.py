@@ -3,6 +3,7 @@ import pytest
 
 from btlm.data.bands import bands_for_threshold, pair_probability
 from btlm.data.recipe import Dedup
+from btlm.settings import plain
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,9 @@ def test_bands_of_a_threshold_are_datasketchs(threshold):
 def test_slimpajamas_bands_are_those_of_threshold_08():
     assert bands_for_threshold(0.8, 128) == (9, 13)
     assert (Dedup(threshold=0.8).bands, Dedup(threshold=0.8).rows) == (Dedup().bands, Dedup().rows)
+
+
+def test_printed_settings_with_a_threshold_are_settings():
+    settings = Dedup(threshold=0.5)
+    assert (settings.bands, settings.rows) == (25, 5)
+    assert Dedup(**plain(settings)) == settings
