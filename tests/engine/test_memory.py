@@ -1,5 +1,6 @@
 import resource
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,32 @@ def test_the_smallest_limit_counts(monkeypatch):
     for name in ("_free", "_control_group"):
         monkeypatch.setattr(memory, name, lambda: None)
     assert memory.available_memory() is None
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "5000", "memory.current": "3000", "memory.stat": "anon 7\ninactive_file 400"}, 2400),
+        ({"memory.max": "max", "memory.current": "3000", "memory.stat": "inactive_file 400"}, None),
+        (
+            {
+                "memory/memory.limit_in_bytes": "5000",
+                "memory/memory.usage_in_bytes": "1000",
+                "memory/memory.stat": "total_inactive_file 300\ninactive_file 9",
+            },
+            4300,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_control_group_leaves_what_it_can_drop_too(monkeypatch, tmp_path, files, left):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(
+        memory, "Path", lambda folder, name: tmp_path / Path(folder).relative_to("/sys/fs/cgroup") / name
+    )
+    assert memory._control_group() == left
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")

@@ -41,7 +41,7 @@ def logits():
         ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
         ({"temperature": 2.0}, [TemperatureLogitsWarper(2.0)]),
         ({"top_k": 4}, [TopKLogitsWarper(4)]),
-        ({"top_k": VOCAB + 5}, [TopKLogitsWarper(VOCAB)]),
+        *(({"top_k": top_k}, [TopKLogitsWarper(VOCAB)]) for top_k in (VOCAB, VOCAB + 1, VOCAB + 5)),
         ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
         ({"top_p": 1.0}, []),
         ({"top_p": 0.01}, [TopPLogitsWarper(0.01)]),

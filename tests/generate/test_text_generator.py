@@ -1,3 +1,6 @@
+import itertools
+import time
+
 import pytest
 
 from btlm.checkpoint import BUNDLED_MODEL
@@ -34,6 +37,14 @@ def test_the_text_is_that_of_the_engine_whole_and_in_pieces(generator, whole):
     report = stream.report
     assert (report.prompt_tokens, report.new_tokens, report.end_of_text, report.stop) == (16, 20, False, None)
     assert 0 < report.first_token_s <= report.total_s
+
+
+def test_times_are_those_of_the_first_token_and_of_the_last(generator, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    stream = generator.stream(PROMPT, OPTIONS)
+    assert "".join(stream)
+    assert (stream.report.first_token_s, stream.report.total_s) == (1, 20)
 
 
 def test_it_ends_before_a_stop_text(generator, whole):
