@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from btlm.errors import NotFinite
+from btlm.plots import pyplot
 from btlm.settings import to_yaml
 from btlm.train import loop
 from btlm.train.recipe import Checkpoints, Optimizer, Recipe, Stage
 from btlm.train.recipe_file import load_recipe
 from btlm.tune.options import SearchSpace
 from btlm.tune.transfer import JOURNAL, RESULT, finished_trials, run_transfer
+from btlm.tune.transfer_report import plot_trials
 from btlm.tune.transfer_trials import Setting, run_jobs
 from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
 
@@ -418,3 +421,31 @@ def test_a_folder_of_something_else_is_refused(files):
 def test_an_impossible_range_is_refused(limits):
     with pytest.raises(ValueError, match="lr is searched from"):
         SearchSpace(lr=limits)
+
+
+# The plot
+
+
+def test_every_mark_of_the_plot_is_explained_and_trials_are_whole(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("btlm.tune.transfer_report.save_figure", lambda figure, _: figures.append(figure))
+    space = SearchSpace()
+    losses = [2.5, 2.2, None, 9.0, 2.1, 2.3]
+    trials = {i: SimpleNamespace(params=space.draw(1, i), value=loss) for i, loss in enumerate(losses)}
+    plot_trials(trials, space.ranges, tmp_path / "transfer.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [
+        "trial",
+        "trial with a higher loss than the axis shows",
+        "trial that diverged",
+        "best trial",
+        "best trial so far",
+    ]
+    ticks = figure.axes[-1].get_xticks()
+    assert list(ticks) == [round(tick) for tick in ticks]
+    for axis in figure.axes:
+        drawn = {line.get_marker(): len(line.get_xdata()) for line in axis.lines if line.get_label() != "best trial"}
+        assert (drawn["o"], drawn["^"], drawn["x"]) == (4, 1, 1)
+    pyplot().close(figure)

@@ -74,7 +74,7 @@ def trials_table(trials: Mapping[int, "FrozenTrial"]) -> Table:
 def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[float, float]], picture: Path) -> None:
     """Plot the loss against each value and trial number, and the best loss so far; diverged trials are at the top."""
     plt = pyplot()
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     numbers = np.array(list(trials))
     losses = np.array([np.nan if trial.value is None else trial.value for trial in trials.values()])
@@ -85,14 +85,18 @@ def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[
     # Very high losses would flatten the differences between the others, so they are drawn at the top, too.
     low, high = losses[best], float(np.nanquantile(losses, 0.9))
     top = high + 0.1 * (high - low) if high > low else low + 1
-    marks = (("o", "C0", losses <= top), ("^", "C0", losses > top), ("x", "crimson", ~ended))
+    marks = (
+        ("o", "C0", losses <= top, "trial"),
+        ("^", "C0", losses > top, "trial with a higher loss than the axis shows"),
+        ("x", "crimson", ~ended, "trial that diverged"),
+    )
     for axis, (name, x) in zip(axes, [*places.items(), ("trial", numbers)], strict=True):
-        for marker, color, chosen in marks:
+        for marker, color, chosen, label in marks:
             if not chosen.any():  # Matplotlib's layout fails on empty plots without clipping.
                 continue
             heights = np.where(losses[chosen] <= top, losses[chosen], top)
-            axis.plot(x[chosen], heights, marker, color=color, alpha=0.6, markersize=4, clip_on=False)
-        axis.plot(x[best], losses[best], "o", color="black", markersize=9, markerfacecolor="none")
+            axis.plot(x[chosen], heights, marker, color=color, alpha=0.6, markersize=4, clip_on=False, label=label)
+        axis.plot(x[best], losses[best], "o", color="black", markersize=9, markerfacecolor="none", label="best trial")
         axis.set_xlabel(NAMES.get(name, name))
         axis.grid(color="0.93")
         axis.spines[["top", "right"]].set_visible(False)
@@ -103,8 +107,12 @@ def plot_trials(trials: Mapping[int, "FrozenTrial"], ranges: Mapping[str, tuple[
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.tick_params("x", labelrotation=45)
-    axes[-1].step(numbers, np.fmin.accumulate(losses), where="post", color="black", linewidth=1)
+    so_far = np.fmin.accumulate(losses)
+    axes[-1].step(numbers, so_far, where="post", color="black", linewidth=1, label="best trial so far")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylim(low - 0.05 * (top - low), top)
     axes[0].set_ylabel("held-out loss (bits per byte)")
     figure.align_xlabels()
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     save_figure(figure, picture)
