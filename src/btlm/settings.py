@@ -140,8 +140,7 @@ def recipe_file(name: Path | str, kind: str = "") -> Path:
     named = recipes / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else shipped.get(str(name), path)
     if found := next((file for file in (path, named) if file.is_file()), None):
         return found
-    beside = (file.name for file in path.parent.glob("*.y*ml"))
-    near = did_you_mean(path.name, beside) or did_you_mean(path.stem, shipped)
+    near = did_you_mean_path(path, "*.y*ml") or did_you_mean(path.stem, shipped)
     none = f": there is no such file, and btlm comes with {', '.join(shipped)}."
     raise ValueError(f"{name} is not a readable recipe{near or none}")
 
@@ -239,9 +238,20 @@ def _read(hint: Any, value: Any, problems: list[str], where: str) -> Any:
 
 def did_you_mean(key: object, known: Iterable[str]) -> str:
     """The nearest known key, as the end of a message; empty if there is none."""
-    lower = {str(name).lower(): name for name in known}
-    near = difflib.get_close_matches(str(key).lower(), lower, n=1, cutoff=0.75)
-    return f": did you mean {lower[near[0]]}?" if near else ""
+    near = _nearest(str(key), known)
+    return f": did you mean {near}?" if near else ""
+
+
+def did_you_mean_path(path: Path, pattern: str = "*") -> str:
+    """The path beside ``path`` with the nearest name, as the end of a message; empty if there is none."""
+    near = _nearest(path.name, (file.name for file in path.parent.glob(pattern)))
+    return f": did you mean {path.with_name(near)}?" if near else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.75)
+    return lower[near[0]] if near else None
 
 
 def plain(settings: Any) -> Any:

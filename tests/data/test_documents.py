@@ -303,7 +303,7 @@ def test_text_that_is_too_long(tmp_path):
     ("name", "message"),
     [
         ("missing.jsonl", r"missing.jsonl does not exist; give files or folders of \.jsonl, "),
-        ("Folders", r"Folders does not exist: did you mean folder\?$"),
+        ("Folders", r"Folders does not exist: did you mean .*folder\?$"),
         ("a.pdf", "is not one of .jsonl"),
         ("folder", "holds no file that ends in"),
     ],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from btlm.settings import did_you_mean
+from btlm.settings import did_you_mean_path
 
 from .recipe import Read
 
@@ -88,8 +88,8 @@ def list_units(inputs: Iterable[Path | str], read: Read) -> tuple[list[Unit], li
             continue
         path = Path(given)
         if not path.exists():
-            near = did_you_mean(path.name, (file.name for file in path.parent.glob("*")))
-            raise ValueError(f"{path} does not exist{near or f'; give files or folders of {KINDS}.'}")
+            remedy = did_you_mean_path(path) or f"; give files or folders of {KINDS}."
+            raise ValueError(f"{path} does not exist{remedy}")
         if path.is_file() and not _is_known(path):
             raise ValueError(f"{path} is not one of {KINDS}.")
         files = [path] if path.is_file() else _files_below(path)

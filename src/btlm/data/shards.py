@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from btlm.files import file_sha256, whole_file, write_json
 from btlm.model.architecture_btlm import END_OF_TEXT_ID, TOKENIZER_FOLDER, VOCAB_SIZE
-from btlm.settings import did_you_mean
+from btlm.settings import did_you_mean_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -256,8 +256,7 @@ class TokenShards:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
-        folders = map(str, path.parents[1].glob("*/"))
-        raise ValueError(f"There is no folder {path.parent}{did_you_mean(path.parent, folders) or '.'}")
+        raise ValueError(f"There is no folder {path.parent}{did_you_mean_path(path.parent, '*/') or '.'}")
     if not path.exists():
         near = next(path.parent.glob(f"*/{path.name}"), None)
         remedy = f": did you mean {near.parent}?" if near else "; tokenize documents into it first."
