@@ -45,11 +45,33 @@ def test_parts_are_bounded_and_documents_are_numbered_by_their_place(tmp_path):
     rows = [{"text": f"document {i} " * 40} for i in range(50)]
     stage, documents = clean(tmp_path, rows, Read(part_bytes=4000))
     assert len(stage["parts"]) > 5
+    assert all(number > 0 for _, number, _ in stage["parts"])
     assert all(size < 4000 + 600 for _, _, size in stage["parts"])
     assert [document["text"] for document in documents] == [row["text"] for row in rows]
     for document in documents:
         found = read_rows(tmp_path / "out/clean/documents" / part_of(document["document"]), document["document"])
         assert found["text"].to_pylist() == [document["text"]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "read", "parts"),
+    [
+        ({}, Read(part_bytes=1), [1] * 7),
+        ({"_PART_DOCUMENTS": 3}, Read(), [3, 3, 1]),
+        ({"_PART_DOCUMENTS": 7}, Read(), [7]),
+    ],
+)
+def test_documents_per_part(tmp_path, monkeypatch, limits, read, parts):
+    for name, value in limits.items():
+        monkeypatch.setattr(f"btlm.data.parts.{name}", value)
+    stage, _ = clean(tmp_path, [{"text": f"{i} text " * 50} for i in range(7)], read)
+    assert [number for _, number, _ in stage["parts"]] == parts
+
+
+def test_more_parts_than_can_be_numbered_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm.data.parts._PART_BITS", 1)
+    with pytest.raises(ValueError, match=r"A file has more than 2 parts; raise read.part_bytes"):
+        clean(tmp_path, [{"text": f"{i} text " * 50} for i in range(3)], Read(part_bytes=1))
 
 
 def test_bad_documents_are_counted_and_listed(tmp_path):

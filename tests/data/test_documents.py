@@ -186,6 +186,15 @@ def test_a_file_that_is_given_twice_is_read_once(tmp_path, monkeypatch):
     assert len(read("corpus", "corpus/", "./corpus/a.jsonl", folder, "link")) == 3
 
 
+def test_of_two_names_of_a_file_the_first_counts(tmp_path):
+    """It is a part of ids, so it must not depend on the order of a set, which differs between processes."""
+    for i in range(8):
+        (tmp_path / f"{i}-a.jsonl").write_bytes(jsonl({"text": "text"}))
+        (tmp_path / f"{i}-b.jsonl").symlink_to(tmp_path / f"{i}-a.jsonl")
+    given = [tmp_path / f"{i}-{name}.jsonl" for name in "ba" for i in range(8)]
+    assert [document.id for document in read(*given)] == [f"{i}-a.jsonl:1" for i in range(8)]
+
+
 def test_the_output_of_a_stage_is_no_folder_of_documents(tmp_path):
     (tmp_path / "in/deep").mkdir(parents=True)
     (tmp_path / "in/a.jsonl").write_bytes(jsonl(*LINES))

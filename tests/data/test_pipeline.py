@@ -60,6 +60,9 @@ def test_the_shards_hold_the_documents(prepared):
     assert 12 <= duplicates <= 24, "12 exact copies are planted, and 12 that are nearly so"
     for split, content in shards.manifest["splits"].items():
         assert content["tokens"] == shards.num_tokens(split)
+        assert [shard["name"] for shard in content["shards"]] == [
+            f"{split}-{index:05d}" for index in range(len(content["shards"]))
+        ]
         assert content["documents"] == sum(
             history["mix"]["sources"][s].get(f"{split}_documents", 0) for s in shards.sources
         )
@@ -152,9 +155,9 @@ def test_names_of_sources_that_mean_something_elsewhere(tmp_path):
     folder = tmp_path / "source=zzz"
     folder.mkdir()
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_prepare([folder], tmp_path / "key=value" / "out", DataRecipe(), Execution(workers=1))
-    assert TokenShards(tmp_path / "key=value/out/shards").sources == sorted(names)
-    assert main(["data", "inspect", str(tmp_path / "key=value/out")]) == 0
+    run_prepare([folder], tmp_path / "document=value" / "out", DataRecipe(), Execution(workers=1))
+    assert TokenShards(tmp_path / "document=value/out/shards").sources == sorted(names)
+    assert main(["data", "inspect", str(tmp_path / "document=value/out")]) == 0
 
 
 def test_a_path_that_duckdb_takes_for_a_pattern_is_refused(corpus, tmp_path):

@@ -119,7 +119,7 @@ def read_rows(path: Path, first: int, number: int = 1) -> Any:
     import pyarrow.parquet as pq
 
     rows = [("document", ">=", first), ("document", "<", first + number)]
-    return pq.read_table(path, filters=rows, partitioning=None, use_threads=False)
+    return pq.read_table(path, filters=rows, use_threads=False)
 
 
 def read_groups(path: Path, columns: Sequence[str]) -> Iterator[Any]:
