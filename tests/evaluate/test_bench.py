@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -234,6 +235,30 @@ def test_interruption_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_bench(["small"], contexts=[64], new_tokens=8)
     assert not left_behind(tmp_path)
+
+
+def test_an_interruption_ends_the_measuring_process(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho '{\"tokens\": 1}'\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    started: list[Any] = []
+
+    class Popen(subprocess.Popen[str]):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    with progress_bars() as progress:
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench_module._child({"folder": ""}, progress, "title", 1)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
 
 
 def test_termination_leaves_nothing(tmp_path):
