@@ -20,6 +20,7 @@ from rich.console import Console
 
 from btlm.cli import main
 from btlm.data import TokenShards
+from btlm.data.inspect import run_inspect
 from btlm.data.pipeline import run_clean, run_dedup, run_mix, run_prepare, run_tokenize
 from btlm.data.recipe import Clean, DataRecipe, Dedup, Execution, Mix, Read
 from btlm.data.report import report_rows, report_tables
@@ -134,6 +135,15 @@ def test_an_output_within_the_input_is_refused(corpus):
 def test_settings_that_a_stage_would_not_use_are_refused(prepared, tmp_path):
     with pytest.raises(ValueError, match="is the output of a stage, to which the settings of `read` do not apply"):
         run_dedup([prepared / "clean"], tmp_path / "out", Read(text_field="x"), Dedup(), Execution(workers=1))
+
+
+def test_stages_that_another_cannot_work_on_are_refused(corpus, prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"clean is the output of a stage, which must be the only input"):
+        run_dedup([prepared / "clean", corpus], tmp_path / "out", Read(), Dedup(), Execution(workers=1))
+    with pytest.raises(ValueError, match=r"shards holds token shards; give documents, or the output of a stage before"):
+        run_tokenize([prepared / "shards"], tmp_path / "out", Read(), Execution(workers=1))
+    with pytest.raises(ValueError, match="holds no complete stage; give the output of a btlm data command"):
+        run_inspect(corpus)
 
 
 def test_names_of_sources_that_mean_something_elsewhere(tmp_path):
@@ -601,6 +611,27 @@ def test_the_report_fits_a_terminal(prepared, width):
     assert titles.count("source") == len(tables) == {80: 3, 120: 2, 200: 1}[width]
     for row in rows[1:]:
         assert sum(line.split()[0] == row["source"] for line in lines if line.strip()) == len(tables)
+
+
+def test_the_report_adds_up(prepared):
+    rows = json.loads((prepared / "report.json").read_text())
+    manifest = TokenShards(prepared / "shards").manifest
+    assert rows[-1]["tokens"] == sum(content["tokens"] for content in manifest["splits"].values())
+    for row in rows:
+        for unit in ("documents", "bytes"):
+            assert row[unit] == row[f"short_{unit}"] + row[f"duplicate_{unit}"] + row[f"kept_{unit}"]
+            assert rows[-1][f"kept_{unit}"] == sum(one[f"kept_{unit}"] for one in rows[:-1])
+        assert row["share_of_tokens"] == row["tokens"] / rows[-1]["tokens"]
+    lines = (prepared / "report.txt").read_text().splitlines()
+    for row in rows:
+        duplicates = row["duplicate_documents"]
+        (shown, *_) = (line.split() for line in lines if line.split()[:1] == [row["source"]])
+        assert shown[1] == str(row["documents"])
+        assert shown[3] == f"{100 * row['short_documents'] / row['documents']:.2f}"
+        # The duplicates are a share of what is not too short.
+        assert shown[4] == f"{100 * duplicates / (row['documents'] - row['short_documents']):.2f}"
+        assert shown[6] == str(row["kept_documents"])
+        assert any(line.split()[-1:] == [f"{100 * row['share_of_tokens']:.1f}"] for line in lines)
 
 
 def test_the_report_calls_a_source_as_a_recipe_does(tmp_path):
