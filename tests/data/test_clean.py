@@ -83,6 +83,20 @@ def test_bad_documents_are_counted_and_listed(tmp_path):
     assert "a.jsonl, line 2: not JSON in UTF-8" in (tmp_path / "out/log.txt").read_text()
 
 
+def test_what_is_skipped_is_said(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": "good " * 50}) + "\n")
+    for name in (".b.jsonl", "._a.jsonl", "notes.pdf"):
+        (folder / name).write_text("bad\n")
+    with open_run(tmp_path / "out", Execution(workers=1)) as run:
+        clean_documents([folder], tmp_path / "out/clean", Read(), Clean(), run)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert f"Files of unknown kinds were skipped: 1, such as {folder}/notes.pdf" in log
+    assert f"Files that are hidden were skipped: 2, such as {folder}/._a.jsonl" in log
+    assert "bad documents" not in log
+
+
 def test_too_many_bad_documents_end_the_stage_with_one_line(tmp_path):
     rows = ["bad\n"] * 5 + [{"text": "good " * 50}]  # the fourth is not read
     with pytest.raises(

@@ -86,6 +86,9 @@ def test_nothing_below_half_is_removed(tmp_path):
         (("a {x} b", "2", "B"), ("a {x}", "1", "A"), "2"),
         # among equally long ones, the one with the first source;
         (("{x}", "2", "A"), ("{x}", "1", "B"), "2"),
+        # whatever their text;
+        (("{x} ab", "2", "A"), ("{x} ba", "1", "B"), "2"),
+        (("{x} ba", "2", "A"), ("{x} ab", "1", "B"), "2"),
         # and among equal texts of one source, the one with the first id.
         (("{x}", "1", "A"), ("{x}", "2", "A"), "1"),
     ],
