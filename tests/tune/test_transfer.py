@@ -431,7 +431,7 @@ def test_every_mark_of_the_plot_is_explained_and_trials_are_whole(tmp_path, monk
     monkeypatch.setattr("btlm.tune.transfer_report.save_figure", lambda figure, _: figures.append(figure))
     space = SearchSpace()
     losses = [2.5, 2.2, None, 9.0, 2.1, 2.3]
-    trials = {i: SimpleNamespace(params=space.draw(1, i), value=loss) for i, loss in enumerate(losses)}
+    trials: Any = {i: SimpleNamespace(params=space.draw(1, i), value=loss) for i, loss in enumerate(losses)}
     plot_trials(trials, space.ranges, tmp_path / "transfer.png")
     (figure,) = figures
     (legend,) = figure.legends
