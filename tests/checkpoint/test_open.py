@@ -178,6 +178,12 @@ def test_a_configuration_of_far_more_layers_costs_nothing(copy):
         Engine.open(copy, context=4)
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has(copy):
+    set_config(copy, vocab_size=256, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(ValueError, match="has 257 tokens, and its model a vocabulary of 256"):
+        _ = Checkpoint.open(copy).tokenizer
+
+
 # Its configuration, which is read without the configuration class
 
 

@@ -273,6 +273,13 @@ def test_several_ends_are_named_the_tokenizers_first(copy, tmp_path):
     assert [fields[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")] == [259, 3, 10]
 
 
+def test_a_beginning_of_its_own_is_named(copy, tmp_path):
+    set_config(copy, bos_token_id=5)
+    export_gguf(str(copy), tmp_path / "model.gguf", type="F16")
+    fields = Jais(tmp_path / "model.gguf").fields
+    assert [fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos")] == [5, 259]
+
+
 def test_a_note_tells_size_and_padding(checkpoint, tmp_path, capsys):
     export_gguf(str(checkpoint), tmp_path / "new" / "model.gguf", type="Q8_0")
     size = (tmp_path / "new" / "model.gguf").stat().st_size

@@ -96,6 +96,41 @@ def test_calibration_keeps_outputs_better(wide, text, tmp_path, capsys):
     assert better < 0.9 * rounded
 
 
+@pytest.mark.parametrize("positions", ["alibi", "learned"])
+def test_every_matrix_is_calibrated_on_what_the_rounded_ones_before_it_give(text, tmp_path, positions):
+    """In the finished copy, the inputs of a matrix are those that it was rounded for."""
+    source = save_tiny(tmp_path / "source", **WIDE, position_embedding_type=positions)
+    errors = quantize(source, tmp_path / "copy", calibration=text, calibration_tokens=1024)
+    original = dict(tiny_model(**WIDE, position_embedding_type=positions).named_modules())
+    copy, _ = load_model(tmp_path / "copy", dtype="float32", device="cpu")
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in copy.named_modules():
+        if name in errors and ".h." in name:
+            module.register_forward_hook(lambda _, given, __, name=name: inputs.update({name: given[0]}))
+    with torch.no_grad():
+        copy(calibration_rows(text, byte_tokenizer(), copy.config, 1024))
+    assert len(inputs) == 10
+    for name, x in inputs.items():
+        before, after = original[name].weight, copy.get_submodule(name).weight
+        measured = ((x @ (after - before)).norm() / (x @ before).norm()).item()
+        assert errors[name].outputs == pytest.approx(measured, rel=0.01), name
+
+
+def test_what_surrounds_the_weights_is_kept(wide, tmp_path):
+    shutil.copytree(wide, tmp_path / "wide")
+    change_tensors(tmp_path / "wide", lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+    set_config(tmp_path / "wide", auto_map={"AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel"}, dtype="bfloat16")
+    (tmp_path / "wide/generation_config.json").write_text('{"eos_token_id": 7}')
+    quantize(tmp_path / "wide", tmp_path / "copy")
+    assert (tmp_path / "copy/generation_config.json").read_text() == '{"eos_token_id": 7}'
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    assert "auto_map" not in config  # names code that does not come along
+    assert (config["dtype"], config["n_inner"]) == ("bfloat16", 150)
+    stored = read_header(tmp_path / "copy/model.safetensors")
+    assert stored["transformer.relative_pe.slopes"].dtype == "BF16"  # as released
+    assert stored["transformer.ln_f.weight"].dtype == "F32"
+
+
 def test_forms_of_a_checkpoint_give_the_same(wide, tmp_path):
     quantize(wide, tmp_path / "one")
     expected = (tmp_path / "one" / "model.safetensors").read_bytes()
