@@ -452,6 +452,19 @@ def test_impossible_sizes(checkpoint, context, num_requests):
         Engine.open(checkpoint, context=context, num_requests=num_requests)
 
 
+@pytest.mark.skipif(not HAS_NATIVE, reason="compares with the native kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_for_unpacked_weights_is_counted(copy, monkeypatch, dtype):
+    """Torch computes on copies in fp32 of weights that are not fp32."""
+    change_tensors(copy, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    counted = []
+    monkeypatch.setattr("btlm.engine.engine._check_memory", lambda _, weights, *__: counted.append(weights))
+    for kernels in ("torch", "native"):
+        Engine.open(copy, context=4, kernels=kernels)
+    extra = 0 if dtype == torch.float32 else 4 * tiny_model().num_parameters()
+    assert counted[0] - counted[1] == extra
+
+
 def test_more_context_than_memory(checkpoint, monkeypatch):
     monkeypatch.setattr("btlm.engine.engine.available_memory", lambda: 1_000_000_000)
     # 2 layers x 4 heads x keys and values x 16 dimensions (8, padded) x 4 bytes: 1,024 bytes per token.

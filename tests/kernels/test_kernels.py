@@ -492,6 +492,9 @@ def test_a_gate_of_another_shape(name, rng):
     source, gate = Weights(rng, "float32", 24, 32), Weights(rng, "float32", 25, 32)
     with pytest.raises(ValueError, match="gate"):
         linear(kernels, np.zeros((1, 32), np.float32), source, gate)
+    source, gate = (Weights(rng, "int8", 16, 128, group=group) for group in (64, 128))
+    with pytest.raises(ValueError, match="gate"):
+        linear(kernels, np.zeros((1, 128), np.float32), source, gate)
 
 
 @each
