@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -750,6 +751,15 @@ def test_the_last_checkpoints_and_every_so_many_steps_are_kept(tmp_path: Path, s
         tiny_recipe(checkpoints=Checkpoints(every_steps=1, keep_last=1, keep_every_steps=3)), shards, tmp_path / "every"
     )
     assert checkpoints(tmp_path / "every") == [3, 6, 7]
+
+
+def test_surplus_checkpoints_of_a_killed_run_are_removed_when_it_continues(tmp_path: Path, shards: TokenShards) -> None:
+    """A kill between writing a checkpoint and removing the one before it, at the last step."""
+    recipe = tiny_recipe(checkpoints=Checkpoints(every_steps=1, keep_last=3))
+    run(recipe, shards, tmp_path)
+    assert checkpoints(tmp_path) == [5, 6, 7]
+    assert run(replace(recipe, checkpoints=Checkpoints(every_steps=1, keep_last=2)), shards, tmp_path) == []
+    assert checkpoints(tmp_path) == [6, 7]
 
 
 def test_the_model_of_every_checkpoint_loads(tmp_path: Path, shards: TokenShards) -> None:
