@@ -28,7 +28,7 @@ from btlm.train import Recipe, train
 from btlm.train import state as checkpoint
 from btlm.train.distributed import Ranks
 from btlm.train.loop import _set_up, _stop_on_signal
-from btlm.train.recipe import Checkpoints, Optimizer, Precision, Stage
+from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Precision, Stage
 from btlm.train.step import LossModel
 from tests.data.tiny import write_streams
 from tests.train.tiny import MODEL, TOKEN_BYTES, VOCAB_SIZE, tiny_recipe, tiny_shards
@@ -124,6 +124,12 @@ def test_records_of_a_run(tmp_path: Path, shards: TokenShards) -> None:
     assert all(list(record["bits_per_byte"]) == ["books", "code", "mean"] for record in (records[2], records[6]))
     assert all(record["tokens_per_s"] > 0 for record in records)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == records
+
+
+def test_held_out_loss_is_measured_by_the_step_that_crosses_the_interval(tmp_path: Path, shards: TokenShards) -> None:
+    """Steps of 64 tokens, and an interval of 100: after 128, 256, 320 and 448 tokens."""
+    records = run(tiny_recipe(evaluation=Evaluation(100, 100)), shards, tmp_path)
+    assert [record["tokens"] for record in records if "bits_per_byte" in record] == [128, 256, 320, 448]
 
 
 def test_the_model_learns(tmp_path: Path, shards: TokenShards) -> None:
@@ -671,6 +677,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert message.startswith(f"{tmp_path}/checkpoints/step-00000004 is damaged: {name} ")
     assert message.endswith("; the checkpoint before it is used.")
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_checkpoint_of_a_later_format_is_not_read(tmp_path: Path, shards: TokenShards) -> None:
+    run(tiny_recipe(), shards, tmp_path, steps=2)
+    content = marker(tmp_path)
+    (last_checkpoint(tmp_path) / "checkpoint.json").write_text(json.dumps(content | {"format": 2}))
+    with pytest.raises(ValueError, match=r"step-00000002 has format 2, but this version reads 1\)"):
+        run(tiny_recipe(), shards, tmp_path)
 
 
 def test_a_checkpoint_before_a_damaged_one_is_not_taken_for_an_old_one(

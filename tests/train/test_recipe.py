@@ -696,6 +696,11 @@ MUP_PROBLEMS: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({}, 8, "model.mup_width_scale is 0.5, but mup_base_width / n_embd is 0.25: give one of the two"),
     (
+        {"mup_width_scale": 0.501},
+        16,
+        "model.mup_width_scale is 0.501, but mup_base_width / n_embd is 0.5: give one of the two",
+    ),
+    (
         {"mup_scale_qk_dot_by_d": False},
         None,
         f"model.mup_scale_qk_dot_by_d is false, but mup_width_scale is 0.5: {BY_DIMENSION}",

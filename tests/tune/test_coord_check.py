@@ -165,6 +165,16 @@ def test_changes_are_against_initialization():
     assert change.change["c_proj"][:, 0, 0] == pytest.approx([0.008, 0.004], rel=0.02)
 
 
+def test_dropout_and_interpolation_of_a_recipe_are_left_out():
+    check = CoordCheck(widths=(32, 64), heads=2)
+    others = {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}
+    others |= {"alibi_scaling": {"type": "linear", "factor": 2.0}, "n_positions": 4096, "n_layer": 7, "n_inner": 512}
+    config = coord_models.build_model(check, BTLMConfig(**coord_check._BTLM | others), 64, 50).config
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.alibi_scaling) == (0.0, 0.0, 0.0, None)
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_inner) == (64, 2, 2, 128)
+    assert (config.vocab_size, config.n_positions, config.mup_width_scale) == (50, 32, 4.0)
+
+
 def test_the_random_state_stays():
     check = CoordCheck(widths=(16, 32), steps=1, seeds=1)
     torch.manual_seed(3)

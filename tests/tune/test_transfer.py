@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,9 @@ from btlm.train.recipe_file import load_recipe
 from btlm.tune.options import SearchSpace
 from btlm.tune.transfer import JOURNAL, RESULT, finished_trials, run_transfer
 from btlm.tune.transfer_report import plot_trials
-from btlm.tune.transfer_trials import Setting, run_jobs
-from tests.train.tiny import MODEL, TOKEN_BYTES, tiny_recipe, tiny_shards
+from btlm.tune.transfer_trials import Job, Setting, run_job, run_jobs
+from tests.data.tiny import write_streams
+from tests.train.tiny import MODEL, TOKEN_BYTES, VOCAB_SIZE, tiny_recipe, tiny_shards
 
 SPACE = SearchSpace(lr=(3e-3, 3e-2))
 
@@ -206,6 +208,28 @@ def test_a_diverged_trial_is_pruned_with_its_reason(files, monkeypatch):
     assert trials[0].state.name == "PRUNED"
     assert trials[0].user_attrs["reason"] == "Step 2: loss nan."
     assert load_recipe(files[2] / RESULT).optimizer.lr == SPACE.draw(1, 1)["lr"]
+
+
+def test_a_trial_whose_held_out_loss_is_not_finite_diverged(tmp_path, monkeypatch):
+    """Training can be finite to the end, and the last update too large."""
+
+    def train(recipe, shards, folder, *rest):
+        folder.mkdir()
+        step = recipe.total_steps
+        record = {"step": step, "bits_per_byte": {"mean": losses.pop(0)}}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        return iter([record])
+
+    monkeypatch.setattr(loop, "train", train)
+    tiny_shards(tmp_path / "shards")
+    losses = [math.inf, math.nan, 2.5]
+    jobs = [Job(i, proxy_recipe(), tmp_path / str(i)) for i in range(3)]
+    events = [event for job in jobs for event in run_job(job, Setting(tmp_path / "shards", TOKEN_BYTES, "cpu"))]
+    assert [(event.kind, event.value) for event in events if event.kind != "step"] == [
+        ("diverged", "Step 3: held-out loss inf."),
+        ("diverged", "Step 3: held-out loss nan."),
+        ("loss", 2.5),
+    ]
 
 
 def test_a_search_whose_trials_all_diverge_is_an_error(files, monkeypatch):
@@ -407,6 +431,11 @@ def test_another_study_in_the_folder_is_refused(files, tmp_path):
     refused(files, "search with another space", exists=True, space=SearchSpace(lr=(1e-3, 2e-3)))
     files[0].write_text(to_yaml(proxy_recipe(seed=9)))
     refused(files, "search with another proxy", exists=True)
+    files[0].write_text(to_yaml(proxy_recipe()))
+    shutil.rmtree(files[1])
+    rng = np.random.default_rng(1)
+    write_streams(files[1], {"books": (rng.integers(0, VOCAB_SIZE, 3000), rng.integers(0, VOCAB_SIZE, 100))})
+    refused(files, "search with another data", exists=True)
     assert (files[2] / RESULT).read_bytes() == result
 
 
