@@ -121,3 +121,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert [math.isfinite(value) for value in caught.value.losses[0]] == [True, False, True]
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = LossModel.forward
+    monkeypatch.setattr(LossModel, "forward", lambda *arguments: original(*arguments) + math.inf)
+    model = network()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(NotFinite, match=r"loss inf, gradient norm \d"):
+        step(model, batch(2), 1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,8 +168,8 @@ def test_changes_are_against_initialization():
 
 def test_dropout_and_interpolation_of_a_recipe_are_left_out():
     check = CoordCheck(widths=(32, 64), heads=2)
-    others = {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}
-    others |= {"alibi_scaling": {"type": "linear", "factor": 2.0}, "n_positions": 4096, "n_layer": 7, "n_inner": 512}
+    others: dict[str, Any] = {"alibi_scaling": {"type": "linear", "factor": 2.0}, "n_positions": 4096, "n_layer": 7}
+    others |= {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3, "n_inner": 512}
     config = coord_models.build_model(check, BTLMConfig(**coord_check._BTLM | others), 64, 50).config
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.alibi_scaling) == (0.0, 0.0, 0.0, None)
     assert (config.n_embd, config.n_layer, config.n_head, config.n_inner) == (64, 2, 2, 128)
