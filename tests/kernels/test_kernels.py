@@ -551,6 +551,21 @@ def test_what_cannot_be_written_to_in_place_is_refused(name, out):
         load_kernels(name, 1).layer_norm(x, x[0], x[0], 1e-5, out)
 
 
+@each_path
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 127), ("int4", 7)])
+def test_a_scale_that_bf16_holds_is_that_scale(path, dtype, most):
+    """Scales are rounded up to bf16, and not further where they need no rounding."""
+    kernels = load_kernels(path, 1)
+    caches = [one.cache(dtype, slots=1, heads=1, length=64, head_dim=16) for one in (kernels, reference)]
+    qkv = np.zeros((3, 48), np.float32)
+    qkv[:, 16] = qkv[:, 32] = [most, most / 4, np.nextafter(np.float32(most), np.float32(most + 1))]
+    for one, cache in zip((kernels, reference), caches, strict=True):
+        attend(one, cache, qkv, [[0, 0, 0, 3]], 1, 16)
+        for scales in (cache.key_scales, cache.value_scales):
+            assert scales is not None
+            assert scales.reshape(-1)[:3].tolist() == [0x3F80, 0x3E80, 0x3F81]
+
+
 # The cache
 
 
