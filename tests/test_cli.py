@@ -508,5 +508,5 @@ def test_sigterm_lets_a_stage_clear_up(monkeypatch, stage, command):
 def test_a_command_that_draws_at_its_end_asks_for_matplotlib_first(error_of, monkeypatch, tmp_path, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("btlm.plots.find_spec", lambda _: None)
-    told = "btlm: error: matplotlib is not installed; get it with pip install 'btlm[all]'\n"
+    told = "btlm: error: matplotlib is not installed; get it with pip install '.[all]' in a clone of btlm\n"
     assert error_of(*command.split()) == told

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         return _fail(f"{error} (see --help)")
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is not installed; get it with pip install 'btlm[all]'")
+        return _fail(f"{error.name} is not installed; get it with pip install '.[all]' in a clone of btlm")
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except OptionError as error:

@@ -77,7 +77,7 @@ def run_bench(
     if lengths[0] <= new_tokens:
         raise OptionError("{contexts} are {}; each must exceed the {} of {new_tokens}.", list(contexts), new_tokens)
     if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("{output} draws with matplotlib: pip install 'btlm[data]', or leave it out.")
+        raise OptionError("{output} draws with matplotlib: pip install matplotlib, or leave it out.")
     subjects = [subject for model in dict.fromkeys(models) for subject in _subjects(model, formats, base)]
     if not subjects:
         raise ValueError(f"There is no model; give a folder, or one of the shapes {', '.join(SHAPES)}.")

@@ -86,7 +86,7 @@ def open_sinks(recipe: Recipe, output: Path, done: int) -> Iterator[list[Sink]]:
                 from torch.utils.tensorboard import SummaryWriter
             except ModuleNotFoundError as error:
                 raise ValueError(
-                    "watching.tensorboard needs TensorBoard: pip install 'btlm[train]', or set it to false."
+                    "watching.tensorboard needs TensorBoard: pip install tensorboard, or set it to false."
                 ) from error
             writer = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
             stack.callback(writer.close)
