@@ -139,7 +139,7 @@ def test_weights_and_biases_gets_the_records(
         (
             Watching(),
             "torch.utils.tensorboard",
-            r"watching\.tensorboard needs TensorBoard: pip install 'btlm\[train\]'",
+            r"watching\.tensorboard needs TensorBoard: pip install tensorboard",
         ),
         (Watching(False, "p"), "wandb", r"watching\.wandb_project needs W&B: pip install wandb, or set it to null"),
     ],
