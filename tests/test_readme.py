@@ -72,7 +72,9 @@ def test_make_generate_samples_if_nothing_is_given(tmp_path):
 def run(argv: list[str], folder: Path) -> str:
     """Run a program with this environment's `btlm` on its path; returns its output, or fails the test."""
     environment = {
-        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PROMPT", "ARGS"}
     }
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
