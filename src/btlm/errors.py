@@ -66,6 +66,16 @@ class LogitsNotFinite(ValueError):
         parts: Indices of the texts in the step.
     """
 
+    @staticmethod
+    def problem_of(weight: str | None) -> str:
+        """The message about a weight that is not finite, or about logits that are not though all weights are."""
+        if weight is None:
+            return "The activations for this text are not finite, though the weights are; the text cannot be continued."
+        return (
+            f"{weight} holds NaN or infinity, so the model cannot continue a text; get the weights again, or use an "
+            "earlier checkpoint."
+        )
+
     def __init__(self, problem: str, parts: list[int]) -> None:
         super().__init__(problem, parts)
         self.problem = problem

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from btlm.engine import GenerationOptions
+from btlm.errors import LogitsNotFinite
 from btlm.generate import generate_text
 from btlm.generate.with_transformers import length_warning
 from btlm.model import BTLMConfig
@@ -209,6 +210,18 @@ def test_no_ngram_is_repeated(model, tokenizer):
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     assert len(set(ids)) == len(ids)
     assert pieces != run(model, tokenizer, max_new_tokens=30)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1}, {"num_beams": 2}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_write_no_text(tokenizer, options, bad):
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.bias[3] = bad
+    written: list[str] = []
+    with pytest.raises(LogitsNotFinite, match=r"transformer\.h\.1\.ln_2\.bias holds NaN or infinity"):
+        generate_text(model, tokenizer, "ab", GenerationOptions(max_new_tokens=4, **options), written.append)
+    assert not written
 
 
 def test_recommendations_of_the_checkpoint_change_nothing(tokenizer):

@@ -146,13 +146,8 @@ class Network:
 
     @cached_property
     def _why_not_finite(self) -> str:
-        for name, tensor in self._tensors.items():
-            if not _is_finite(tensor):
-                return (
-                    f"{name} holds NaN or infinity, so the model cannot continue a text; get the weights again, or use "
-                    "an earlier checkpoint."
-                )
-        return "The activations for this text are not finite, though the weights are; the text cannot be continued."
+        wrong = (name for name, tensor in self._tensors.items() if not _is_finite(tensor))
+        return LogitsNotFinite.problem_of(next(wrong, None))
 
 
 def activation_bytes(architecture: Architecture, max_tokens: int = MAX_TOKENS) -> int:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from btlm.checkpoint.open import Checkpoint
@@ -18,7 +18,7 @@ from btlm.checkpoint.to_transformers import end_ids, load_model
 from btlm.console import note, one_line, plain_messages, warn
 from btlm.devices import has_cuda
 from btlm.engine.options import GenerationOptions
-from btlm.errors import DoesNotFit, TooLong
+from btlm.errors import DoesNotFit, LogitsNotFinite, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .options import Run
@@ -74,6 +74,7 @@ def generate_text(
 
     Raises:
         DoesNotFit: The memory of the device ends.
+        LogitsNotFinite: The weights, or what the model computes for this text, are NaN or infinite.
         ValueError: The prompt has no tokens.
     """
     inputs = torch.tensor([encode(backend(tokenizer), prompt)], device=model.device)
@@ -92,6 +93,7 @@ def generate_text(
             inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=generation_config,
+            logits_processor=[_Finite(model)],
             streamer=pieces if options.num_beams == 1 else None,
         )
     except torch.OutOfMemoryError as error:
@@ -136,6 +138,19 @@ def length_warning(config: BTLMConfig, length: int) -> str | None:
         )
     trained = config.n_positions * (1.0 if scaling is None else scaling.get("factor", math.inf))
     return longer_than_trained(trained, length)
+
+
+class _Finite(LogitsProcessor):
+    """Passes logits on; those that are not finite end the text."""
+
+    def __init__(self, model: BTLMLMHeadModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not (scores < torch.inf).all():  # tokens that may not come have minus infinity
+            wrong = (name for name, tensor in self.model.named_parameters() if not tensor.isfinite().all())
+            raise LogitsNotFinite(LogitsNotFinite.problem_of(next(wrong, None)), [0])
+        return scores
 
 
 class _Streamer(BaseStreamer):
