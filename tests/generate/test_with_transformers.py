@@ -217,7 +217,7 @@ def test_no_ngram_is_repeated(model, tokenizer):
 def test_weights_that_are_not_finite_write_no_text(tokenizer, options, bad):
     model = tiny_model()
     with torch.no_grad():
-        model.transformer.h[1].ln_2.bias[3] = bad
+        model.get_parameter("transformer.h.1.ln_2.bias")[3] = bad
     written: list[str] = []
     with pytest.raises(LogitsNotFinite, match=r"transformer\.h\.1\.ln_2\.bias holds NaN or infinity"):
         generate_text(model, tokenizer, "ab", GenerationOptions(max_new_tokens=4, **options), written.append)
