@@ -39,11 +39,11 @@ class TorchKernels:
         self.threads = threads
 
     def matrix(self, *args: Any) -> "_Matrix":
-        """A matrix; arguments as :class:`~btlm.kernels.implementation.Implementation` gives them."""
+        """A matrix; arguments as :meth:`btlm.kernels.Kernels.matrix` gives them."""
         return _Matrix(*args)
 
     def cache(self, *args: Any) -> "_Cache":
-        """A cache; arguments as :class:`~btlm.kernels.implementation.Implementation` gives them."""
+        """A cache; arguments as :class:`btlm.kernels.Cache` gives them."""
         return _Cache(*args)
 
     def linear(self, x: Floats, matrix: "_Matrix", out: Floats, gate: "_Matrix | None", add: bool) -> None:

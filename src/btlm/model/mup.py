@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .architecture_btlm import MUP_TABLE
+from .architecture_btlm import EMBEDDING, HIDDEN, MUP_TABLE, VECTOR
 from .configuration_btlm import BTLMConfig
 
 # Standard deviation of a unit normal truncated at two standard deviations.
@@ -72,23 +72,23 @@ def mup_param_groups(
     """
     if lr < 0 or weight_decay < 0:
         raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative.")
-    params: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "biases_and_norms": []}
+    rows = {row.group: row for row in (HIDDEN, EMBEDDING, VECTOR)}
+    params: dict[str, list[nn.Parameter]] = {group: [] for group in rows}
     for name, parameter in named_parameters:
         layer, _, kind = name.rpartition(".")
         row = MUP_TABLE.get(layer.rpartition(".")[2])
         if row is not None and kind == "weight":
             params[row.group].append(parameter)
         elif parameter.ndim == 1:
-            params["biases_and_norms"].append(parameter)
+            params[VECTOR.group].append(parameter)
         else:
             raise ValueError(f"{name} has no row in the muP table; give adapters and new layers their own group.")
-    scale = config.mup_width_scale
-    matrices_decay = weight_decay if decoupled_wd else weight_decay / scale
-    return [
-        {"name": "matrices", "params": params["matrices"], "lr": lr * scale, "weight_decay": matrices_decay},
-        {"name": "embeddings", "params": params["embeddings"], "lr": lr, "weight_decay": weight_decay},
-        {"name": "biases_and_norms", "params": params["biases_and_norms"], "lr": lr, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for group, row in rows.items():
+        multiplier = config.architecture.lr_multiplier(row)
+        decay = weight_decay / (1 if decoupled_wd else multiplier) if row.decays else 0.0
+        groups.append({"name": group, "params": params[group], "lr": lr * multiplier, "weight_decay": decay})
+    return groups
 
 
 def scale_embeddings(inputs_embeds: Tensor, config: BTLMConfig) -> Tensor:
