@@ -1,47 +1,57 @@
 """Does the best learning rate stay where it is as the model gets wider? Loss against learning rate, on real text.
 
     python benchmarks/mup_learning_rate.py --input corpus/ --output runs/mup [--widths 64 128 256 512] [--steps 600]
-        [--seeds 3] [--device cuda] [--workers 8]
+        [--trials 24] [--seeds 3] [--device cuda] [--together 16]
 
-Trains models of two layers and one head size on bytes (``byte_stream.py``), in muP with BTLM's values at base width 256
-and in standard parametrization (every multiplier 1, a standard deviation of 0.02, one learning rate for all weights).
-Each is trained at every width with learning rates at powers of two, first on the grid of ``--grid``, then on until both
-neighbours of the best learning rate are worse, so that no optimum lies on an edge. Further seeds are then run at the
-best learning rate of each width, at its neighbours, and at the learning rate that was best at the narrowest width. A
-seed changes the weights and the order of the data.
+Trains models of two layers and one head size on bytes (``byte_stream.py``), in muP and in standard parametrization
+(GPT-2's: the same standard deviation and learning rate for the matrices of every width, scores over the square root of
+the head dimension). Both have an initialization, an embedding multiplier and an output multiplier, tuned for each at
+the narrowest width by the same random search of ``--trials`` trials (learning rates are drawn too); the narrowest width
+is the base width of muP. With ``--trials 0``, muP has BTLM's values at base width 256, and the standard parametrization
+GPT-2's. Then each is trained at every width with learning rates at powers of two, first on the grid of ``--grid``, then
+on until both neighbours of the best learning rate are worse, so that no optimum lies on an edge. Further seeds are run
+at the best learning rate of each width, at its neighbours, and at the learning rate that was best at the narrowest
+width. A seed changes the weights and the order of the data.
 
 All runs of a seed read the same batches, and the held-out loss is of the same text, every source counting the same. A
-run that diverges counts as worse than any. ``--output`` gets ``runs.jsonl``, one line per run, and ``loss.png``.
+run that diverges counts as worse than any. On a GPU, runs of one width are trained side by side
+(``models_together.py``). ``--output`` gets ``runs.jsonl``, one line per run, and ``loss.png``.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from byte_stream import END_OF_TEXT, VOCAB_SIZE, ByteStream, token_bytes
+from byte_stream import END_OF_TEXT, VOCAB_SIZE, ByteStream
+from models_together import train_together
 from tiny_inputs import add_smoke, write_documents
-from transformers.utils import logging
 
 from btlm.plots import pyplot, save_figure
-from btlm.train import Recipe, train
+from btlm.train import Recipe
 from btlm.train.recipe import Checkpoints, Evaluation, Optimizer, Precision, Schedule, Stage, Watching
 
 HEAD_DIM = 32
 SEQUENCE_LENGTH = 256
+# Without tuning: the values of BTLM, which hold at width 256, and those of GPT-2.
 BASE_WIDTH = 256
 VALUES = {
     "muP": {"initializer_range": 0.073, "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22},
     "standard": {"initializer_range": 0.02, "mup_embeddings_scale": 1.0, "mup_output_alpha": 1.0},
+}
+# Ranges of the search; values are drawn log-uniformly.
+SPACE = {
+    "lr": (2.0**-11, 2.0**-4),
+    "initializer_range": (0.01, 0.3),
+    "mup_embeddings_scale": (1.0, 30.0),
+    "mup_output_alpha": (0.3, 10.0),
 }
 Run = dict[str, Any]
 # By width, then log2 of the learning rate: the losses of all seeds, the first seed first.
@@ -65,7 +75,7 @@ def recipe(run: Run, args: argparse.Namespace) -> Recipe:
         "attn_pdrop": 0.0,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
-        "mup_width_scale": BASE_WIDTH / width if run["parametrization"] == "muP" else 1.0,
+        "mup_width_scale": run["base_width"] / width if run["parametrization"] == "muP" else 1.0,
         "mup_scale_qk_dot_by_d": run["parametrization"] == "muP",
         **{name: value for name, value in run["values"].items() if name != "lr"},
     }
@@ -85,86 +95,87 @@ def recipe(run: Run, args: argparse.Namespace) -> Recipe:
 
 
 class Runs:
-    """The runs of a sweep: those on file, and the workers that train what is missing."""
+    """The runs of a sweep: those on file, and the means to train what is missing."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._file = args.output / "runs.jsonl"
-        stream = ByteStream(args.input, int(args.megabytes * 1e6))
+        self._stream = ByteStream(args.input, int(args.megabytes * 1e6))
         self._setting = {key: getattr(args, key) for key in ("steps", "warmup_steps", "batch_tokens", "eval_tokens")}
-        self._setting["data"] = "".join(stream.fingerprint(split)[:8] for split in ("train", "validation"))
+        self._setting["data"] = "".join(self._stream.fingerprint(split)[:8] for split in ("train", "validation"))
         self._known: dict[str, float] = {}
         for line in self._file.read_text().splitlines() if self._file.exists() else []:
             run = json.loads(line)
             if run["setting"] == self._setting:
                 self._known[_key(run)] = run["loss"]
-        self._workers = (
-            ProcessPoolExecutor(
-                args.workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(args,)
-            )
-            if args.workers > 1
-            else None
-        )
-        if self._workers is None:
-            _begin_worker(args, stream)
 
     def losses(self, runs: Iterable[Run]) -> list[float]:
         """Held-out losses in nats per byte, in the order of the runs; infinite where one diverged."""
         runs = list(runs)
         missing = {_key(run): run for run in runs if _key(run) not in self._known}
-        if self._workers is None:
-            for run in missing.values():
-                self._keep(run, *measure(run))
-        else:
-            futures = {self._workers.submit(measure, run): run for run in missing.values()}
-            for future in as_completed(futures):
-                self._keep(futures[future], *future.result())
+        device = torch.device(self._args.device)
+        at_once = self._args.together if device.type == "cuda" else 1
+        for _, group in groupby(sorted(missing.values(), key=_width), key=_width):
+            of_width = list(group)
+            for start in range(0, len(of_width), at_once):
+                part = of_width[start : start + at_once]
+                losses = train_together([recipe(run, self._args) for run in part], self._stream, device)
+                for run, loss in zip(part, losses, strict=True):
+                    self._keep(run, loss)
         return [self._known[_key(run)] for run in runs]
 
-    def _keep(self, run: Run, loss: float, seconds: float) -> None:
+    def _keep(self, run: Run, loss: float) -> None:
         self._known[_key(run)] = loss
         with self._file.open("a") as lines:
-            lines.write(json.dumps({**run, "setting": self._setting, "loss": loss, "seconds": seconds}) + "\n")
+            lines.write(json.dumps({**run, "setting": self._setting, "loss": loss}) + "\n")
         values = "  ".join(f"{name} {value:.4g}" for name, value in run["values"].items())
-        print(
-            f"{run['parametrization']} {run['width']} seed {run['seed']}  {values}: {loss:.4f} in {seconds} s",
-            flush=True,
-        )
+        print(f"{run['parametrization']} {run['width']} seed {run['seed']}  {values}: {loss:.4f}", flush=True)
 
 
 def _key(run: Run) -> str:
-    return json.dumps({key: run[key] for key in ("parametrization", "width", "seed", "values")}, sort_keys=True)
+    return json.dumps({key: value for key, value in run.items() if key not in ("setting", "loss")}, sort_keys=True)
 
 
-_worker: dict[str, Any] = {}
+def _width(run: Run) -> int:
+    return int(run["width"])
 
 
-def _begin_worker(args: argparse.Namespace, stream: ByteStream | None = None) -> None:
-    logging.disable_progress_bar()
-    if args.workers > 1:
-        torch.set_num_threads(1)
-    _worker.update(args=args, stream=stream or ByteStream(args.input, int(args.megabytes * 1e6)))
-
-
-def measure(run: Run) -> tuple[float, float]:
-    """Train one model in this process: its held-out loss in nats per byte, and the seconds it took."""
-    args, started, loss = _worker["args"], time.perf_counter(), math.inf
-    with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        try:
-            for record in train(recipe(run, args), _worker["stream"], folder, token_bytes(), args.device):
-                if "bits_per_byte" in record:
-                    loss = record["bits_per_byte"]["mean"] * math.log(2)
-        except FloatingPointError:
-            pass
-    return loss if math.isfinite(loss) else math.inf, round(time.perf_counter() - started, 1)
+def tune(runs: Runs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The best values of each parametrization at the narrowest width, without the learning rate; by random search."""
+    rng = np.random.default_rng(1)
+    draws = [
+        {name: float(f"{np.exp(rng.uniform(*np.log(limits))):.4g}") for name, limits in SPACE.items()}
+        for _ in range(args.trials)
+    ]
+    width = args.widths[0]
+    trials = [
+        {"parametrization": name, "width": width, "base_width": width, "seed": 1, "values": values}
+        for name in VALUES
+        for values in draws
+    ]
+    losses = runs.losses(trials)
+    print(
+        "\n| parametrization | learning rate | initialization | embeddings x | logits x | loss at width", width, end=""
+    )
+    print(f" | best of |\n|---{'|---' * 6}|")
+    best = {}
+    for i, name in enumerate(VALUES):
+        of_name = losses[i * len(draws) : (i + 1) * len(draws)]
+        place = int(np.argmin(of_name))
+        best[name] = {key: value for key, value in draws[place].items() if key != "lr"}
+        print(f"| {name} | {' | '.join(map(str, draws[place].values()))} | {of_name[place]:.4f} | {len(draws)} |")
+    return best
 
 
 def sweep(runs: Runs, args: argparse.Namespace) -> dict[str, Losses]:
     """Losses by parametrization, width and log2 of the learning rate."""
 
+    values_of = tune(runs, args) if args.trials else VALUES
+    base_width = args.widths[0] if args.trials else BASE_WIDTH
+
     def run(name: str, width: int, log2_lr: int, seed: int) -> Run:
-        values = {**VALUES[name], "lr": 2.0**log2_lr}
-        return {"parametrization": name, "width": width, "seed": seed, "values": values}
+        values = {**values_of[name], "lr": 2.0**log2_lr}
+        return {"parametrization": name, "width": width, "base_width": base_width, "seed": seed, "values": values}
 
     wanted = {
         (name, width, log2_lr, 1)
@@ -306,19 +317,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/mup"), help="folder of the results")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="log2 of the learning rates at first")
+    parser.add_argument("--trials", type=int, default=24, help="trials of the search, for each parametrization")
     parser.add_argument("--seeds", type=int, default=3, help="seeds near the optimum")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--warmup-steps", type=int, default=30)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="bytes per step")
     parser.add_argument("--megabytes", type=float, default=4, help="text of each source")
     parser.add_argument("--eval-tokens", type=int, default=32_768, help="held-out tokens of each source")
-    parser.add_argument("--device", default="cpu", help="torch device, or auto")
+    parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the products; float32 where bf16 is slow")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--together", type=int, default=16, help="models that a GPU trains side by side")
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
-        args.widths, args.grid, args.seeds = [32, 64], [-7, -7], 1
+        args.widths, args.grid, args.seeds, args.trials = [32, 64], [-7, -7], 1, 1
         args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens, args.dtype = 2, 1, 256, 512, "float32"
         with tempfile.TemporaryDirectory() as folder:
             args.input, args.output = [str(write_documents(Path(folder)))], Path(folder) / "output"
