@@ -41,6 +41,10 @@ class DoesNotFit(ValueError):
     """The memory or the disk is too small for what was asked."""
 
 
+class NothingAllowed(ValueError):
+    """A request forbids every token that could come next."""
+
+
 class NotFinite(ValueError, FloatingPointError):
     """A training step whose loss or gradient is not finite; nothing was updated.
 

@@ -3,7 +3,7 @@ import pytest
 
 from btlm.engine.cache import KVCache, cache_bytes, cache_dtype_of, common_prefix
 from btlm.engine.supported import slopes
-from btlm.kernels import load_kernels
+from btlm.kernels import load_kernels, num_pages
 from btlm.kernels.arrays import DTYPES
 from btlm.model.architecture_btlm import Architecture
 from tests.checkpoint.tiny import TINY
@@ -18,32 +18,58 @@ def architecture(n_head=4):
 def test_bytes_are_those_of_the_arrays(dtype, capacity):
     cache = KVCache(load_kernels("torch", 1), architecture(), dtype, 3, capacity)
     arrays = [array for layer in cache.layers for array in vars(layer).values() if isinstance(array, np.ndarray)]
-    assert sum(array.nbytes for array in arrays) == cache_bytes(architecture(), dtype, 3, capacity)
+    assert sum(array.nbytes for array in arrays) == 3 * cache_bytes(architecture(), dtype, capacity)
     assert cache.capacity == capacity
     assert len(cache.layers) == architecture().n_layer
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
-def test_copies_hold_what_was_written(dtype, tokens):
-    """A text continued from a copied slot is the same as from the original, and other slots do not change."""
-    kernels, sizes = load_kernels("torch", 1), architecture()
-    cache = KVCache(kernels, sizes, dtype, 3, 200)
-    rng = np.random.default_rng(0)
-    before = rng.standard_normal((tokens, 240), dtype=np.float32)
-    after = rng.standard_normal((2, 240), dtype=np.float32)
-    results = []
+@pytest.fixture
+def cache():
+    """Three slots of up to 200 tokens, which share nine pages."""
+    return KVCache(load_kernels("torch", 1), architecture(), "float32", 3, 200, 9 * 64)
 
-    def attend(qkv, slot, start):
-        out = np.empty((len(qkv), 80), np.float32)
-        kernels.attend(qkv, cache.layers[1], np.array([[0, slot, start, len(qkv)]]), slopes(sizes), 0.2, out)
-        return out
 
-    attend(before, 0, 0)
-    cache.copy(0, 2, tokens)
-    results = [attend(after, slot, tokens) for slot in (0, 2, 1)]
-    assert np.array_equal(results[0], results[1])
-    assert not np.array_equal(results[0], results[2])
+def write(cache, slot, start, tokens):
+    """Attend with random tokens; returns the result."""
+    qkv = np.random.default_rng(start).standard_normal((tokens, 240), dtype=np.float32)
+    out = np.empty((tokens, 80), np.float32)
+    segments = np.array([[0, slot, start, tokens]])
+    load_kernels("torch", 1).attend(qkv, cache.layers[1], segments, slopes(architecture()), 0.2, out)
+    return out
+
+
+@pytest.mark.parametrize("how", ["begin", "follow", "move"])
+@pytest.mark.parametrize("kept", [1, 63, 64, 65, 150])
+def test_a_text_that_begins_alike_continues_alike(cache, how, kept):
+    cache.begin(0, 160)
+    write(cache, 0, 0, kept)
+    free = cache.free_pages
+    if how == "follow":
+        cache.begin(2, 160)
+        cache.follow(2, cache.pages(0), kept)
+    else:
+        cache.begin(2, 160, cache.pages(0)[: num_pages(kept)], kept, move=how == "move")
+    assert free - cache.free_pages == num_pages(160) - (num_pages(kept) if how == "move" else kept // 64)
+    shared = kept // 64 if how != "move" else num_pages(kept)
+    assert cache.pages(2)[:shared] == cache.pages(0)[:shared]
+    assert not set(cache.pages(2)[shared:]) & set(cache.pages(0))
+    continued = write(cache, 2, kept, 9)
+    if how == "move":
+        return
+    assert np.array_equal(write(cache, 0, kept, 9), continued)  # and nobody has written what the other reads
+    assert np.array_equal(write(cache, 2, kept + 9, 1), write(cache, 0, kept + 9, 1))
+
+
+def test_pages_are_free_when_nobody_holds_them(cache):
+    cache.begin(0, 130)
+    cache.begin(1, 140, cache.pages(0), 128)
+    pages = cache.end(0, 70)
+    assert cache.free_pages == 9 - 2 - 1  # two shared ones, and one more of slot 1
+    assert [cache.holders(page) for page in pages] == [2, 2]
+    cache.drop(pages)
+    assert [cache.holders(page) for page in pages] == [1, 1]
+    assert cache.end(1, 0) == []
+    assert cache.free_pages == 9
 
 
 @pytest.mark.parametrize(

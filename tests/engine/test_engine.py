@@ -469,7 +469,7 @@ def test_more_context_than_memory(checkpoint, monkeypatch):
     monkeypatch.setattr("btlm.engine.engine.available_memory", lambda: 1_000_000_000)
     # 2 layers x 4 heads x keys and values x 16 dimensions (8, padded) x 4 bytes: 1,024 bytes per token.
     with pytest.raises(
-        DoesNotFit, match=r"2 x 1,000,000 tokens of context take 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
+        DoesNotFit, match=r"A cache of 2,000,000 tokens takes 2\.05 GB in float32.*1\.00 GB of memory are free.*int4"
     ) as error:
         Engine.open(checkpoint, context=1_000_000, num_requests=2)
     assert "\n" not in str(error.value)

@@ -10,7 +10,8 @@ from transformers.generation.logits_process import (
 )
 
 from btlm.engine.options import GenerationOptions
-from btlm.engine.sampling import Sampler, log_probability, repeated, softmax
+from btlm.engine.sampling import Sampler, best_tokens, log_probabilities, repeated, softmax
+from btlm.errors import NothingAllowed
 
 VOCAB = 12
 
@@ -132,10 +133,10 @@ def test_the_seed_repeats_the_draws(logits):
     assert Sampler(GenerationOptions()).seed is None
 
 
-def test_log_probability_and_softmax(logits):
+def test_log_probabilities_and_softmax(logits):
     for scores in (logits, logits + 1000, logits * 50):
         exact = torch.tensor(scores).double().log_softmax(-1).numpy()
-        ours = [log_probability(scores, token) for token in range(VOCAB)]
+        ours = log_probabilities(np.tile(scores, (VOCAB, 1)), range(VOCAB))
         assert np.allclose(ours, exact, rtol=1e-5, atol=1e-5)
         assert np.allclose(softmax(scores), np.exp(exact), atol=1e-6)
 
@@ -164,3 +165,35 @@ def test_top_p_keeps_no_more_than_it_takes(top_p, kept):
     counts = distribution(GenerationOptions(top_p=top_p, seed=0), np.zeros(4, np.float32), draws=200)
     assert (counts > 0).sum() == kept
     assert (TopPLogitsWarper(top_p)(torch.zeros(1, 1), torch.zeros(1, 4)) > -np.inf).sum() == kept
+
+
+def test_best_tokens(logits):
+    exact = torch.tensor(logits).double().log_softmax(-1)
+    (three,) = best_tokens(logits[None], 3)
+    values, ids = exact.topk(3)
+    assert [token for token, _ in three] == ids.tolist()
+    assert np.allclose([score for _, score in three], values)
+    ties = np.array([[1.0, 3.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    assert [[token for token, _ in row] for row in best_tokens(ties, 2)] == [[1, 2], [0, 1]]
+    assert len(best_tokens(ties, 9)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "seed": 1}, {"top_p": 0.5, "seed": 1}, {"top_k": 2, "seed": 1}]
+)
+def test_only_what_is_allowed_is_chosen(logits, options):
+    allowed = np.zeros(VOCAB, bool)
+    allowed[np.argsort(logits)[:3]] = True  # the least probable ones
+    sampler = Sampler(GenerationOptions(**options))
+    assert {sampler.choose(logits, [0], allowed) for _ in range(30)} <= set(np.flatnonzero(allowed).tolist())
+    with pytest.raises(NothingAllowed):
+        sampler.choose(logits, [0], np.zeros(VOCAB, bool))
+
+
+def test_rules_that_exclude_each_other(logits):
+    sampler = Sampler(GenerationOptions(no_repeat_ngram_size=1))
+    allowed = np.zeros(VOCAB, bool)
+    allowed[5] = True
+    assert sampler.choose(logits, [0], allowed) == 5
+    with pytest.raises(NothingAllowed):
+        sampler.choose(logits, [0, 5], allowed)

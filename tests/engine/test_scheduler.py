@@ -1,6 +1,7 @@
 """Random sequences of what callers do with an engine, against every request computed alone and from nothing."""
 
 import importlib.util
+from collections import Counter
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -22,10 +23,10 @@ from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions, Request
 from btlm.engine.cache import KVCache, common_prefix
 from btlm.engine.network import Network
-from btlm.engine.sampling import Sampler, log_probabilities, log_probability
+from btlm.engine.sampling import Sampler, log_probabilities
 from btlm.engine.scheduler import Scheduler
-from btlm.errors import EngineFull
-from btlm.kernels import load_kernels
+from btlm.errors import EngineFull, NothingAllowed
+from btlm.kernels import load_kernels, num_pages
 from btlm.kernels.arrays import DTYPES
 
 HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
@@ -53,6 +54,7 @@ class Alone:
 
     def logits(self, ids, rows):
         cache = KVCache(self.network.kernels, self.network.architecture, self.cache_dtype, 1, len(ids))
+        cache.begin(0, len(ids))
         segments = np.array([[0, 0, 0, len(ids)]])
         return self.network.forward(np.array(ids), segments, cache, np.array(rows))
 
@@ -63,7 +65,8 @@ class Alone:
             for _ in range(options.max_new_tokens):
                 row = self.logits(ids, [len(ids) - 1])[0]
                 ids.append(sampler.choose(row, ids))
-                written.append((ids[-1], log_probability(row, ids[-1])))
+                (score,) = log_probabilities(row[None], ids[-1:]).tolist()
+                written.append((ids[-1], score))
             self.known[key] = written
         return self.known[key]
 
@@ -85,6 +88,16 @@ class Prophet:
         return self.following[len(ids) - self.prompt_tokens :][:16]
 
     def learn(self, guessed, accepted):
+        pass
+
+
+class FixedPace:
+    """Depends on no clock."""
+
+    def __init__(self, prompt_tokens: int | None) -> None:
+        self.prompt_tokens = prompt_tokens
+
+    def learn(self, *step):
         pass
 
 
@@ -113,20 +126,29 @@ class Callers(RuleBasedStateMachine):
         self.dtype, step_tokens = choose.choice(sorted(DTYPES)), choose.choice(STEP_TOKENS)
         self.alone, network = self.references[self.dtype], self.networks[step_tokens]
         self.num_requests = choose.choice((1, 2, 2, 3, 4, 4))
-        context = choose.choice((12, 40, 65))
-        self.engine = Engine(network, cache_dtype=self.dtype, context=context, num_requests=self.num_requests)
+        context = choose.choice((12, 40, 65, 130))
+        cache_tokens = choose.choice((None, None, context, choose.randint(context, self.num_requests * context)))
+        self.engine = Engine(
+            network,
+            cache_dtype=self.dtype,
+            context=context,
+            num_requests=self.num_requests,
+            cache_tokens=cache_tokens,
+        )
         self.engine._scheduler = Scheduler(self.engine.cache, step_tokens, choose.choice((3, 64)))
+        pace: Any = FixedPace(choose.choice((None, 1, 5)))
+        self.engine._scheduler.pace = pace
         self.limit_steps()
 
     def limit_steps(self):
         """A request that the scheduler forgets fails the test, and does not let it wait forever."""
-        step, left = self.engine._step, iter(range(MOST_STEPS))
+        step, left = self.engine.step, iter(range(MOST_STEPS))
 
-        def limited(only=None):
+        def limited():
             assert next(left, None) is not None, f"not finished after {MOST_STEPS} steps: {self.running}"
-            return step(only)
+            return step()
 
-        self.engine._step = limited  # type: ignore[method-assign]
+        self.engine.step = limited  # type: ignore[method-assign]
 
     # Requests
 
@@ -152,19 +174,15 @@ class Callers(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="exceed the context"):
                 self.engine.add(ids, GenerationOptions(max_new_tokens=self.engine.context + 2 - len(ids)))
             return
-        if kind == "score" and self.engine.has_room:  # together with other requests
-            request = Request([*ids, 7], GenerationOptions(), frozenset(), 0, scores=[])
-            self.engine._scheduler.add(request)
-            self.begin(request, [], "length")
+        if kind == "score":  # together with other requests
+            prompt = [*ids, 7][: self.engine.context]
+            if len(prompt) > 1 and (request := self.try_to_add(prompt, 0, choose.randrange(1, len(prompt)))):
+                self.begin(request, [], "length")
             return
         rules, stop_at = choose.choice(RULES), choose.randint(-12, 10)
         guesses = choose.choice((0, 3, "right", "right", "nearly right"))
         lookup_tokens = guesses if isinstance(guesses, int) else 16
         options = GenerationOptions(max_new_tokens=new_tokens, lookup_tokens=lookup_tokens, **rules)
-        if len(self.running) == self.num_requests:
-            with pytest.raises(EngineFull):
-                self.engine.add(ids, options)
-            return
         whole = expected = self.alone.tokens(ids, options)
         stop_ids, reason = frozenset[int](), "length"
         if 0 <= stop_at < len(expected):
@@ -172,17 +190,34 @@ class Callers(RuleBasedStateMachine):
             first = next(i for i, (token, _) in enumerate(expected) if token in stop_ids)
             expected = expected[: first + 1]
         held = [common_prefix(ids, other.ids[: other.cached]) for other in self.running]
-        if kind == "score and write":
-            request = Request(ids, options, stop_ids, new_tokens, scores=[])
-            self.engine._scheduler.add(request)
-            assert request.reused_tokens == 0
-        else:
-            request = self.engine.add(ids, options, stop_ids=stop_ids)
-            assert min(max(held, default=0), len(ids) - 1) <= request.reused_tokens < len(ids)
+        score_from = choose.randint(1, len(ids)) if kind == "score and write" and len(ids) > 1 else None
+        score_from = score_from if score_from != len(ids) else None
+        request = self.try_to_add(ids, new_tokens, score_from, options, stop_ids)
+        if request is None:
+            return
+        most = len(ids) - 1 if score_from is None else score_from - 1
+        assert min(max(held, default=0), most) // 64 * 64 <= request.reused_tokens <= most
         if isinstance(guesses, str):
             prophet: Any = Prophet([token for token, _ in whole], len(ids), guesses == "nearly right")
             request.lookup = prophet
         self.begin(request, expected, reason)
+
+    def try_to_add(self, ids, new_tokens, score_from, options=None, stop_ids=None):
+        """A request, or None if the engine is full, which it must not be without a reason."""
+        free, room = self.engine.cache.free_pages, self.engine.has_room
+        try:
+            if new_tokens:
+                return self.engine.add(ids, options, stop_ids=stop_ids, score_from=score_from)
+            return self.engine.add_score(ids, score_from)
+        except EngineFull:
+            assert not self.fits(max(1, len(ids) + new_tokens - 1))
+            assert (self.engine.cache.free_pages, self.engine.has_room) == (free, room)
+            return None
+
+    def fits(self, places):
+        """Whether a request fits even if it shares nothing."""
+        pages = sum(num_pages(request.places) for request in self.running) + num_pages(places)
+        return len(self.running) < self.num_requests and pages <= self.engine.cache.num_pages
 
     def begin(self, request, expected, reason):
         self.requests.append(request)
@@ -212,7 +247,7 @@ class Callers(RuleBasedStateMachine):
             with self.failing(0):
                 self.engine.step()
         for _ in range(times):
-            writing = [request for request in self.running if request.unread == 1 and request.max_new_tokens]
+            writing = [request for request in self.running if request.new_tokens]
             before = {request: (len(request.tokens), request.cached) for request in self.running}
             written = self.engine.step()
             for request, (had, _) in before.items():
@@ -252,11 +287,15 @@ class Callers(RuleBasedStateMachine):
         if len(self.running) == self.num_requests:
             with pytest.raises(EngineFull):
                 self.engine.score(ids)
+        elif not self.fits(len(ids) - 1):
+            return
         elif choose.random() < 0.3:
             with self.failing(choose.randrange(2)):
                 self.engine.score(ids)
         else:
-            assert np.array_equal(self.engine.score(ids), self.alone.scores(ids))
+            score_from = choose.randrange(1, len(ids))
+            assert np.array_equal(self.engine.score(ids, score_from), self.alone.scores(ids)[score_from - 1 :])
+        self.end()  # the others go on meanwhile
 
     @precondition(lambda self: len(self.running) < self.num_requests)
     @rule(seed=seeds)
@@ -265,6 +304,8 @@ class Callers(RuleBasedStateMachine):
         choose = Random(seed)
         new_tokens, read = choose.randint(1, 5), choose.randint(1, 20)
         ids = [self.prompt(choose, new_tokens) for _ in range(choose.randint(1, 4))]
+        if not all(self.fits(len(one) + new_tokens - 1) for one in ids):
+            return
         options = GenerationOptions(max_new_tokens=new_tokens, **choose.choice(RULES))
         streams: list[list[Any]] = [[] for _ in ids]
         batch = self.engine.generate_batch(ids, options, stop_ids=frozenset())
@@ -276,7 +317,7 @@ class Callers(RuleBasedStateMachine):
             assert all(len(stream) == new_tokens for stream in streams)
         batch.close()  # type: ignore[attr-defined]
         for one, stream in zip(ids, streams, strict=True):
-            assert stream == self.alone.tokens(one, options)[: len(stream)]
+            assert [token[:2] for token in stream] == self.alone.tokens(one, options)[: len(stream)]
         self.end()
 
     # What always holds
@@ -285,12 +326,13 @@ class Callers(RuleBasedStateMachine):
     def what_is_written_is_what_each_writes_alone(self):
         for request in self.requests:
             expected = self.expected[request]
-            assert request.tokens == expected[: len(request.tokens)]
-            assert request.ids[request.prompt_tokens :] == [token for token, _ in request.tokens]
-            if request.scores is not None:
+            assert [token[:2] for token in request.tokens] == expected[: len(request.tokens)]
+            assert request.ids[request.prompt_tokens :] == [token.id for token in request.tokens]
+            if request.score_from is not None:
                 prompt = request.ids[: request.prompt_tokens]
-                whole = self.alone.scores(prompt) if len(prompt) > 1 else np.empty(0)
-                assert request.scores == whole[: len(request.scores)].tolist()
+                whole = self.alone.scores(prompt)[request.score_from - 1 :].tolist()
+                scored = list(zip(prompt[request.score_from :], whole, strict=True))
+                assert [token[:2] for token in request.scores] == scored[: len(request.scores)]
                 assert request.finished is None or len(request.scores) == len(whole)
             if request.finished:
                 assert (len(request.tokens), request.finished) == (len(expected), self.reason[request])
@@ -299,6 +341,11 @@ class Callers(RuleBasedStateMachine):
     def there_is_room_for_what_is_not_under_way(self):
         if hasattr(self, "engine"):
             assert self.engine.has_room == (len(self.running) < self.num_requests)
+            cache, scheduler = self.engine.cache, self.engine._scheduler
+            texts = [cache.pages(slot) for slot in scheduler._slots.values()] + [text.pages for text in scheduler._left]
+            holders = Counter(page for pages in texts for page in pages)
+            assert cache.num_pages - cache.free_pages == len(holders)
+            assert all(cache.holders(page) == number for page, number in holders.items())
 
     def teardown(self):
         for _ in range(600):
@@ -353,8 +400,8 @@ def test_scored_tokens_per_step_are_bounded(open_engine):
     engine = open_engine(num_requests=3)
     scheduler = Scheduler(engine.cache, 16, 5)
     for length in (4, 30):
-        scheduler.add(Request([*range(length)], SHORT, frozenset(), 0, scores=[]))
-    scheduler.add(Request([*range(9)], SHORT, frozenset(), 9))
+        scheduler.add(Request([*range(length)], SHORT, frozenset(), 0, score_from=1))
+    scheduler.add(Request([*range(50, 59)], SHORT, frozenset(), 9))
     assert [(part.read, part.scored) for part in scheduler.plan().parts] == [(3, 3), (9, 0), (2, 2)]
 
 
@@ -468,3 +515,200 @@ def test_requests_write_what_each_writes_alone(checkpoint, examples):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# Requests that share what they begin with
+
+
+WITHOUT_GUESSES = GenerationOptions(max_new_tokens=9, lookup_tokens=0)
+
+
+def ids_of(tokens):
+    return [token.id for token in tokens]
+
+
+def finish(engine, *requests):
+    """Step until all have ended; returns the number of tokens that were computed."""
+    read, forward = 0, engine.network.forward
+
+    def counting(ids, *arguments):
+        nonlocal read
+        read += len(ids)
+        return forward(ids, *arguments)
+
+    engine.network.forward = counting
+    try:
+        while any(request.finished is None for request in requests):
+            engine.step()
+    finally:
+        del engine.network.forward
+    return read
+
+
+def test_requests_of_one_prompt_compute_it_once(open_engine):
+    engine = open_engine(num_requests=4)
+    prompt = list(range(40))
+    options = [GenerationOptions(max_new_tokens=3, temperature=1.0, seed=seed, lookup_tokens=0) for seed in range(4)]
+    requests = [engine.add(prompt, each, stop_ids=frozenset()) for each in options]
+    assert finish(engine, *requests) == 40 + 3 * 1 + 4 * 2
+    assert [request.reused_tokens for request in requests] == [0, 39, 39, 39]
+    for request, each in zip(requests, options, strict=True):
+        alone = open_engine()
+        assert ids_of(alone.generate(prompt, each, stop_ids=frozenset())) == ids_of(request.tokens)
+
+
+def test_requests_wait_only_for_what_they_share(open_engine):
+    engine = open_engine(num_requests=3)
+    first = engine.add(range(50), SHORT, stop_ids=frozenset())
+    second = engine.add([*range(30), 99], SHORT, stop_ids=frozenset())
+    engine.step()  # reads 16 tokens of the first
+    third = engine.add([*range(20), 98], SHORT, stop_ids=frozenset())
+    assert (second.cached, third.cached) == (0, 16)
+    finish(engine, first, second, third)
+    assert (second.reused_tokens, third.reused_tokens) == (30, 20)
+
+
+def test_who_waits_goes_on_when_the_other_leaves(open_engine):
+    engine = open_engine(num_requests=3)
+    first, second, third = (
+        engine.add([*range(40), token], WITHOUT_GUESSES, stop_ids=frozenset()) for token in (1, 2, 3)
+    )
+    engine.step()
+    engine.remove(first)
+    assert finish(engine, second, third) == 41 - 16 + 1 + 2 * 8
+    assert (second.reused_tokens, third.reused_tokens) == (16, 40)
+
+
+def test_a_score_computes_what_it_scores_and_no_more(open_engine):
+    engine = open_engine(num_requests=3)
+    question = list(range(30))
+    answers = [[5, 6, 7], [8, 9], [5, 6, 10]]
+    requests = [engine.add_score([*question, *answer], 30) for answer in answers]
+    # Of each text after the first: the last token of the question, and the answer without its last token.
+    assert finish(engine, *requests) == 32 + 2 + 3
+    for request, answer in zip(requests, answers, strict=True):
+        assert [token.id for token in request.scores] == answer
+        whole = open_engine().score([*question, *answer])
+        assert np.allclose([token.logprob for token in request.scores], whole[29:], atol=1e-5)
+        assert np.allclose(engine.score([*question, *answer], 31), whole[30:], atol=1e-5)  # torch adds in another order
+
+
+@pytest.mark.parametrize("score_from", [0, -1, 3, 9])
+def test_scores_from_tokens_that_are_not_there(open_engine, score_from):
+    with pytest.raises(ValueError, match=f"Scores from token {score_from} on are not possible"):
+        open_engine().add_score([1, 2, 3], score_from)
+
+
+# The memory of the cache
+
+
+def test_short_requests_do_not_pay_for_long_ones(checkpoint):
+    opened = Checkpoint.open(checkpoint)
+    network = Network(load_kernels("torch", 1), opened.architecture, opened.tensors, max_tokens=64)
+    engine = Engine(network, cache_dtype="float32", context=640, num_requests=20, cache_tokens=640)
+    short = [engine.add([token, 7], SHORT, stop_ids=frozenset()) for token in range(10)]  # one page each
+    with pytest.raises(EngineFull, match=r"needs places for 10 tokens in the cache, 64 more than"):
+        engine.add([11, 7], SHORT)
+    assert engine.has_room
+    engine.remove(short[0])
+    added = engine.add([11, 7], SHORT, stop_ids=frozenset())
+    finish(engine, added, *short[1:])
+    long = engine.add([5] * 632, SHORT, stop_ids=frozenset())  # drops what the others left
+    finish(engine, long)
+    assert long.new_tokens == 9
+
+
+def test_more_requests_than_memory_wait_in_a_batch(checkpoint):
+    opened = Checkpoint.open(checkpoint)
+    network = Network(load_kernels("torch", 1), opened.architecture, opened.tensors, max_tokens=64)
+    engine = Engine(network, cache_dtype="float32", context=100, num_requests=8, cache_tokens=130)
+    prompts = [[token] * 60 for token in range(5)]
+    options = GenerationOptions(max_new_tokens=20)
+    streams: list[list[Any]] = [[] for _ in prompts]
+    for index, token in engine.generate_batch(prompts, options, stop_ids=frozenset()):
+        streams[index].append(token)
+    alone = Engine(network, cache_dtype="float32", context=100)
+    expected = [ids_of(alone.generate(prompt, options, stop_ids=frozenset())) for prompt in prompts]
+    assert [ids_of(stream) for stream in streams] == expected
+
+
+def test_a_cache_smaller_than_a_request(open_engine):
+    with pytest.raises(ValueError, match="A cache of 63 tokens is too small for one request of 64"):
+        open_engine(cache_tokens=63)
+
+
+# What callers can ask for
+
+
+def test_alternatives(open_engine):
+    engine = open_engine()
+    options = GenerationOptions(max_new_tokens=4)
+    request = engine.add(range(9), options, stop_ids=frozenset(), score_from=1, num_alternatives=3)
+    finish(engine, request)
+    assert [token.id for token in request.scores] == list(range(1, 9))
+    for token in request.tokens:
+        assert token.best
+        assert token.alternatives[0] == token[:2]
+    for token in [*request.scores, *request.tokens]:
+        assert len(token.alternatives) == 3
+        assert sorted(token.alternatives, key=lambda pair: -pair[1]) == list(token.alternatives)
+        assert token.best == (token.logprob == token.alternatives[0][1])
+
+
+def test_a_mask_decides_what_may_come_next(open_engine):
+    engine = open_engine(num_requests=2)
+    seen: list[Any] = []
+
+    def only(written):
+        seen.append(list(written))
+        allowed = np.zeros(257, bool)
+        allowed[100 + len(written)] = True
+        return None if len(written) == 2 else allowed
+
+    free = engine.add([1, 2, 3], SHORT, stop_ids=frozenset())
+    bound = engine.add([1, 2, 3], GenerationOptions(max_new_tokens=4), stop_ids=frozenset(), mask=only)
+    finish(engine, free, bound)
+    ids = [token.id for token in bound.tokens]
+    assert (ids[0], ids[1], ids[3]) == (100, 101, 103)
+    assert seen == [ids[:i] for i in range(4)]
+    assert ids_of(free.tokens) == ids_of(open_engine().generate([1, 2, 3], SHORT, stop_ids=frozenset()))
+    assert not bound.tokens[0].best  # what the model says does not depend on the mask
+
+
+def test_a_mask_that_forbids_everything_ends_only_its_request(open_engine):
+    engine = open_engine(num_requests=2)
+    free = engine.add([1, 2, 3], SHORT, stop_ids=frozenset())
+    bound = engine.add([4, 5], SHORT, stop_ids=frozenset(), mask=lambda written: np.full(257, len(written) < 2))
+    finish(engine, free, bound)
+    assert (bound.finished, bound.new_tokens) == ("error", 2)
+    assert isinstance(bound.error, NothingAllowed)
+    assert ids_of(free.tokens) == ids_of(open_engine().generate([1, 2, 3], SHORT, stop_ids=frozenset()))
+
+
+def test_times_of_a_request(open_engine, monkeypatch):
+    clock = iter(range(10, 1000, 10))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    engine = open_engine()
+    request = engine.add(range(20), GenerationOptions(max_new_tokens=3), stop_ids=frozenset())
+    assert (request.started, request.written, request.tokens_per_s) == (None, None, None)
+    finish(engine, request)
+    # Three readings of the clock per step: begin and end of the forward pass, and the time of what it writes.
+    assert request.started is not None
+    assert request.written is not None
+    assert request.added < request.started < request.written[0] < request.written[1]
+    assert request.tokens_per_s == pytest.approx(2 / (request.written[1] - request.written[0]))
+
+
+def test_a_long_prompt_is_read_in_pieces_that_let_others_write(open_engine):
+    engine = open_engine(num_requests=2)
+    stream = engine.add([1, 2], GenerationOptions(max_new_tokens=30, lookup_tokens=0), stop_ids=frozenset())
+    engine.step()
+    pace: Any = FixedPace(3)
+    engine._scheduler.pace = pace
+    long = engine.add(range(100, 130), SHORT, stop_ids=frozenset())
+    for step in range(1, 5):
+        engine.step()
+        assert (long.cached, stream.new_tokens) == (3 * step, 1 + step)
+    engine.remove(stream)
+    engine.step()
+    assert long.cached == 12 + 16  # nobody waits any more

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from btlm.kernels import cache_bytes, instruction_sets, load_kernels
+from btlm.kernels import PageTable, instruction_sets, load_kernels, num_pages, page_bytes
 from tests.kernels.tiny import Weights, attention, furthest, rounded, same_contents, silu, to_bf16
 
 reference = load_kernels("torch", 1)
@@ -256,10 +256,13 @@ TOLERANCE = {"int4": 1e-4, "int8": 1e-4, "bfloat16": 1e-5, "float32": 1e-5}  # i
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize(("heads", "head_dim"), SIZES)
 def test_attention_is_that_of_torch(path, dtype, heads, head_dim, rng):
-    sizes = {"slots": 3, "heads": heads, "length": 192, "head_dim": head_dim}
-    theirs = reference.cache(dtype, **sizes)
+    table = PageTable(3, 192, 12)  # pages of several slots lie between one another
+    for slot, pages in enumerate(([4, 0, 9], [11, 1, 3], [2, 8, 5])):
+        table.assign(slot, pages)
+    sizes = {"heads": heads, "head_dim": head_dim}
+    theirs = reference.cache(dtype, table, **sizes)
     three = [load_kernels(path, threads) for threads in (1, 2, 3)]
-    ours = [kernels.cache(dtype, **sizes) for kernels in three]
+    ours = [kernels.cache(dtype, table, **sizes) for kernels in three]
     for segments in SEGMENTS:
         tokens = sum(segment[3] for segment in segments)
         qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32) * 2
@@ -281,7 +284,7 @@ def test_attention_is_the_formula(name, dtype, tolerance, rng):
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 3, 20, 150
     qkv = rng.standard_normal((tokens, 3 * heads * head_dim), dtype=np.float32)
-    cache = kernels.cache(dtype, slots=1, heads=heads, length=192, head_dim=head_dim)
+    cache = kernels.cache(dtype, PageTable(1, 192), heads=heads, head_dim=head_dim)
     out = attend(kernels, cache, qkv, [[0, 0, 0, tokens]], heads, head_dim, 0.2)
     assert furthest(out, attention(qkv, heads, slopes_of(heads), 0.2)) < tolerance
 
@@ -294,7 +297,7 @@ def test_attention_has_the_same_bits_in_chunks_and_in_company(path, dtype, rng):
     kernels = load_kernels(path, 1)
 
     def empty(slots=1):
-        return kernels.cache(dtype, slots=slots, heads=heads, length=192, head_dim=head_dim)
+        return kernels.cache(dtype, PageTable(slots, 192), heads=heads, head_dim=head_dim)
 
     whole = attend(kernels, empty(), qkv, [[0, 0, 0, tokens]], heads, head_dim)
     for threads, chunk in ((1, 1), (2, 7), (3, 32), (2, 33), (1, 64), (3, 100)):
@@ -321,7 +324,7 @@ def test_attention_of_extreme_values(name, dtype, rng):
     qkv[5, 2, 3] = 1e30  # values do not enter the softmax
     qkv[6, 1] *= np.float32(1e-38)
     qkv[7, 2] *= np.float32(1e-38)
-    cache = kernels.cache(dtype, slots=1, heads=heads, length=128, head_dim=head_dim)
+    cache = kernels.cache(dtype, PageTable(1, 128), heads=heads, head_dim=head_dim)
     qkv = qkv.reshape(tokens, -1)
     out = attend(kernels, cache, qkv, [[0, 0, 0, tokens]], heads, head_dim)
     assert np.isfinite(out).all()
@@ -338,7 +341,7 @@ def test_what_a_text_that_is_gone_left_behind_does_not_matter(name, dtype, spoil
     kernels = load_kernels(name, 1)
     heads, head_dim = 2, 20
     qkv = rng.standard_normal((70, 3 * heads * head_dim), dtype=np.float32)
-    caches = [kernels.cache(dtype, slots=1, heads=heads, length=128, head_dim=head_dim) for _ in range(2)]
+    caches = [kernels.cache(dtype, PageTable(1, 128), heads=heads, head_dim=head_dim) for _ in range(2)]
     gone = qkv.copy()
     gone[2:, heads * head_dim :] = spoiled
     attend(kernels, caches[0], gone, [[0, 0, 0, 70]], heads, head_dim)
@@ -355,7 +358,7 @@ def test_what_is_not_finite_is_not_lost_in_attention(name, dtype, bad, place, rn
     kernels = load_kernels(name, 1)
     heads, head_dim = 2, 20
     qkv = rng.standard_normal((6, 3, heads, head_dim), dtype=np.float32)
-    cache = kernels.cache(dtype, slots=1, heads=heads, length=64, head_dim=head_dim)
+    cache = kernels.cache(dtype, PageTable(1, 64), heads=heads, head_dim=head_dim)
     for part in range(3):
         spoiled = qkv.copy()
         spoiled[4, part, 1, place] = bad
@@ -389,7 +392,7 @@ def test_far_keys_do_not_matter_and_scores_keep_their_digits(name, rng):
     """The bias reaches -1,500; the probability of a key at that distance is exactly 0."""
     kernels = load_kernels(name, 1)
     heads, head_dim, tokens = 1, 16, 3008
-    cache = kernels.cache("float32", slots=1, heads=heads, length=3008, head_dim=head_dim)
+    cache = kernels.cache("float32", PageTable(1, 3008), heads=heads, head_dim=head_dim)
     qkv = rng.standard_normal((tokens, 3 * head_dim), dtype=np.float32)
     attend(kernels, cache, qkv[:-1], [[0, 0, 0, tokens - 1]], heads, head_dim)
     out = attend(kernels, cache, qkv[-1:], [[0, 0, tokens - 1, 1]], heads, head_dim)
@@ -413,7 +416,7 @@ def test_wrong_shapes_are_one_line(name, wrong, rng):
     source = Weights(rng, "float32", 24, 32)
     matrix = source.matrix(kernels)
     x, out = np.zeros((2, 32), np.float32), np.zeros((2, 24), np.float32)
-    cache = kernels.cache("float32", slots=2, heads=2, length=64, head_dim=16)
+    cache = kernels.cache("float32", PageTable(2, 64), heads=2, head_dim=16)
     qkv, attended, slopes = np.zeros((2, 96), np.float32), np.zeros((2, 32), np.float32), slopes_of(2)
     ids = np.array([0, 1])
     vector = np.zeros(32, np.float32)
@@ -509,18 +512,27 @@ def test_a_table_has_a_row_per_token(name, dtype, rng):
 
 @each
 @pytest.mark.parametrize(
-    "change",
-    [
-        *({"length": 0}, {"head_dim": 257}, {"head_dim": 0}, {"dtype": "int5"}, {"dtype": "f32"}, {"slots": 0}),
-        *({"heads": 0}, {"slots": -1}),
-    ],
+    "change", [{"head_dim": 257}, {"head_dim": 0}, {"dtype": "int5"}, {"dtype": "f32"}, {"heads": 0}, {"heads": -1}]
 )
 def test_impossible_caches(name, change):
-    sizes = {"dtype": "int8", "slots": 2, "heads": 2, "length": 64, "head_dim": 16} | change
-    for make in (load_kernels(name, 1).cache, cache_bytes):
+    sizes = {"dtype": "int8", "heads": 2, "head_dim": 16} | change
+    for make in (lambda **sizes: load_kernels(name, 1).cache(table=PageTable(1, 64), **sizes), page_bytes):
         with pytest.raises(ValueError, match=r"\w") as error:
             make(**sizes)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [(0, 64), (-1, 64), (2, 0), (2, 64, 0)])
+def test_impossible_page_tables(sizes):
+    with pytest.raises(ValueError, match=r"is empty; each must be at least 1"):
+        PageTable(*sizes)
+
+
+@pytest.mark.parametrize(("slot", "pages"), [(2, [0]), (-1, [0]), (0, [5]), (0, [-1]), (0, [0, 1, 2])])
+def test_pages_that_are_not_there_cannot_be_assigned(slot, pages):
+    table = PageTable(2, 128, 5)
+    with pytest.raises(ValueError, match=f"slot {slot} cannot have the pages"):
+        table.assign(slot, pages)
 
 
 @each
@@ -531,7 +543,7 @@ def test_matrices_and_caches_of_other_kernels(name, rng):
     source = Weights(rng, "float32", 24, 32)
     with pytest.raises(ValueError, match="WeightMatrix of other kernels"):
         kernels.linear(np.zeros((1, 32), np.float32), source.matrix(others), np.zeros((1, 24), np.float32))
-    cache = others.cache("float32", slots=1, heads=1, length=64, head_dim=16)
+    cache = others.cache("float32", PageTable(1, 64), heads=1, head_dim=16)
     with pytest.raises(ValueError, match="Cache of other kernels"):
         attend(kernels, cache, np.zeros((1, 48), np.float32), [[0, 0, 0, 1]], 1, 16)
 
@@ -556,7 +568,7 @@ def test_what_cannot_be_written_to_in_place_is_refused(name, out):
 def test_a_scale_that_bf16_holds_is_that_scale(path, dtype, most):
     """Scales are rounded up to bf16, and not further where they need no rounding."""
     kernels = load_kernels(path, 1)
-    caches = [one.cache(dtype, slots=1, heads=1, length=64, head_dim=16) for one in (kernels, reference)]
+    caches = [one.cache(dtype, PageTable(1, 64), heads=1, head_dim=16) for one in (kernels, reference)]
     qkv = np.zeros((3, 48), np.float32)
     qkv[:, 16] = qkv[:, 32] = [most, most / 4, np.nextafter(np.float32(most), np.float32(most + 1))]
     for one, cache in zip((kernels, reference), caches, strict=True):
@@ -573,43 +585,59 @@ def test_a_scale_that_bf16_holds_is_that_scale(path, dtype, most):
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 16), (64, 20), (65, 80), (200, 1)])
 def test_bytes_of_a_cache(name, dtype, length, head_dim):
-    sizes = {"slots": 3, "heads": 2, "length": length, "head_dim": head_dim}
-    cache = load_kernels(name, 1).cache(dtype, **sizes)
+    cache = load_kernels(name, 1).cache(dtype, PageTable(3, length), heads=2, head_dim=head_dim)
     arrays = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    assert sum(array.nbytes for array in arrays if array is not None) == cache_bytes(dtype, **sizes)
-    assert (cache.slots, cache.heads, cache.length, cache.head_dim) == (3, 2, length, head_dim)
+    expected = 3 * num_pages(length) * page_bytes(dtype, heads=2, head_dim=head_dim)
+    assert sum(array.nbytes for array in arrays if array is not None) == expected
 
 
 @each
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
-def test_copies_of_slots(name, dtype, tokens, rng):
-    """A copy continues as the original does, and other slots do not change."""
+def test_texts_share_pages(name, dtype, tokens, rng):
+    """A text in shared pages, with a copy of the last one, continues as the original does; others do not change."""
     kernels, heads, head_dim = load_kernels(name, 1), 2, 20
-    cache = kernels.cache(dtype, slots=3, heads=heads, length=200, head_dim=head_dim)
+    table = PageTable(3, 200, 12)
+    cache = kernels.cache(dtype, table, heads=heads, head_dim=head_dim)
+    for slot, pages in enumerate(([7, 2, 11, 0], [1, 3, 4, 5], [])):
+        table.assign(slot, pages)
     before, after = (rng.standard_normal((n, 3 * heads * head_dim), dtype=np.float32) for n in (tokens, 2))
     attend(kernels, cache, before, [[0, 0, 0, tokens]], heads, head_dim)
-    cache.copy(0, 2, tokens)
-    original, copied, other = (
+    whole = tokens // 64
+    table.assign(2, [*[7, 2, 11][:whole], 9, 10])
+    if tokens % 64:
+        cache.copy([7, 2, 11][whole], 9)
+    original, sharing, other = (
         attend(kernels, cache, after, [[0, slot, tokens, 2]], heads, head_dim) for slot in (0, 2, 1)
     )
-    assert np.array_equal(original, copied)
+    assert np.array_equal(original, sharing)
     assert not np.array_equal(original, other)
 
 
 @each
-@pytest.mark.parametrize("copy", [(0, 3, 1), (-1, 0, 1), (0, 1, 65), (0, 1, -1)])
+@pytest.mark.parametrize("copy", [(0, 3), (3, 0), (-1, 0), (0, -1)])
 def test_impossible_copies(name, copy):
-    cache = load_kernels(name, 1).cache("float32", slots=3, heads=1, length=64, head_dim=16)
-    with pytest.raises(ValueError, match=f"{copy[2]} tokens cannot be copied from slot {copy[0]} to slot {copy[1]}"):
+    cache = load_kernels(name, 1).cache("float32", PageTable(3, 64), heads=1, head_dim=16)
+    with pytest.raises(ValueError, match=f"page {copy[0]} cannot be copied to page {copy[1]} of a cache of 3 pages"):
         cache.copy(*copy)
+
+
+@each
+def test_a_slot_without_a_page_is_refused(name):
+    table = PageTable(1, 128, 2)
+    cache = load_kernels(name, 1).cache("float32", table, heads=1, head_dim=16)
+    table.assign(0, [1])
+    qkv = np.zeros((65, 48), np.float32)
+    attend(load_kernels(name, 1), cache, qkv[:64], [[0, 0, 0, 64]], 1, 16)
+    with pytest.raises(ValueError, match="slot 0 has no page for token 64"):
+        attend(load_kernels(name, 1), cache, qkv, [[0, 0, 0, 65]], 1, 16)
 
 
 @each
 def test_a_cache_ends_at_its_length(name):
     """A cache cannot be used beyond its length, although its blocks of 64 tokens have more room."""
     kernels = load_kernels(name, 1)
-    cache = kernels.cache("float32", slots=1, heads=1, length=65, head_dim=16)
+    cache = kernels.cache("float32", PageTable(1, 65), heads=1, head_dim=16)
     qkv = np.zeros((66, 48), np.float32)
     attend(kernels, cache, qkv[:65], [[0, 0, 0, 65]], 1, 16)
     with pytest.raises(ValueError, match="66 tokens from 0 in slot 0 does not fit a cache of 1 slots of 65 tokens"):
@@ -626,8 +654,10 @@ def test_the_native_module_stays_inside_its_arrays(rng):
     x, out = np.zeros((2, 32), np.float32), np.zeros((2, 24), np.float32)
     matrix = kernels.matrix("float32", np.zeros((24, 32), np.float32), None, None, 24, 32, 0, False)
     turned = kernels.matrix("float32", np.zeros((24, 32), np.float32), None, None, 24, 32, 0, True)
-    blocks, scales = np.zeros((1, 2, 1, 2048), np.uint8), [np.zeros((1, 2, 1, 64), np.uint16)] * 2
-    cache = kernels.cache("int8", blocks, blocks, *scales, 1, 2, 64, 32)
+    pages, scales = np.zeros((1, 2, 2048), np.uint8), [np.zeros((1, 2, 64), np.uint16)] * 2
+    table = np.zeros((1, 1), np.int32)
+    cache = kernels.cache("int8", pages, pages, *scales, table, 1, 2, 32)
+    astray = [kernels.cache("int8", pages, pages, *scales, table + page, 1, 2, 32) for page in (-1, 1)]
     qkv, slopes = np.zeros((2, 192), np.float32), np.zeros(2, np.float32)
     attended = np.zeros((2, 64), np.float32)
     packed = np.zeros((2, 16, 64), np.uint8)
@@ -638,10 +668,10 @@ def test_the_native_module_stays_inside_its_arrays(rng):
         lambda: kernels.matrix("int4", packed, None, None, 32, 128, 64, False),
         lambda: kernels.matrix("int4", packed, np.zeros(64, np.uint16), None, 32, 128, 48, False),
         lambda: kernels.matrix("int4", packed, np.zeros(63, np.uint16), None, 32, 128, 64, False),
-        lambda: kernels.cache("int8", blocks, blocks, None, None, 1, 2, 64, 32),
-        lambda: kernels.cache("int8", blocks, blocks, *scales, 2, 2, 64, 32),
-        lambda: kernels.cache("int8", blocks, blocks, *scales, 1, 2, 60, 32),
-        lambda: kernels.cache("int9", blocks, blocks, *scales, 1, 2, 64, 32),
+        lambda: kernels.cache("int8", pages, pages, None, None, table, 1, 2, 32),
+        lambda: kernels.cache("int8", pages, pages, *scales, table, 2, 2, 32),
+        lambda: kernels.cache("int8", pages, pages, *scales, table[:0], 1, 2, 32),
+        lambda: kernels.cache("int9", pages, pages, *scales, table, 1, 2, 32),
         lambda: kernels.linear(x[:, :16].copy(), matrix, out, None, False),
         lambda: kernels.linear(x, matrix, out[:1], None, False),
         lambda: kernels.linear(x, matrix, out, turned, False),
@@ -653,6 +683,7 @@ def test_the_native_module_stays_inside_its_arrays(rng):
         lambda: kernels.attend(qkv, cache, np.array([[0, 0, 63, 2]]), slopes, 1.0, attended),
         lambda: kernels.attend(qkv, cache, np.array([[1, 0, 0, 2]]), slopes, 1.0, attended),
         lambda: kernels.attend(qkv, cache, np.array([[1, 0, 1, 2**63 - 1]]), slopes, 1.0, attended),
+        *(lambda c=c: kernels.attend(qkv, c, np.array([[0, 0, 0, 2]]), slopes, 1.0, attended) for c in astray),
         lambda: kernels.attend(qkv, cache, np.array([[0, 0, 0, 2]]), slopes[:1], 1.0, attended),
         lambda: kernels.attend(qkv, cache, np.array([[0, 0, 0, 2]]), slopes, 1.0, out),
     ]
@@ -681,7 +712,7 @@ def test_kernels_share_nothing(one, two, rng):
     qkv = rng.standard_normal((70, 120), dtype=np.float32)
 
     def results(kernels):
-        cache = kernels.cache("float32", slots=1, heads=2, length=128, head_dim=20)
+        cache = kernels.cache("float32", PageTable(1, 128), heads=2, head_dim=20)
         return linear(kernels, x, source), attend(kernels, cache, qkv, [[0, 0, 0, 70]], 2, 20)
 
     before = torch.get_num_threads()

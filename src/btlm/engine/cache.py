@@ -1,11 +1,11 @@
-"""Preallocated key-value cache, one slot per request."""
+"""The key-value cache: pages of 64 tokens, which requests share where their texts begin alike."""
 
-from collections.abc import Iterable
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
 
-from btlm.kernels import Kernels
-from btlm.kernels import cache_bytes as layer_bytes
-from btlm.kernels.arrays import DTYPES
+import numpy as np
+
+from btlm.kernels import Kernels, PageTable, num_pages, page_bytes
+from btlm.kernels.arrays import DTYPES, PAGE_TOKENS
 from btlm.model.architecture_btlm import Architecture
 
 CACHE_DTYPES = ("auto", *DTYPES)
@@ -19,34 +19,120 @@ _CACHE_OF_WEIGHTS = {
 
 
 class KVCache:
-    """The cache of all layers. Its memory is used as it fills.
+    """The cache of all layers, in pages of 64 tokens. Its memory is used as it fills.
+
+    A slot holds the text of one request. Texts that begin alike share the pages of their beginning. Who holds a page is
+    counted: slots, and callers that keep the pages of a text without a slot.
 
     Args:
         kernels: The kernels that will use it.
         architecture: The network.
         dtype: ``"int4"`` or ``"int8"``, with one scale per token and head, ``"bfloat16"`` or ``"float32"``.
         num_slots: Number of slots.
-        capacity: Tokens per slot.
+        capacity: Tokens per slot at most.
+        tokens: Tokens of all texts together, rounded up to whole pages; all that the slots can hold if it is ``None``.
 
     Raises:
         ValueError: There is no such dtype, or a size is impossible.
     """
 
-    def __init__(self, kernels: Kernels, architecture: Architecture, dtype: str, num_slots: int, capacity: int) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        architecture: Architecture,
+        dtype: str,
+        num_slots: int,
+        capacity: int,
+        tokens: int | None = None,
+    ) -> None:
+        pages = num_slots * num_pages(capacity) if tokens is None else num_pages(tokens)
         self.dtype = dtype
         self.num_slots = num_slots
         self.capacity = capacity
+        self.num_pages = pages
+        self._table = PageTable(num_slots, capacity, pages)
+        self._holders = np.zeros(pages, np.int64)
+        self._free = list(range(pages))[::-1]  # those freed last are used first: their memory is already there
+        self._pages: list[list[int]] = [[] for _ in range(num_slots)]
+        heads, head_dim = architecture.n_head, architecture.head_dim
         self.layers = [
-            kernels.cache(
-                dtype, slots=num_slots, heads=architecture.n_head, length=capacity, head_dim=architecture.head_dim
-            )
-            for _ in range(architecture.n_layer)
+            kernels.cache(dtype, self._table, heads=heads, head_dim=head_dim) for _ in range(architecture.n_layer)
         ]
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of slot ``source`` to slot ``target``."""
+    @property
+    def free_pages(self) -> int:
+        """Number of pages that nobody holds."""
+        return len(self._free)
+
+    def holders(self, page: int) -> int:
+        """Number of slots and callers that hold a page."""
+        return int(self._holders[page])
+
+    def pages(self, slot: int) -> list[int]:
+        """The pages of a slot, in the order of its tokens."""
+        return self._pages[slot]
+
+    def begin(self, slot: int, tokens: int, source: Sequence[int] = (), kept: int = 0, *, move: bool = False) -> None:
+        """Give an empty slot pages for a number of tokens, the first of which are in the pages of another text.
+
+        Whole pages of these are shared. The slot will append to the last one, so it gets a copy if that is filled in
+        part, unless the caller gives it up.
+
+        Args:
+            slot: A slot without pages.
+            tokens: Number of tokens that it needs places for, more than ``kept``.
+            source: Pages of the other text, held by somebody during the call.
+            kept: Number of tokens at the beginning of both texts.
+            move: The page that is filled in part goes to the slot, and nobody else appends to it or reads it.
+        """
+        shared = list(source[: num_pages(kept) if move else kept // PAGE_TOKENS])
+        new = [self._free.pop() for _ in range(num_pages(tokens) - len(shared))]
+        self._assign(slot, [*shared, *new])
+        self.hold(self._pages[slot])
+        if kept > len(shared) * PAGE_TOKENS:
+            self._copy(source[len(shared)], new[0])
+
+    def follow(self, slot: int, source: Sequence[int], kept: int) -> None:
+        """Let a slot have the first tokens of another text in place of what it has there.
+
+        Args:
+            slot: A slot with pages for more than ``kept`` tokens.
+            source: Pages of the other text.
+            kept: Number of tokens at the beginning of both texts.
+        """
+        whole = kept // PAGE_TOKENS
+        own = self._pages[slot]
+        self.hold(source[:whole])
+        self._assign(slot, [*source[:whole], *own[whole:]])
+        self.drop(own[:whole])
+        if kept % PAGE_TOKENS:
+            self._copy(source[whole], own[whole])
+
+    def end(self, slot: int, kept: int) -> list[int]:
+        """Empty a slot; returns the pages of its first tokens, which the caller holds from now on."""
+        pages = self._pages[slot]
+        self._assign(slot, [])
+        self.drop(pages[num_pages(kept) :])
+        return pages[: num_pages(kept)]
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """Keep pages from being given to others until they are dropped as often."""
+        self._holders[list(pages)] += 1
+
+    def drop(self, pages: Sequence[int]) -> None:
+        """The reverse of :meth:`hold`."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def _assign(self, slot: int, pages: list[int]) -> None:
+        self._pages[slot] = pages
+        self._table.assign(slot, pages)
+
+    def _copy(self, source: int, target: int) -> None:
         for layer in self.layers:
-            layer.copy(source, target, tokens)
+            layer.copy(source, target)
 
 
 def cache_dtype_of(name: str, weights: str) -> str:
@@ -66,16 +152,21 @@ def cache_dtype_of(name: str, weights: str) -> str:
     return _CACHE_OF_WEIGHTS[weights] if name == "auto" else name
 
 
-def cache_bytes(architecture: Architecture, dtype: str, num_slots: int, capacity: int) -> int:
-    """Bytes of a full cache.
+def cache_bytes(architecture: Architecture, dtype: str, tokens: int) -> int:
+    """Bytes of a full cache for a number of tokens, in whole pages.
 
     Raises:
         ValueError: There is no such dtype, or a size is impossible.
     """
-    sizes = {"slots": num_slots, "heads": architecture.n_head, "length": capacity, "head_dim": architecture.head_dim}
-    return architecture.n_layer * layer_bytes(dtype, **sizes)
+    page = page_bytes(dtype, heads=architecture.n_head, head_dim=architecture.head_dim)
+    return architecture.n_layer * num_pages(tokens) * page
 
 
 def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:
     """Number of tokens at the beginning that two sequences share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

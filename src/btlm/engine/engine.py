@@ -4,6 +4,7 @@ On the native kernels a token's logits are the same, bit for bit, however the st
 nor chunks, nor reused prefixes, nor guesses change what is written.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -14,8 +15,9 @@ import numpy.typing as npt
 from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file import resident_bytes
 from btlm.console import gigabytes
-from btlm.errors import DoesNotFit, LogitsNotFinite, NotSupported, TooLong
-from btlm.kernels import load_kernels
+from btlm.errors import DoesNotFit, EngineFull, LogitsNotFinite, NotSupported, TooLong
+from btlm.kernels import load_kernels, num_pages
+from btlm.kernels.arrays import PAGE_TOKENS
 from btlm.model.architecture_btlm import Architecture
 from btlm.model.config_keys_btlm import end_ids
 
@@ -23,7 +25,7 @@ from .cache import KVCache, cache_bytes, cache_dtype_of
 from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
-from .scheduler import Request, Scheduler, Token
+from .scheduler import Mask, Request, Scheduler, Token
 from .supported import supported
 
 _SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
@@ -38,21 +40,34 @@ class Engine:
             int8 for quantized weights, else that of the weights.
         context: Tokens per request, prompt and continuation; ``n_positions`` if it is ``None``.
         num_requests: Number of requests that can be under way at the same time.
+        cache_tokens: Tokens of all requests together, at least ``context``; what that many requests of ``context``
+            tokens need if it is ``None``. Requests get as much of it as they can use, so short ones do not pay for
+            long ones.
+        patience: Longest step, in usual ones, that requests wait for their next token while prompts of others are
+            read, more than 1. Without it a step reads as much as it can, which is fastest for all together.
 
     Raises:
         ValueError: A value is impossible.
     """
 
     def __init__(
-        self, network: Network, *, cache_dtype: str = "auto", context: int | None = None, num_requests: int = 1
+        self,
+        network: Network,
+        *,
+        cache_dtype: str = "auto",
+        context: int | None = None,
+        num_requests: int = 1,
+        cache_tokens: int | None = None,
+        patience: float | None = None,
     ) -> None:
         self.network = network
         self.architecture = network.architecture
         self.end_ids = end_ids(self.architecture.eos_token_id, self.architecture.vocab_size)
         self.context = self.architecture.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
-        self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context)
-        self._scheduler = Scheduler(self.cache, network.max_tokens, LOGIT_ROWS)
+        cache_tokens = _cache_tokens(self.context, num_requests, cache_tokens)
+        self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context, cache_tokens)
+        self._scheduler = Scheduler(self.cache, network.max_tokens, LOGIT_ROWS, patience)
 
     @classmethod
     def open(
@@ -62,6 +77,8 @@ class Engine:
         cache_dtype: str = "auto",
         context: int | None = None,
         num_requests: int = 1,
+        cache_tokens: int | None = None,
+        patience: float | None = None,
         kernels: str = "auto",
         threads: int | None = None,
         factor: float | None = None,
@@ -71,7 +88,7 @@ class Engine:
         Args:
             checkpoint: An open checkpoint, its folder, or its id on the Hugging Face Hub; plain (bf16, fp16, fp32) or
                 quantized, in safetensors or pickled by `torch.save`.
-            cache_dtype, context, num_requests: See the class.
+            cache_dtype, context, num_requests, cache_tokens, patience: See the class.
             kernels, threads: See :func:`btlm.kernels.load_kernels`.
             factor: Factor of position interpolation, instead of the stored one.
 
@@ -90,9 +107,16 @@ class Engine:
             weights += used.unpacked_bytes * architecture.num_parameters()
         context = architecture.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, stored)
-        _check_memory(architecture, weights, dtype, context, num_requests, available)
+        _check_memory(architecture, weights, dtype, _cache_tokens(context, num_requests, cache_tokens), available)
         network = Network(used, architecture, tensors)
-        return cls(network, cache_dtype=cache_dtype, context=context, num_requests=num_requests)
+        return cls(
+            network,
+            cache_dtype=cache_dtype,
+            context=context,
+            num_requests=num_requests,
+            cache_tokens=cache_tokens,
+            patience=patience,
+        )
 
     # One request, or a given number of them
 
@@ -149,9 +173,15 @@ class Engine:
         given: dict[Request, int] = {}  # tokens yielded; steps that others take write for these requests too
         try:
             while waiting or running:
-                while waiting and (self.has_room or not running):
-                    index, (ids, choice) = waiting.pop()
-                    request = self.add(ids, choice, stop_ids=stop_ids)
+                while waiting:
+                    index, (ids, choice) = waiting[-1]
+                    try:
+                        request = self.add(ids, choice, stop_ids=stop_ids)
+                    except EngineFull:
+                        if not running:
+                            raise
+                        break
+                    waiting.pop()
                     running[request], given[request] = index, 0
                 if all(given[request] == request.new_tokens for request in running):
                     self.step()
@@ -167,42 +197,36 @@ class Engine:
             for request in running:
                 self.remove(request)
 
-    def score(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def score(self, ids: Sequence[int], score_from: int = 1) -> npt.NDArray[np.float32]:
         """Log-probabilities in nats of the tokens of a prompt, each given those before it.
-
-        Other requests wait meanwhile.
 
         Args:
             ids: At least two tokens.
+            score_from: Index of the first token whose score is wanted, at least 1.
 
         Returns:
-            ``[len(ids) - 1]``.
+            ``[len(ids) - score_from]``.
 
         Raises:
-            EngineFull: Other requests have all slots.
+            EngineFull: Other requests have all slots, or most of the cache.
             LogitsNotFinite: See :meth:`generate`.
             ValueError: The prompt does not fit the context, or has an id beyond the vocabulary.
         """
-        if len(ids) < 2:
-            raise ValueError(f"A score needs at least two tokens, not {len(ids)}.")
-        self._check(ids, 0)
-        scores: list[float] = []
-        request = Request(list(ids), GenerationOptions(), frozenset(), max_new_tokens=0, scores=scores)
-        self._scheduler.add(request)
+        request = self.add_score(ids, score_from)
         try:
             while not request.finished:
-                self._step(request)
+                self.step()
         finally:
             self.remove(request)
         if request.error is not None:
             raise request.error
-        return np.array(scores, np.float32)
+        return np.array([token.logprob for token in request.scores], np.float32)
 
     # Requests that come and go
 
     @property
     def has_room(self) -> bool:
-        """Whether a request can be added."""
+        """Whether a slot is free for one more request; the cache may still have too few free places for it."""
         return self._scheduler.has_room
 
     def add(
@@ -211,21 +235,61 @@ class Engine:
         options: GenerationOptions | None = None,
         *,
         stop_ids: frozenset[int] | None = None,
+        score_from: int | None = None,
+        num_alternatives: int = 0,
+        mask: Mask | None = None,
     ) -> Request:
         """Begin a request; :meth:`step` continues it until it is finished or removed.
 
-        It reuses what the cache holds of the beginning of its prompt, also from requests that are under way.
+        It reuses what the cache holds of the beginning of its prompt, also from requests that are under way, and waits
+        for what these are about to compute of it: several requests of one prompt compute it once and share its memory.
 
         Args:
             ids, options, stop_ids: See :meth:`generate`.
+            score_from: Index of the first token of the prompt that is scored too, at least 1. What is scored is
+                computed even where the cache holds it.
+            num_alternatives: Number of the most probable tokens to tell for each token that is written or scored.
+            mask: Tells which tokens may be written next.
 
         Raises:
-            EngineFull, NotSupported, ValueError: See :meth:`generate`.
+            EngineFull: Other requests have all slots, or most of the cache.
+            NotSupported, TooLong, TypeError, ValueError: See :meth:`generate`.
         """
         options = options or GenerationOptions()
-        self._check(ids, options.max_new_tokens, options)
         stop_ids = self.end_ids if stop_ids is None else stop_ids
-        request = Request(list(ids), options, stop_ids, options.max_new_tokens)
+        return self._add(ids, options, stop_ids, options.max_new_tokens, score_from, num_alternatives, mask)
+
+    def add_score(self, ids: Sequence[int], score_from: int = 1, *, num_alternatives: int = 0) -> Request:
+        """Begin a request that scores its prompt and writes nothing.
+
+        Args:
+            ids: At least two tokens.
+            score_from, num_alternatives: See :meth:`add`.
+
+        Raises:
+            EngineFull, TooLong, TypeError, ValueError: See :meth:`add`.
+        """
+        if len(ids) < 2:
+            raise ValueError(f"A score needs at least two tokens, not {len(ids)}.")
+        return self._add(ids, GenerationOptions(), frozenset(), 0, score_from, num_alternatives)
+
+    def _add(
+        self,
+        ids: Sequence[int],
+        options: GenerationOptions,
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
+        score_from: int | None,
+        num_alternatives: int,
+        mask: Mask | None = None,
+    ) -> Request:
+        self._check(ids, max_new_tokens, options)
+        if score_from is not None and not 0 < score_from < max(2, len(ids)):
+            raise ValueError(
+                f"Scores from token {score_from} on are not possible: a score needs a token before it, and the prompt "
+                f"has {len(ids)}."
+            )
+        request = Request(list(ids), options, stop_ids, max_new_tokens, score_from, num_alternatives, mask)
         self._scheduler.add(request)
         return request
 
@@ -236,25 +300,24 @@ class Engine:
     def step(self) -> list[tuple[Request, Token]]:
         """Make one forward pass for all requests.
 
-        Requests whose logits are not finite end with an ``error``; the others are not disturbed.
+        Requests whose logits are not finite, or whose mask allows no token, end with an ``error``; the others are not
+        disturbed.
 
         Returns:
             Tokens that were written: none of a request whose prompt is not read to its end, else one, or more where
             guesses were right.
         """
-        return self._step()
-
-    def _step(self, only: Request | None = None) -> list[tuple[Request, Token]]:
-        step = self._scheduler.plan(only)
+        step = self._scheduler.plan()
         if not step.parts:
             return []
+        start = time.perf_counter()
         try:
             logits = self.network.forward(step.ids, step.segments, self.cache, step.rows)
         except LogitsNotFinite as error:
             for i in error.parts:
                 self._scheduler.fail(step.parts[i].request, error)
             return []  # the next step computes the others
-        return self._scheduler.record(step, logits)
+        return self._scheduler.record(step, logits, time.perf_counter() - start)
 
     def _check(self, ids: Sequence[int], max_new_tokens: int, options: GenerationOptions | None = None) -> None:
         if isinstance(ids, str):
@@ -274,25 +337,35 @@ class Engine:
             )
 
 
-def _check_memory(
-    architecture: Architecture, weights: int, cache_dtype: str, context: int, num_requests: int, available: int | None
-) -> None:
+def _cache_tokens(context: int, num_requests: int, cache_tokens: int | None) -> int:
+    """Tokens of the cache, in whole pages for each request unless their number is given."""
     if context < 1 or num_requests < 1:
         raise ValueError(
             f"A context of {context} tokens and {num_requests} requests are not possible; both are at least 1."
         )
-    cache = cache_bytes(architecture, cache_dtype, num_requests, context)
+    if cache_tokens is not None and cache_tokens < context:
+        raise ValueError(
+            f"A cache of {cache_tokens:,} tokens is too small for one request of {context:,}; give more, or a shorter "
+            "context."
+        )
+    return num_requests * num_pages(context) * PAGE_TOKENS if cache_tokens is None else cache_tokens
+
+
+def _check_memory(
+    architecture: Architecture, weights: int, cache_dtype: str, cache_tokens: int, available: int | None
+) -> None:
+    cache = cache_bytes(architecture, cache_dtype, cache_tokens)
     rest = weights + activation_bytes(architecture) + _SPARE
     needed = rest + cache
     if available is not None and needed > available:
-        smallest = cache_bytes(architecture, "int4", num_requests, context)
+        smallest = cache_bytes(architecture, "int4", cache_tokens)
         remedy = "a shorter context (prompt and new tokens)"
-        if rest + cache_bytes(architecture, "int4", 1, 1) > available:
+        if rest + cache_bytes(architecture, "int4", 1) > available:
             remedy = "weights in fewer bits (btlm quantize)"
         elif smallest < cache and rest + smallest <= available:
             remedy += f", or an int4 cache ({gigabytes(smallest)})"
         raise DoesNotFit(
-            f"{num_requests} x {context:,} tokens of context take {gigabytes(cache)} in {cache_dtype} beside weights "
-            f"of {gigabytes(weights)}: {gigabytes(needed)} in all, and {gigabytes(available)} of memory are free; use "
+            f"A cache of {cache_tokens:,} tokens takes {gigabytes(cache)} in {cache_dtype} beside weights of "
+            f"{gigabytes(weights)}: {gigabytes(needed)} in all, and {gigabytes(available)} of memory are free; use "
             f"{remedy}."
         )

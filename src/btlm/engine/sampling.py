@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from btlm.errors import NothingAllowed
+
 from .options import GenerationOptions
 
 Floats = npt.NDArray[np.float32]
@@ -32,15 +34,19 @@ class Sampler:
             self.seed = secrets.randbelow(2**31)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
-    def choose(self, logits: Floats, ids: Sequence[int]) -> int:
+    def choose(self, logits: Floats, ids: Sequence[int], allowed: npt.NDArray[np.bool_] | None = None) -> int:
         """Choose the next token.
 
         Args:
             logits: Logits ``[V]``; they are not changed.
             ids: Tokens before it, prompt included.
+            allowed: Whether each token may be chosen, ``[V]``; ``None`` if all may.
+
+        Raises:
+            NothingAllowed: ``allowed`` and the rules exclude every token.
         """
         options = self.options
-        scores = logits
+        scores = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
         if options.repetition_penalty is not None and options.repetition_penalty != 1:
             scores = scores.copy()
             seen = np.unique(np.asarray(ids))
@@ -51,6 +57,8 @@ class Sampler:
             if len(banned):
                 scores = scores.copy()
                 scores[banned] = -np.inf
+        if allowed is not None and scores.max() == -np.inf:
+            raise NothingAllowed("What may come next excludes every token.")
         if not options.samples:
             return int(scores.argmax())
         return self._draw(scores)
@@ -76,12 +84,6 @@ class Sampler:
         return int(tokens[np.searchsorted(cumulative, point, side="right")])  # random() < 1: not behind the last
 
 
-def log_probability(logits: Floats, token: int) -> float:
-    """Log-probability of a token in nats, by logits ``[V]``."""
-    most = logits.max()
-    return float(logits[token] - most - np.log(np.exp(logits - most).sum(dtype=np.float64)))
-
-
 def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
     """Log-probabilities in nats, ``[R]``, of one token per row of logits ``[R, V]``.
 
@@ -91,6 +93,19 @@ def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
     total = np.log(np.exp(logits - most).sum(axis=1, dtype=np.float64)) + most[:, 0]
     scores: Floats = (logits[np.arange(len(logits)), tokens] - total).astype(np.float32)
     return scores
+
+
+def best_tokens(logits: Floats, number: int) -> list[tuple[tuple[int, float], ...]]:
+    """The most probable tokens of each row of logits ``[R, V]``, with their log-probabilities in nats, best first."""
+    found = []
+    for row in logits:
+        number = min(number, len(row))
+        smallest = np.partition(row, -number)[-number]
+        near = np.flatnonzero(row >= smallest)
+        ids = near[np.lexsort((near, -row[near]))][:number].tolist()
+        scores = log_probabilities(np.broadcast_to(row, (len(ids), len(row))), ids)
+        found.append(tuple(zip(ids, scores.tolist(), strict=True)))
+    return found
 
 
 def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:

@@ -4,33 +4,45 @@ A step is one forward pass for several requests. Each brings the tokens that are
 prompt, its last token, or its last token and guesses of the next ones. Requests join and leave between two steps.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from btlm.errors import EngineFull
+from btlm.errors import EngineFull, NothingAllowed
+from btlm.kernels import num_pages
+from btlm.kernels.arrays import PAGE_TOKENS
 
 from .cache import KVCache, common_prefix
 from .options import GenerationOptions
-from .sampling import Sampler, log_probabilities, log_probability
+from .pace import Pace
+from .sampling import Sampler, best_tokens, log_probabilities
 from .speculation import PromptLookup
 
 _MOST_GUESSING = 2  # requests; with more of them a step's extra tokens are no longer free
 
+Mask = Callable[[Sequence[int]], npt.NDArray[np.bool_] | None]
+"""Which tokens may come next, bool ``[V]``, by the tokens that a request has written; ``None`` where all may."""
+
 
 class Token(NamedTuple):
-    """A token that was written.
+    """A token that was written or scored.
 
     Args:
         id: Token id.
         logprob: Log-probability in nats under the model, before temperature and the other rules.
+        best: Whether no other token is more probable.
+        alternatives: The most probable tokens, the first ones first, each with its log-probability; as many as the
+            request wants.
     """
 
     id: int
     logprob: float
+    best: bool = True
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -42,27 +54,39 @@ class Request:
         options: How to continue it.
         stop_ids: Tokens that end it.
         max_new_tokens: Number of tokens to write at most; 0 to score the prompt only.
-        scores: Log-probabilities in nats of the prompt's tokens from the second one on, as far as they are computed;
-            ``None`` if they are not wanted.
+        score_from: Index of the first token of the prompt that is scored, at least 1; ``None`` if none is.
+        num_alternatives: Number of alternatives per token.
+        mask: Tells which tokens may come next.
+
+    Attributes:
+        scores: The scored tokens, as far as they are computed.
         prompt_tokens: Length of the prompt.
-        reused_tokens: Tokens of the prompt that were in the cache when the request was added.
+        reused_tokens: Tokens of the prompt that other requests had computed.
         cached: Tokens of ``ids`` that are in the cache.
         tokens: Tokens that were written.
         finished: ``None``, ``"stop"`` after a stop id, ``"length"`` after ``max_new_tokens``, or ``"error"``.
         error: Why it cannot be continued, after ``"error"``.
+        added, started, written: Seconds of :func:`time.perf_counter` at which it was added, first computed, and at
+            which its first and its latest token were written; ``None`` before.
     """
 
     ids: list[int]
     options: GenerationOptions
     stop_ids: frozenset[int]
     max_new_tokens: int
-    scores: list[float] | None = None
+    score_from: int | None = None
+    num_alternatives: int = 0
+    mask: Mask | None = None
+    scores: list[Token] = field(init=False, default_factory=list)
     prompt_tokens: int = field(init=False)
     reused_tokens: int = field(init=False, default=0)
     cached: int = field(init=False, default=0)
     tokens: list[Token] = field(init=False, default_factory=list)
     finished: str | None = field(init=False, default=None)
     error: ValueError | None = field(init=False, default=None)
+    added: float = field(init=False, default_factory=lambda: time.perf_counter())
+    started: float | None = field(init=False, default=None)
+    written: tuple[float, float] | None = field(init=False, default=None)
     sampler: Sampler = field(init=False)
     lookup: PromptLookup = field(init=False)
 
@@ -80,6 +104,26 @@ class Request:
     def unread(self) -> int:
         """Number of tokens that the next steps have to read; nothing follows the last token of a score."""
         return len(self.ids) - self.cached - (self.max_new_tokens == 0)
+
+    @property
+    def places(self) -> int:
+        """Number of tokens that it can have in the cache; the last one that it writes is not read."""
+        return max(1, self.prompt_tokens + self.max_new_tokens - 1)
+
+    @property
+    def reusable(self) -> int:
+        """Number of tokens of the prompt that need not be computed, if others have computed them.
+
+        The logits of the tokens before those that are scored or written are needed.
+        """
+        return (self.prompt_tokens if self.score_from is None else self.score_from) - 1
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second after the first one; ``None`` until there are two."""
+        if self.written is None or self.written[0] == self.written[1]:
+            return None
+        return (self.new_tokens - 1) / (self.written[1] - self.written[0])
 
 
 class Part(NamedTuple):
@@ -128,144 +172,215 @@ class Step:
 
 
 class Scheduler:
-    """Requests under way, and the slots of the cache.
+    """Requests under way, and what the cache holds for them.
 
     Args:
         cache: One slot per request.
         step_tokens: Tokens per step.
         step_scores: Scored tokens per step, which bounds the memory for their logits.
+        patience: See :class:`Pace`.
     """
 
-    def __init__(self, cache: KVCache, step_tokens: int, step_scores: int) -> None:
+    def __init__(self, cache: KVCache, step_tokens: int, step_scores: int, patience: float | None = None) -> None:
+        self.pace = Pace(patience)
         self._cache = cache
         self._step_tokens = step_tokens
         self._step_scores = step_scores
-        self._slots = [_Slot(i) for i in range(cache.num_slots)]  # the least recently assigned first
+        self._slots: dict[Request, int] = {}  # of the requests under way
+        self._leaders: dict[Request, tuple[Request, int]] = {}
+        self._left: list[_Text] = []  # of ended requests, the oldest first
 
     @property
     def has_room(self) -> bool:
-        """Whether a request can be added."""
-        return any(slot.request is None for slot in self._slots)
+        """Whether a slot is free."""
+        return len(self._slots) < self._cache.num_slots
 
     def add(self, request: Request) -> None:
         """Give a request a slot, and what the cache holds of the beginning of its prompt.
 
-        A prompt that is scored is computed from its first token.
+        It gets places for all tokens that it may read and write, so that nothing that is under way ever has to wait for
+        memory. For these, what ended requests have left in the cache is dropped, the oldest first, as far as necessary.
+        Where a request under way is about to compute tokens that both begin with, this one waits for them.
 
         Raises:
-            EngineFull: All slots are taken.
+            EngineFull: All slots are taken, or the cache has too few free places; nothing has changed.
         """
-        free = [slot for slot in self._slots if slot.request is None]
-        if not free:
+        if not self.has_room:
             raise EngineFull(f"The engine is full: {len(self._slots)} requests are under way; remove one.")
-        slot = free[0]
-        if request.scores is None:
-            # The last token is computed in any case: its logits are needed.
-            shared = {s.index: min(common_prefix(request.ids, s.ids()), len(request.ids) - 1) for s in self._slots}
-            best = max(self._slots, key=lambda s: (shared[s.index], s.request is None))
-            request.reused_tokens = request.cached = shared[best.index]
-            if best.request is None and (request.cached == len(best.ids()) or len(free) == 1):
-                slot = best
-            elif request.cached and slot is not best:  # later requests may want to reuse what is left in the best one
-                self._cache.copy(best.index, slot.index, request.cached)
-        slot.request = request
-        self._slots.remove(slot)
-        self._slots.append(slot)
+        running = [_Text(other.ids[: other.cached], self._cache.pages(slot)) for other, slot in self._slots.items()]
+        taken = {page for text in running for page in text.pages}
+
+        def missing(text: _Text, kept: int, move: bool) -> int:
+            """Number of pages that are too few to begin with the first tokens of a text."""
+            shared = num_pages(kept) if move else kept // PAGE_TOKENS
+            held = taken.union(text.pages[: num_pages(kept)])
+            return num_pages(request.places) - shared - (self._cache.num_pages - len(held))
+
+        texts = [*running, *self._left]
+        shared = [min(common_prefix(request.ids, text.ids), request.reusable) for text in texts]
+        kept = max(shared, default=0)
+        best = texts[shared.index(kept)] if kept else _Text([], [])
+        # Only what an ended request has left, and to no other text, can be appended to without a copy of its last page.
+        movable = best in self._left and self._cache.holders(best.pages[num_pages(kept) - 1]) == 1
+        move = movable and (kept == len(best.ids) or missing(best, kept, move=False) > 0)
+        if missing(best, kept, move) > 0:
+            kept, move = kept // PAGE_TOKENS * PAGE_TOKENS, False
+        if (pages := missing(best, kept, move)) > 0:
+            raise EngineFull(
+                f"The engine is full: the request needs places for {request.places:,} tokens in the cache, "
+                f"{pages * PAGE_TOKENS:,} more than requests under way leave; remove one."
+            )
+        source = best.pages[: num_pages(kept)]
+        self._cache.hold(source)
+        if move:
+            self._forget(best)
+        while self._cache.free_pages < num_pages(request.places) - (len(source) if move else kept // PAGE_TOKENS):
+            self._forget(self._left[0])
+        slot = min(set(range(self._cache.num_slots)) - set(self._slots.values()))
+        self._cache.begin(slot, request.places, source, kept, move=move)
+        self._cache.drop(source)
+        request.reused_tokens = request.cached = kept
+        self._lead(request)
+        self._slots[request] = slot
 
     def remove(self, request: Request) -> None:
-        """Stop a request, unless it has ended; its tokens stay in the cache until the slot is given away."""
-        for slot in self._slots:
-            if slot.request is request:
-                slot.left, slot.request = slot.ids(), None
+        """Stop a request, unless it has ended; its tokens stay in the cache until the memory is needed."""
+        if request not in self._slots:
+            return
+        self._leaders.pop(request, None)
+        followers = [follower for follower, (leader, _) in self._leaders.items() if leader is request]
+        for follower in followers:
+            self._follow(follower)
+        text = _Text(request.ids[: request.cached], self._cache.end(self._slots.pop(request), request.cached))
+        for follower in followers:
+            self._lead(follower)
+        for other in [other for other in self._left if common_prefix(other.ids, text.ids) == len(other.ids)]:
+            self._forget(other)  # it is the beginning of this one
+        if text.ids:
+            self._left.append(text)
 
     def fail(self, request: Request, error: ValueError) -> None:
         """End a request that cannot be continued."""
         request.finished, request.error = "error", error
         self.remove(request)
 
-    def plan(self, only: Request | None = None) -> Step:
-        """Choose what the next step computes, for all requests or only for one; nothing changes yet.
+    def plan(self) -> Step:
+        """Choose what the next step computes.
 
-        Requests that write come first, so that a long prompt does not hold them up.
+        Requests that write come first, and while they do, :class:`Pace` bounds what is read of prompts.
         """
-        running = [(slot.request, slot.index) for slot in self._slots if slot.request is not None]
-        guessing = len(running) <= _MOST_GUESSING
+        for follower, (leader, most) in list(self._leaders.items()):
+            if leader.cached >= most:
+                self._follow(follower)
+        guessing = len(self._slots) <= _MOST_GUESSING
         tokens, scores = self._step_tokens, self._step_scores  # that are left
+        prompts = self.pace.prompt_tokens if any(request.new_tokens for request in self._slots) else None
         parts = []
-        for request, slot in sorted(running, key=lambda pair: pair[0].unread):
-            if only is not None and request is not only:
+        for request, slot in sorted(self._slots.items(), key=lambda item: item[0].unread):
+            if request in self._leaders:
                 continue
-            to_score = 0 if request.scores is None else max(0, request.prompt_tokens - 1 - request.cached)
-            read = min(request.unread, tokens, scores if to_score else tokens)
+            most = tokens if request.new_tokens or prompts is None else min(tokens, prompts)
+            read = min(request.unread, most)
+            scored = 0
+            if request.score_from is not None:
+                unscored = max(0, request.score_from - 1 - request.cached)  # they have to be read before
+                read = min(read, unscored + scores)
+                scored = max(0, min(request.cached + read, request.prompt_tokens - 1) - request.cached - unscored)
             if read == 0:
                 continue
-            scored = min(read, to_score)
             writes = read == request.unread and request.max_new_tokens > 0
             guess = []
             if writes and read == 1 and guessing:
                 left = request.max_new_tokens - request.new_tokens - 1  # beside the token that is written in any case
-                room = tokens - len(running)  # each request can have one token
+                room = tokens - len(self._slots)  # each request can have one token
                 guess = request.lookup.guess(request.ids)[: max(0, min(left, room))]
-            rows = (read if scored else int(writes)) + len(guess)
-            parts.append(Part(request, slot, read, guess, rows, scored))
+            parts.append(Part(request, slot, read, guess, scored + writes + len(guess), scored))
             tokens -= read + len(guess)
             scores -= scored
+            if prompts is not None and not request.new_tokens:
+                prompts -= read
         return Step(parts)
 
-    def record(self, step: Step, logits: npt.NDArray[np.float32]) -> list[tuple[Request, Token]]:
+    def record(self, step: Step, logits: npt.NDArray[np.float32], seconds: float) -> list[tuple[Request, Token]]:
         """Score and write by the logits of a step, and remove the requests that end.
 
         Args:
             step: As :meth:`plan` returned it.
             logits: ``[R, V]``.
+            seconds: Duration of the forward pass.
 
         Returns:
             The tokens that were written; several of one request where guesses were right.
         """
+        prompts = [part.read for part in step.parts if not part.request.new_tokens]
+        self.pace.learn(sum(prompts), len(step.parts) - len(prompts), seconds)
+        now = time.perf_counter()
         written: list[tuple[Request, Token]] = []
         row = 0
         for request, _, read, guess, num_rows, scored in step.parts:
             rows = logits[row : row + num_rows]
             row += num_rows
-            if request.scores is not None and scored:
-                following = request.ids[request.cached + 1 : request.cached + 1 + scored]
-                request.scores += log_probabilities(rows[:scored], following).tolist()
+            request.started = request.started or now - seconds
             request.cached += read
+            if scored:
+                start = min(request.cached + 1, request.prompt_tokens) - scored
+                request.scores += _tokens(request, rows[:scored], request.ids[start : start + scored])
             if num_rows > scored:
-                written += [(request, token) for token in _write(request, guess, rows[scored:])]
+                tokens = _write(request, guess, rows[scored:])
+                if tokens:
+                    request.written = (request.written or (now, now))[0], now
+                written += [(request, token) for token in tokens]
             elif request.unread == 0:
                 request.finished = "length"
             if request.finished:
                 self.remove(request)
         return written
 
+    def _lead(self, request: Request) -> None:
+        """Let a request wait for the one that is about to compute most of the beginning of its prompt, if any is."""
+        self._leaders.pop(request, None)
+        most, leader = 0, None
+        for other in self._slots:
+            if other is request:
+                break  # only for those before it, so that never two wait for each other
+            if other.unread > 1 and (both := min(common_prefix(request.ids, other.ids), request.reusable)) > most:
+                most, leader = both, other
+        if leader is not None and most > request.cached:
+            self._leaders[request] = leader, most
 
-@dataclass(eq=False)
-class _Slot:
-    """A slot of the cache.
+    def _follow(self, request: Request) -> None:
+        """Let a request have what the one that it waited for has computed."""
+        leader, most = self._leaders.pop(request)
+        kept = min(leader.cached, most)
+        if kept > request.cached:
+            self._cache.follow(self._slots[request], self._cache.pages(self._slots[leader]), kept)
+            request.reused_tokens = request.cached = kept
 
-    Args:
-        index: Its place in the cache.
-        request: The request that has it, if any.
-        left: Tokens that the last request left in it.
-    """
+    def _forget(self, text: "_Text") -> None:
+        self._left.remove(text)
+        self._cache.drop(text.pages)
 
-    index: int
-    request: Request | None = None
-    left: list[int] = field(default_factory=list)
 
-    def ids(self) -> list[int]:
-        """Tokens whose keys and values it holds."""
-        return self.left if self.request is None else self.request.ids[: self.request.cached]
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Tokens whose keys and values are in pages of the cache."""
+
+    ids: list[int]
+    pages: list[int]
 
 
 def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) -> list[Token]:
     """Choose tokens as long as they are what was guessed, each by its own draw: the same tokens as without guesses."""
     tokens: list[Token] = []
     for i, row in enumerate(logits):
-        choice = request.sampler.choose(row, request.ids)
+        allowed = None if request.mask is None else request.mask(request.ids[request.prompt_tokens :])
+        try:
+            choice = request.sampler.choose(row, request.ids, allowed)
+        except NothingAllowed as error:
+            request.finished, request.error = "error", error
+            break
         request.ids.append(choice)
-        tokens.append(Token(choice, log_probability(row, choice)))
+        tokens += _tokens(request, row[None], [choice])
         request.tokens.append(tokens[-1])
         if choice in request.stop_ids:
             request.finished = "stop"
@@ -275,5 +390,13 @@ def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) 
         if request.finished or not right:
             break
         request.cached += 1
-    request.lookup.learn(len(guess), len(tokens) - 1)
+    request.lookup.learn(len(guess), max(0, len(tokens) - 1))
     return tokens
+
+
+def _tokens(request: Request, logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[Token]:
+    """Tokens with what the model says of them, by one row of logits each."""
+    scores = log_probabilities(logits, ids).tolist()
+    best = logits[np.arange(len(ids)), ids] == logits.max(axis=1)
+    others = best_tokens(logits, request.num_alternatives) if request.num_alternatives else [()] * len(ids)
+    return [Token(*each) for each in zip(ids, scores, best.tolist(), others, strict=True)]

@@ -171,7 +171,7 @@ class _Subject:
 
     def check(self, context: int, cache_dtype: str) -> None:
         """Refuse what does not fit the memory or, for a shape, the disk."""
-        cache = cache_bytes(self.architecture, cache_dtype_of(cache_dtype, self.dtype), 1, context)
+        cache = cache_bytes(self.architecture, cache_dtype_of(cache_dtype, self.dtype), context)
         needed, available = self.weight_bytes + cache + _PROGRAM, available_memory()
         if available is not None and needed > available:
             raise DoesNotFit(

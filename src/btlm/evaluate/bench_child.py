@@ -54,8 +54,8 @@ def measure(
         "decode_tokens_per_s": 1 / float(np.median(steps)),
         "weight_bytes": sum(weights.values()),
         "weight_bytes_read": sum(weights.values()) - _unread(architecture, weights),
-        "cache_bytes": cache_bytes(architecture, dtype, 1, context),
-        "cache_bytes_read": cache_bytes(architecture, dtype, 1, context - new_tokens // 2),
+        "cache_bytes": cache_bytes(architecture, dtype, context),
+        "cache_bytes_read": cache_bytes(architecture, dtype, context - new_tokens // 2),
         "peak_bytes": peak_memory(),
     }
 

@@ -1,7 +1,18 @@
 """The operations that the engine runs on: in C++, or in torch where the package was built without a compiler."""
 
-from .cache import Cache, cache_bytes
+from .arrays import num_pages
+from .cache import Cache, PageTable, page_bytes
 from .interface import Kernels, WeightMatrix
 from .select import instruction_sets, load_kernels, processors
 
-__all__ = ["Cache", "Kernels", "WeightMatrix", "cache_bytes", "instruction_sets", "load_kernels", "processors"]
+__all__ = [
+    "Cache",
+    "Kernels",
+    "PageTable",
+    "WeightMatrix",
+    "instruction_sets",
+    "load_kernels",
+    "num_pages",
+    "page_bytes",
+    "processors",
+]

@@ -21,6 +21,15 @@ ELEMENT = {"int4": UINT8, "int8": UINT8, "bfloat16": UINT16, "float32": FLOAT32}
 """The numpy dtype that holds each of them."""
 
 
+PAGE_TOKENS = 64
+"""Tokens per page of a cache."""
+
+
+def num_pages(tokens: int) -> int:
+    """Number of pages that hold a number of tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
 def require(holds: bool, problem: str) -> None:
     """Raise a ValueError that names the problem, unless the condition holds."""
     if not holds:

@@ -1,22 +1,66 @@
 """The cache of keys and values of one layer: its layout, which only the kernels know.
 
-Letters: S slots, H heads, L length of a slot in tokens, rounded up to a multiple of 64, W head dimension, rounded up to
-a multiple of 16.
+Letters: P pages of 64 tokens, H heads, W head dimension, rounded up to a multiple of 16.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from btlm.model.storage_btlm import padded_size
 
-from .arrays import ELEMENT, PACKED, Array, require, require_dtype
+from .arrays import ELEMENT, PACKED, PAGE_TOKENS, Array, num_pages, require, require_dtype
 
 if TYPE_CHECKING:
     from .reference import TorchKernels
 
 MAX_HEAD_DIM = 256
-_BLOCK_TOKENS = 64
+
+
+class PageTable:
+    """The pages of each slot: where the layers of a network keep its tokens.
+
+    Slots can share pages, and then only one of them may append to a page.
+
+    Args:
+        slots: Number of sequences.
+        length: Tokens per slot.
+        pages: Number of pages of 64 tokens, for all slots. Without it every slot has pages of its own.
+
+    Raises:
+        ValueError: A size is impossible.
+    """
+
+    def __init__(self, slots: int, length: int, pages: int | None = None) -> None:
+        per_slot = num_pages(length)
+        self.slots = slots
+        self.length = length
+        self.pages = slots * per_slot if pages is None else pages
+        require(
+            min(slots, length, self.pages) > 0,
+            f"a cache of {slots} slots of {length} tokens in {self.pages} pages is empty; each must be at least 1",
+        )
+        self.entries: npt.NDArray[np.int32] = np.full((slots, per_slot), -1, np.int32)
+        if pages is None:
+            self.entries[:] = np.arange(self.pages).reshape(slots, per_slot)
+
+    def assign(self, slot: int, pages: Sequence[int]) -> None:
+        """Give a slot these pages, in the order of its tokens, instead of those that it had.
+
+        Raises:
+            ValueError: There is no such slot or page, or the slot cannot have so many.
+        """
+        require(
+            0 <= slot < self.slots
+            and len(pages) <= self.entries.shape[1]
+            and all(0 <= page < self.pages for page in pages),
+            f"slot {slot} cannot have the pages {list(pages)}, in a cache of {self.slots} slots of "
+            f"{self.entries.shape[1]} pages and {self.pages} pages in all",
+        )
+        self.entries[slot] = -1
+        self.entries[slot, : len(pages)] = pages
 
 
 class Cache:
@@ -26,66 +70,59 @@ class Cache:
 
     Args:
         implementation: Implementation that will use it.
-        dtype, slots, heads, length, head_dim: See :meth:`btlm.kernels.Kernels.cache`.
+        dtype, table, heads, head_dim: See :meth:`btlm.kernels.Kernels.cache`.
     """
 
-    # int8: keys uint8 [S, H, L/64, W/4, 64, 4], stored as q + 128; values int8 [S, H, L/4, W, 4]. int4: keys uint8
-    # [S, H, L/64, W/8, 64, 4], stored as q + 8, the first four of eight dimensions in the low nibbles; values uint8
-    # [S, H, L/8, W, 4], stored as q + 8, the first four of eight tokens in the low nibbles. Both have bf16 scales
-    # [S, H, L], one per token and head. Else: keys [S, H, L/16, W, 16], values [S, H, L, W].
-    #
-    # In every layout 64 tokens of a head lie together, so that the arrays here are [S, H, L/64, elements].
+    # int8: keys uint8 [P, H, W/4, 64, 4], stored as q + 128; values int8 [P, H, 64/4, W, 4]. int4: keys uint8
+    # [P, H, W/8, 64, 4], stored as q + 8, the first four of eight dimensions in the low nibbles; values uint8
+    # [P, H, 64/8, W, 4], stored as q + 8, the first four of eight tokens in the low nibbles. Both have bf16 scales
+    # [P, H, 64], one per token and head. Else: keys [P, H, 64/16, W, 16], values [P, H, 64, W].
 
-    def __init__(
-        self, implementation: "TorchKernels", dtype: str, slots: int, heads: int, length: int, head_dim: int
-    ) -> None:
-        blocks, elements = _cache_blocks(dtype, slots, heads, length, head_dim)
+    def __init__(self, implementation: "TorchKernels", dtype: str, table: PageTable, heads: int, head_dim: int) -> None:
+        elements = _page_elements(dtype, heads, head_dim)
         self.dtype = dtype
-        self.slots = slots
+        self.table = table
         self.heads = heads
-        self.length = length
         self.head_dim = head_dim
         # np.zeros does not touch the memory: a page is used when the first token is written to it.
-        self.keys: Array = np.zeros((slots, heads, blocks, elements), ELEMENT[dtype])
+        self.keys: Array = np.zeros((table.pages, heads, elements), ELEMENT[dtype])
         self.values: Array = np.zeros(self.keys.shape, np.int8 if dtype == "int8" else ELEMENT[dtype])
         self.key_scales, self.value_scales = (
-            np.zeros((slots, heads, blocks, _BLOCK_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
+            np.zeros((table.pages, heads, PAGE_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
         )
         self.owner = type(implementation)
         arrays = self.keys, self.values, self.key_scales, self.value_scales
-        self.handle = implementation.cache(dtype, *arrays, slots, heads, blocks * _BLOCK_TOKENS, head_dim)
+        self.handle = implementation.cache(dtype, *arrays, table.entries, table.pages, heads, head_dim)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of slot ``source`` to slot ``target``."""
+    def copy(self, source: int, target: int) -> None:
+        """Copy page ``source`` to page ``target``.
+
+        Raises:
+            ValueError: There is no such page.
+        """
         require(
-            0 <= source < self.slots and 0 <= target < self.slots and 0 <= tokens <= self.length,
-            f"{tokens} tokens cannot be copied from slot {source} to slot {target} of a cache of {self.slots} slots of "
-            f"{self.length} tokens",
+            0 <= source < self.table.pages and 0 <= target < self.table.pages,
+            f"page {source} cannot be copied to page {target} of a cache of {self.table.pages} pages",
         )
-        blocks = padded_size(tokens, _BLOCK_TOKENS) // _BLOCK_TOKENS
         for array in (self.keys, self.values, self.key_scales, self.value_scales):
             if array is not None:
-                array[target, :, :blocks] = array[source, :, :blocks]
+                array[target] = array[source]
 
 
-def cache_bytes(dtype: str, *, slots: int, heads: int, length: int, head_dim: int) -> int:
-    """Bytes of a :class:`Cache`, which holds one layer.
+def page_bytes(dtype: str, *, heads: int, head_dim: int) -> int:
+    """Bytes of a page of a :class:`Cache`, which holds one layer.
 
     Raises:
         ValueError: There is no such dtype, or a size is impossible.
     """
-    blocks, elements = _cache_blocks(dtype, slots, heads, length, head_dim)
-    scales = 2 * _BLOCK_TOKENS if dtype in PACKED else 0
-    return 2 * slots * heads * blocks * (elements * ELEMENT[dtype].itemsize + scales)
+    elements = _page_elements(dtype, heads, head_dim)
+    scales = 2 * PAGE_TOKENS if dtype in PACKED else 0
+    return 2 * heads * (elements * ELEMENT[dtype].itemsize + scales)
 
 
-def _cache_blocks(dtype: str, slots: int, heads: int, length: int, head_dim: int) -> tuple[int, int]:
-    """Number of blocks of 64 tokens in a slot, and elements of the keys of a block and head."""
+def _page_elements(dtype: str, heads: int, head_dim: int) -> int:
+    """Elements of the keys of a page and head."""
     require_dtype(dtype)
-    require(
-        min(slots, heads, length) > 0,
-        f"a cache of {slots} slots, {heads} heads and {length} tokens is empty; each must be at least 1",
-    )
+    require(heads > 0, f"{heads} heads are not possible; there must be at least 1")
     require(0 < head_dim <= MAX_HEAD_DIM, f"heads of {head_dim} dimensions are not between 1 and {MAX_HEAD_DIM}")
-    elements = _BLOCK_TOKENS * padded_size(head_dim, 16) // (2 if dtype == "int4" else 1)
-    return padded_size(length, _BLOCK_TOKENS) // _BLOCK_TOKENS, elements
+    return PAGE_TOKENS * padded_size(head_dim, 16) // (2 if dtype == "int4" else 1)

@@ -21,6 +21,7 @@ from .arrays import (
     FLOAT32,
     INT64,
     PACKED,
+    PAGE_TOKENS,
     UINT8,
     UINT16,
     Array,
@@ -31,7 +32,7 @@ from .arrays import (
     require_dtype,
     require_out,
 )
-from .cache import Cache
+from .cache import Cache, PageTable
 
 if TYPE_CHECKING:
     from .reference import TorchKernels
@@ -123,20 +124,19 @@ class Kernels:
         handle = self._implementation.matrix(dtype, weight, scale, bias, rows, columns, group, input_major)
         return WeightMatrix(type(self._implementation), dtype, rows, columns, group, input_major, handle)
 
-    def cache(self, dtype: str, *, slots: int, heads: int, length: int, head_dim: int) -> Cache:
-        """Make an empty cache for one layer. Its memory is used as it fills; see :func:`btlm.kernels.cache_bytes`.
+    def cache(self, dtype: str, table: PageTable, *, heads: int, head_dim: int) -> Cache:
+        """Make an empty cache for one layer. Its memory is used as it fills; see :func:`btlm.kernels.page_bytes`.
 
         Args:
             dtype: ``"int4"`` or ``"int8"``, with one scale per token and head, ``"bfloat16"`` or ``"float32"``.
-            slots: Number of sequences.
+            table: The pages of its slots; the layers of a network share one table.
             heads: Number of heads.
-            length: Tokens per slot.
             head_dim: Dimensions per head, at most 256.
 
         Raises:
             ValueError: There is no such dtype, or a size is impossible.
         """
-        return Cache(self._implementation, dtype, slots, heads, length, head_dim)
+        return Cache(self._implementation, dtype, table, heads, head_dim)
 
     def linear(
         self, x: Floats, matrix: WeightMatrix, out: Floats, gate: WeightMatrix | None = None, add: bool = False
@@ -233,7 +233,8 @@ class Kernels:
             out: ``[T, H * D]``, receives the result.
 
         Raises:
-            ValueError: The arrays do not fit together, or a segment does not fit the batch or the cache.
+            ValueError: The arrays do not fit together, a segment does not fit the batch or the cache, or its slot has
+                no page for it.
         """
         tokens, width = len(qkv), cache.heads * cache.head_dim
         require_array("qkv", qkv, FLOAT32, (tokens, 3 * width))
@@ -243,11 +244,14 @@ class Kernels:
         for row, slot, start, count in segments.tolist():
             if count <= 0 or row < 0 or row + count > tokens:
                 raise ValueError(f"a segment of {count} tokens from row {row} does not fit a batch of {tokens} tokens")
-            if not (0 <= slot < cache.slots and start >= 0 and start + count <= cache.length):
+            table = cache.table
+            if not (0 <= slot < table.slots and start >= 0 and start + count <= table.length):
                 raise ValueError(
-                    f"a segment of {count} tokens from {start} in slot {slot} does not fit a cache of {cache.slots} "
-                    f"slots of {cache.length} tokens"
+                    f"a segment of {count} tokens from {start} in slot {slot} does not fit a cache of {table.slots} "
+                    f"slots of {table.length} tokens"
                 )
+            if table.entries[slot, (start + count - 1) // PAGE_TOKENS] < 0:  # the first pages are given first
+                raise ValueError(f"slot {slot} has no page for token {start + count - 1}")
         self._implementation.attend(qkv, self._handle(cache), segments, slopes, scale, out)
 
     def sum_bytes(self, values: npt.NDArray[np.uint8]) -> int:

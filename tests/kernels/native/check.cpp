@@ -171,6 +171,7 @@ void check_matrices(const Path* plain, const Path* path, int threads) {
 struct Store {
     std::vector<uint8_t> keys, values;
     std::vector<uint16_t> key_scales, value_scales;
+    std::vector<int32_t> table;
     Cache cache;
 
     Store(Dtype dtype, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim) {
@@ -180,8 +181,10 @@ struct Store {
         values.resize(keys.size());
         key_scales.resize(tokens);
         value_scales.resize(tokens);
-        cache = {dtype, keys.data(), values.data(), key_scales.data(), value_scales.data(), slots, heads, capacity,
-                 head_dim, width};
+        const int64_t pages = slots * capacity / KEY_BLOCK;
+        for (int64_t page = pages; page-- > 0;) table.push_back(static_cast<int32_t>(page));  // the last ones first
+        cache = {dtype, keys.data(), values.data(), key_scales.data(), value_scales.data(), table.data(), pages, slots, heads,
+                 capacity, head_dim, width};
     }
 };
 

@@ -95,18 +95,17 @@ inline auto value_sums(int64_t dimensions) {
     return SIZES[(dimensions < 8 * LANES ? dimensions : 8 * LANES) / LANES - 1];
 }
 
+// Attends with one query to the keys of a page, which begin at `at`; those at `next` come next.
 template <int BITS>
-inline void attend_block_packed(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
-                                bool next, Query& q) {
+inline void attend_block_packed(const Cache& cache, int64_t at, int64_t next, int64_t first_key, int64_t position, float slope,
+                                Query& q) {
     constexpr int BLOCKS = KEY_BLOCK / LANES;
-    const int64_t at = head_of_slot * cache.capacity + first_key, row = cache.width * BITS / 8;
+    const int64_t row = cache.width * BITS / 8;
     const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * row;
     const auto* values = static_cast<const uint8_t*>(cache.values) + at * row;
 
-    // Next comes the next block of this head, or the first one of the next head.
-    const int64_t ahead = next ? KEY_BLOCK * row : ((head_of_slot + 1) * cache.capacity - at) * row;
-    fetch(keys + ahead, KEY_BLOCK * row);
-    fetch(values + ahead, KEY_BLOCK * row);
+    fetch(keys + (next - at) * row, KEY_BLOCK * row);
+    fetch(values + (next - at) * row, KEY_BLOCK * row);
     I products[BLOCKS];
     for (int s = 0; s < BLOCKS; ++s) products[s] = lanes::iset(q.offset);
     for (int64_t c = 0; c < row / 4; ++c) {
@@ -159,10 +158,9 @@ inline F load_lanes(const float* p) { return lanes::load(p); }
 inline F load_lanes(const uint16_t* p) { return lanes::load_bf16(p); }
 
 template <class T>
-inline void attend_block_plain(const Cache& cache, int64_t head_of_slot, int64_t first_key, int64_t position, float slope,
-                               bool, Query& q) {
+inline void attend_block_plain(const Cache& cache, int64_t at, int64_t, int64_t first_key, int64_t position, float slope,
+                               Query& q) {
     constexpr int BLOCKS = KEY_BLOCK / LANES;
-    const int64_t at = head_of_slot * cache.capacity + first_key;
     const T* keys = static_cast<const T*>(cache.keys) + at * cache.width;
     const T* values = static_cast<const T*>(cache.values) + at * cache.width;
     F scores[BLOCKS];
@@ -200,7 +198,6 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
 
 void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
             int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
-    const int64_t head_of_slot = slot * cache.heads + head;
     const auto step = cache.dtype == Dtype::int4       ? attend_block_packed<4>
                       : cache.dtype == Dtype::int8     ? attend_block_packed<8>
                       : cache.dtype == Dtype::bfloat16 ? attend_block_plain<uint16_t>
@@ -209,9 +206,14 @@ void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64
     for (int64_t done = 0; done < count; done += QUERY_TILE) {
         const int64_t n = count - done < QUERY_TILE ? count - done : QUERY_TILE, position = first + done;
         for (int64_t i = 0; i < n; ++i) start(cache, queries + (done + i) * query_stride, scale, tile[i]);
-        for (int64_t key = 0; key < position + n; key += KEY_BLOCK)
+        for (int64_t key = 0; key < position + n; key += KEY_BLOCK) {
+            const int64_t at = cache.at(slot, head, key);
+            const int64_t next = key + KEY_BLOCK < position + n ? cache.at(slot, head, key + KEY_BLOCK)
+                                 : head + 1 < cache.heads       ? cache.at(slot, head + 1, 0)
+                                                                : at;
             for (int64_t i = key > position ? key - position : 0; i < n; ++i)
-                step(cache, head_of_slot, key, position + i, slope, key + KEY_BLOCK < position + n, tile[i]);
+                step(cache, at, next, key, position + i, slope, tile[i]);
+        }
         for (int64_t i = 0; i < n; ++i) {
             const float* own = queries + (done + i) * query_stride;  // query, and the key and value that the token appended
             const int64_t width = cache.heads * cache.head_dim;

@@ -28,26 +28,27 @@ inline void put_nibble(uint8_t& byte, bool high, int value) {
     byte = static_cast<uint8_t>(high ? (byte & 15) | (value + 8) << 4 : (byte & 240) | (value + 8));
 }
 
+// `at` is where the tokens of the head in this page begin, and `inside` the place of the token there.
 template <int BITS>
-inline void append_packed(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
+inline void append_packed(const Cache& cache, int64_t at, int64_t inside, const float* key, const float* value) {
     constexpr float LIMIT = BITS == 4 ? 7.0f : 127.0f;
-    constexpr int64_t BLOCK = KEY_BLOCK, STEP = BITS == 4 ? 8 : 4;  // dimensions, or tokens, in four bytes
+    constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // dimensions, or tokens, in four bytes
     int8_t q[MAX_HEAD_DIM] = {};
-    const int64_t head = head_of_slot * cache.capacity, row = cache.width * BITS / 8;
-    auto* keys = static_cast<uint8_t*>(cache.keys) + (head + position / BLOCK * BLOCK) * row + position % BLOCK * 4;
-    cache.key_scales[head + position] = quantize_head(key, cache.head_dim, LIMIT, q);
+    const int64_t row = cache.width * BITS / 8;
+    auto* keys = static_cast<uint8_t*>(cache.keys) + at * row + inside * 4;
+    cache.key_scales[at + inside] = quantize_head(key, cache.head_dim, LIMIT, q);
     for (int64_t d = 0; d < cache.width; ++d) {
-        uint8_t& byte = keys[d / STEP * BLOCK * 4 + d % 4];
+        uint8_t& byte = keys[d / STEP * KEY_BLOCK * 4 + d % 4];
         if constexpr (BITS == 4)
             put_nibble(byte, d % 8 >= 4, q[d]);
         else
             byte = static_cast<uint8_t>(q[d] + 128);
     }
-    auto* values = static_cast<uint8_t*>(cache.values) + (head + position / STEP * STEP) * row + position % 4;
-    cache.value_scales[head + position] = quantize_head(value, cache.head_dim, LIMIT, q);
+    auto* values = static_cast<uint8_t*>(cache.values) + (at + inside / STEP * STEP) * row + inside % 4;
+    cache.value_scales[at + inside] = quantize_head(value, cache.head_dim, LIMIT, q);
     for (int64_t d = 0; d < cache.width; ++d) {
         if constexpr (BITS == 4)
-            put_nibble(values[d * 4], position % 8 >= 4, q[d]);
+            put_nibble(values[d * 4], inside % 8 >= 4, q[d]);
         else
             values[d * 4] = static_cast<uint8_t>(q[d]);
     }
@@ -57,21 +58,21 @@ inline void store_as(float x, float* to) { *to = x; }
 inline void store_as(float x, uint16_t* to) { *to = to_bf16(x); }
 
 template <class T>
-inline void append_plain(const Cache& cache, int64_t head_of_slot, int64_t position, const float* key, const float* value) {
-    T* keys = static_cast<T*>(cache.keys) + (head_of_slot * cache.capacity + position / 16 * 16) * cache.width;
-    T* values = static_cast<T*>(cache.values) + (head_of_slot * cache.capacity + position) * cache.width;
+inline void append_plain(const Cache& cache, int64_t at, int64_t inside, const float* key, const float* value) {
+    T* keys = static_cast<T*>(cache.keys) + (at + inside / 16 * 16) * cache.width;
+    T* values = static_cast<T*>(cache.values) + (at + inside) * cache.width;
     for (int64_t d = 0; d < cache.head_dim; ++d) {
-        store_as(key[d], keys + d * 16 + position % 16);
+        store_as(key[d], keys + d * 16 + inside % 16);
         store_as(value[d], values + d);
     }
 }
 
 void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
-    const int64_t head_of_slot = slot * cache.heads + head;
-    if (cache.dtype == Dtype::int4) return append_packed<4>(cache, head_of_slot, position, key, value);
-    if (cache.dtype == Dtype::int8) return append_packed<8>(cache, head_of_slot, position, key, value);
-    if (cache.dtype == Dtype::bfloat16) return append_plain<uint16_t>(cache, head_of_slot, position, key, value);
-    append_plain<float>(cache, head_of_slot, position, key, value);
+    const int64_t at = cache.at(slot, head, position), inside = position % KEY_BLOCK;
+    if (cache.dtype == Dtype::int4) return append_packed<4>(cache, at, inside, key, value);
+    if (cache.dtype == Dtype::int8) return append_packed<8>(cache, at, inside, key, value);
+    if (cache.dtype == Dtype::bfloat16) return append_plain<uint16_t>(cache, at, inside, key, value);
+    append_plain<float>(cache, at, inside, key, value);
 }
 
 }  // namespace

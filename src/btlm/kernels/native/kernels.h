@@ -48,18 +48,25 @@ struct Output {
     bool add;
 };
 
-// The keys and values of one layer for `slots` sequences of at most `capacity` tokens (a multiple of 64). Heads are padded
-// to `width`, a multiple of 16.
-//   int8: keys u8 = q + 128 [slots, heads, capacity/64, width/4, 64, 4], values s8 [slots, heads, capacity/4, width, 4],
-//         scales of both bf16 [slots, heads, capacity]
-//   int4: q + 8, two per byte: keys [slots, heads, capacity/64, width/8, 64, 4], the low nibbles the first four of eight
-//         dimensions; values [slots, heads, capacity/8, width, 4], the low nibbles the first four of eight tokens; scales too
-//   else: keys [slots, heads, capacity/16, width, 16], values [slots, heads, capacity, width]
+// The keys and values of one layer, in pages of 64 tokens, for `slots` sequences of at most `capacity` tokens (a multiple of
+// 64). `table` [slots, capacity/64] has the page of each piece of 64 tokens; sequences can share pages. Heads are padded to
+// `width`, a multiple of 16.
+//   int8: keys u8 = q + 128 [pages, heads, width/4, 64, 4], values s8 [pages, heads, 64/4, width, 4], scales of both bf16
+//         [pages, heads, 64]
+//   int4: q + 8, two per byte: keys [pages, heads, width/8, 64, 4], the low nibbles the first four of eight dimensions;
+//         values [pages, heads, 64/8, width, 4], the low nibbles the first four of eight tokens; scales too
+//   else: keys [pages, heads, 64/16, width, 16], values [pages, heads, 64, width]
 struct Cache {
     Dtype dtype;
     void *keys, *values;
     uint16_t *key_scales, *value_scales;
-    int64_t slots, heads, capacity, head_dim, width;
+    const int32_t* table;
+    int64_t pages, slots, heads, capacity, head_dim, width;
+
+    // Where the tokens of a head in the page of a position begin, counted in tokens of one head.
+    int64_t at(int64_t slot, int64_t head, int64_t position) const {
+        return (table[slot * (capacity / KEY_BLOCK) + position / KEY_BLOCK] * heads + head) * KEY_BLOCK;
+    }
 };
 
 // `count` consecutive tokens of one sequence: rows from `row` on in the batch, positions from `start` on in the slot.

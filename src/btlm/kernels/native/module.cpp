@@ -43,6 +43,7 @@ using OutHalves = Array<uint16_t>;
 using Ids = Array<const int64_t, nb::ndim<1>>;
 using Segments = Array<const int64_t, nb::shape<-1, 4>>;
 using Bytes = Array<const uint8_t, nb::ndim<1>>;
+using Table = Array<const int32_t, nb::ndim<2>>;
 
 constexpr int64_t MOST = int64_t{1} << 48;  // elements of an array
 
@@ -97,21 +98,31 @@ struct PyCache {
     btlm::Cache cache;
     Array<> keys, values;
     std::optional<OutHalves> key_scales, value_scales;
+    Table table;
 
     PyCache(const std::string& dtype, Array<> keys_, Array<> values_, std::optional<OutHalves> key_scales_,
-            std::optional<OutHalves> value_scales_, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim)
-        : keys(keys_), values(values_), key_scales(key_scales_), value_scales(value_scales_) {
+            std::optional<OutHalves> value_scales_, Table table_, int64_t pages, int64_t heads, int64_t head_dim)
+        : keys(keys_), values(values_), key_scales(key_scales_), value_scales(value_scales_), table(table_) {
         const btlm::Dtype of = dtype_of(dtype);
         const bool packed = btlm::packed(of);
-        guard(slots > 0 && heads > 0 && capacity > 0 && capacity % btlm::KEY_BLOCK == 0);
+        const auto slots = static_cast<int64_t>(table.shape(0)), blocks = static_cast<int64_t>(table.shape(1));
+        guard(slots > 0 && heads > 0 && blocks > 0 && pages > 0);
         guard(head_dim > 0 && head_dim <= btlm::MAX_HEAD_DIM);
         const int64_t width = (head_dim + btlm::LANES - 1) / btlm::LANES * btlm::LANES;
-        guard(slots <= MOST / heads / capacity / width);
-        const int64_t tokens = slots * heads * capacity, bytes = tokens * width * btlm::bits(of) / 8;
+        guard(pages <= MOST / heads / btlm::KEY_BLOCK / width && blocks <= MOST / btlm::KEY_BLOCK);
+        const int64_t tokens = pages * heads * btlm::KEY_BLOCK, bytes = tokens * width * btlm::bits(of) / 8;
         guard(static_cast<int64_t>(keys.nbytes()) == bytes && static_cast<int64_t>(values.nbytes()) == bytes);
         guard(!packed || (key_scales && value_scales && size_of(*key_scales) == tokens && size_of(*value_scales) == tokens));
         cache = {of, keys.data(), values.data(), packed ? key_scales->data() : nullptr,
-                 packed ? value_scales->data() : nullptr, slots, heads, capacity, head_dim, width};
+                 packed ? value_scales->data() : nullptr, table.data(), pages, slots, heads,
+                 blocks * btlm::KEY_BLOCK, head_dim, width};
+    }
+
+    // Whether the slot has pages of this cache for tokens before `end`.
+    bool has_pages(int64_t slot, int64_t end) const {
+        const int32_t* pages = cache.table + slot * (cache.capacity / btlm::KEY_BLOCK);
+        return std::all_of(pages, pages + (end + btlm::KEY_BLOCK - 1) / btlm::KEY_BLOCK,
+                           [&](int32_t page) { return page >= 0 && page < cache.pages; });
     }
 };
 
@@ -148,9 +159,9 @@ public:
     }
 
     static PyCache* cache(const PyKernels&, const std::string& dtype, Array<> keys, Array<> values,
-                          std::optional<OutHalves> key_scales, std::optional<OutHalves> value_scales, int64_t slots,
-                          int64_t heads, int64_t capacity, int64_t head_dim) {
-        return new PyCache(dtype, keys, values, key_scales, value_scales, slots, heads, capacity, head_dim);
+                          std::optional<OutHalves> key_scales, std::optional<OutHalves> value_scales, Table table,
+                          int64_t pages, int64_t heads, int64_t head_dim) {
+        return new PyCache(dtype, keys, values, key_scales, value_scales, table, pages, heads, head_dim);
     }
 
     void linear(const Rows& x, const PyMatrix& matrix, const OutRows& out, const PyMatrix* gate, bool add) {
@@ -194,6 +205,7 @@ public:
         for (const btlm::Segment* s = first; s < first + number; ++s) {
             guard(s->count > 0 && s->row >= 0 && s->count <= tokens - s->row);
             guard(s->slot >= 0 && s->slot < c.slots && s->start >= 0 && s->count <= c.capacity - s->start);
+            guard(cache.has_pages(s->slot, s->start + s->count));
         }
         run([&] { operations->attend(c, qkv.data(), first, number, slopes.data(), scale, out.data()); });
     }
@@ -245,8 +257,8 @@ NB_MODULE(_native, m) {
         .def("matrix", &PyKernels::matrix, "dtype"_a, "weight"_a.noconvert(), "scale"_a.noconvert().none(),
              "bias"_a.noconvert().none(), "rows"_a, "columns"_a, "group"_a, "input_major"_a)
         .def("cache", &PyKernels::cache, "dtype"_a, "keys"_a.noconvert(), "values"_a.noconvert(),
-             "key_scales"_a.noconvert().none(), "value_scales"_a.noconvert().none(), "slots"_a, "heads"_a, "capacity"_a,
-             "head_dim"_a)
+             "key_scales"_a.noconvert().none(), "value_scales"_a.noconvert().none(), "table"_a.noconvert(), "pages"_a,
+             "heads"_a, "head_dim"_a)
         .def("linear", &PyKernels::linear, "x"_a.noconvert(), "matrix"_a, "out"_a.noconvert(), "gate"_a.none(), "add"_a)
         .def("layer_norm", &PyKernels::layer_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "eps"_a,
              "out"_a.noconvert())
