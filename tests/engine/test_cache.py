@@ -72,6 +72,27 @@ def test_pages_are_free_when_nobody_holds_them(cache):
     assert cache.free_pages == 9
 
 
+def test_a_text_gets_pages_side_by_side_where_there_are_any(cache):
+    for slot in range(3):
+        cache.begin(slot, 64 * (slot + 1))
+    cache.end(0, 0)
+    assert cache.pages(2) == [3, 4, 5]
+    cache.begin(0, 192)
+    assert cache.pages(0) == [6, 7, 8]  # not the first free one
+    cache.end(1, 0)
+    cache.end(2, 0)
+    cache.begin(1, 64)
+    cache.begin(2, 200)
+    assert (cache.pages(1), cache.pages(2)) == ([0], [1, 2, 3, 4])
+    cache.end(0, 0)
+    cache.end(1, 0)
+    cache.begin(0, 64)
+    cache.begin(1, 64)
+    cache.end(0, 0)
+    cache.begin(0, 200)
+    assert cache.pages(0) == [0, 6, 7, 8]  # there are no four of them
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "dtype"),
     [

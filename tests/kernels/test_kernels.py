@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from btlm.kernels import PageTable, instruction_sets, load_kernels, num_pages, page_bytes
+from btlm.kernels.arrays import block_rows
 from tests.kernels.tiny import Weights, attention, furthest, rounded, same_contents, silu, to_bf16
 
 reference = load_kernels("torch", 1)
@@ -256,8 +257,8 @@ TOLERANCE = {"int4": 1e-4, "int8": 1e-4, "bfloat16": 1e-5, "float32": 1e-5}  # i
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize(("heads", "head_dim"), SIZES)
 def test_attention_is_that_of_torch(path, dtype, heads, head_dim, rng):
-    table = PageTable(3, 192, 12)  # pages of several slots lie between one another
-    for slot, pages in enumerate(([4, 0, 9], [11, 1, 3], [2, 8, 5])):
+    table = PageTable(3, 192, 20)  # pages of several slots lie between one another, in two runs
+    for slot, pages in enumerate(([4, 0, 19], [15, 16, 3], [2, 18, 5])):
         table.assign(slot, pages)
     sizes = {"heads": heads, "head_dim": head_dim}
     theirs = reference.cache(dtype, table, **sizes)
@@ -274,6 +275,16 @@ def test_attention_is_that_of_torch(path, dtype, heads, head_dim, rng):
         assert all(np.array_equal(out, outs[0]) for out in outs)
         assert all(same_contents(cache, ours[0]) for cache in ours)
         assert same_contents(ours[0], theirs), segments
+
+
+@pytest.mark.parametrize("number", [1, 16, 20, 33])
+def test_every_block_has_its_place_and_a_head_lies_side_by_side_in_a_run(number):
+    rows = block_rows(np.arange(number), number, 3)
+    assert rows.shape == (3, number)
+    assert sorted(rows.reshape(-1)) == list(range(3 * number))
+    ends = np.arange(1, number) % 16 == 0
+    assert ((np.diff(rows) == 1) | ends).all()
+    assert np.array_equal(block_rows(np.array([[number - 1], [0]]), number, 3), rows[:, [number - 1, 0]].T[..., None])
 
 
 @each

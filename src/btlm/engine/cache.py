@@ -52,7 +52,7 @@ class KVCache:
         self.num_pages = pages
         self._table = PageTable(num_slots, capacity, pages)
         self._holders = np.zeros(pages, np.int64)
-        self._free = list(range(pages))[::-1]  # those freed last are used first: their memory is already there
+        self._free = set(range(pages))
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]
         heads, head_dim = architecture.n_head, architecture.head_dim
         self.layers = [
@@ -86,7 +86,7 @@ class KVCache:
             move: The page that is filled in part goes to the slot, and nobody else appends to it or reads it.
         """
         shared = list(source[: num_pages(kept) if move else kept // PAGE_TOKENS])
-        new = [self._free.pop() for _ in range(num_pages(tokens) - len(shared))]
+        new = self._take(num_pages(tokens) - len(shared))
         self._assign(slot, [*shared, *new])
         self.hold(self._pages[slot])
         if kept > len(shared) * PAGE_TOKENS:
@@ -121,10 +121,22 @@ class KVCache:
 
     def drop(self, pages: Sequence[int]) -> None:
         """The reverse of :meth:`hold`."""
-        for page in reversed(pages):
+        for page in pages:
             self._holders[page] -= 1
             if not self._holders[page]:
-                self._free.append(page)
+                self._free.add(page)
+
+    def _take(self, number: int) -> list[int]:
+        """Free pages: consecutive ones if possible, since a text is read faster where it lies side by side.
+
+        Those with the lowest numbers are taken, whose memory has most likely been used before.
+        """
+        free = sorted(self._free)
+        starts = (i for i in range(len(free) - number + 1) if free[i + number - 1] - free[i] == number - 1)
+        start = next(starts, 0) if number else 0
+        pages = free[start : start + number]
+        self._free.difference_update(pages)
+        return pages
 
     def _assign(self, slot: int, pages: list[int]) -> None:
         self._pages[slot] = pages

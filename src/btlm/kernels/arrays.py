@@ -24,10 +24,33 @@ ELEMENT = {"int4": UINT8, "int8": UINT8, "bfloat16": UINT16, "float32": FLOAT32}
 PAGE_TOKENS = 64
 """Tokens per page of a cache."""
 
+RUN_PAGES = 16
+"""Consecutive pages in which the tokens of a head lie side by side."""
+
 
 def num_pages(tokens: int) -> int:
     """Number of pages that hold a number of tokens."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def block_rows(pages: npt.NDArray[Any], number: int, heads: int) -> npt.NDArray[np.int64]:
+    """Rows in which the arrays of a cache store the blocks of pages.
+
+    Args:
+        pages: Pages, ``[*, N]``.
+        number: Number of pages of the cache.
+        heads: Number of heads.
+
+    Returns:
+        ``[*, H, N]``.
+    """
+    inside = pages % RUN_PAGES
+    first = (pages - inside).astype(np.int64)
+    length = np.minimum(RUN_PAGES, number - first)
+    rows: npt.NDArray[np.int64] = (first * heads + inside)[..., None, :] + np.arange(heads)[:, None] * length[
+        ..., None, :
+    ]
+    return rows
 
 
 def require(holds: bool, problem: str) -> None:

@@ -1,6 +1,9 @@
 """The cache of keys and values of one layer: its layout, which only the kernels know.
 
 Letters: P pages of 64 tokens, H heads, W head dimension, rounded up to a multiple of 16.
+
+A page holds blocks, the 64 tokens of each head. Blocks are stored by runs of 16 pages, ``[P/16, H, 16]``, so that a
+head's tokens in consecutive pages are read like one array; the last run has the remaining pages.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ import numpy.typing as npt
 
 from btlm.model.storage_btlm import padded_size
 
-from .arrays import ELEMENT, PACKED, PAGE_TOKENS, Array, num_pages, require, require_dtype
+from .arrays import ELEMENT, PACKED, PAGE_TOKENS, Array, block_rows, num_pages, require, require_dtype
 
 if TYPE_CHECKING:
     from .reference import TorchKernels
@@ -73,10 +76,10 @@ class Cache:
         dtype, table, heads, head_dim: See :meth:`btlm.kernels.Kernels.cache`.
     """
 
-    # int8: keys uint8 [P, H, W/4, 64, 4], stored as q + 128; values int8 [P, H, 64/4, W, 4]. int4: keys uint8
-    # [P, H, W/8, 64, 4], stored as q + 8, the first four of eight dimensions in the low nibbles; values uint8
-    # [P, H, 64/8, W, 4], stored as q + 8, the first four of eight tokens in the low nibbles. Both have bf16 scales
-    # [P, H, 64], one per token and head. Else: keys [P, H, 64/16, W, 16], values [P, H, 64, W].
+    # The arrays have one row per block. int8: keys uint8 [W/4, 64, 4], stored as q + 128; values int8 [64/4, W, 4].
+    # int4: keys uint8 [W/8, 64, 4], stored as q + 8, the first four of eight dimensions in the low nibbles; values
+    # uint8 [64/8, W, 4], stored as q + 8, the first four of eight tokens in the low nibbles. Both have bf16 scales
+    # [64], one per token and head. Else: keys [64/16, W, 16], values [64, W].
 
     def __init__(self, implementation: "TorchKernels", dtype: str, table: PageTable, heads: int, head_dim: int) -> None:
         elements = _page_elements(dtype, heads, head_dim)
@@ -85,10 +88,10 @@ class Cache:
         self.heads = heads
         self.head_dim = head_dim
         # np.zeros does not touch the memory: a page is used when the first token is written to it.
-        self.keys: Array = np.zeros((table.pages, heads, elements), ELEMENT[dtype])
+        self.keys: Array = np.zeros((table.pages * heads, elements), ELEMENT[dtype])
         self.values: Array = np.zeros(self.keys.shape, np.int8 if dtype == "int8" else ELEMENT[dtype])
         self.key_scales, self.value_scales = (
-            np.zeros((table.pages, heads, PAGE_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
+            np.zeros((table.pages * heads, PAGE_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
         )
         self.owner = type(implementation)
         arrays = self.keys, self.values, self.key_scales, self.value_scales
@@ -104,9 +107,10 @@ class Cache:
             0 <= source < self.table.pages and 0 <= target < self.table.pages,
             f"page {source} cannot be copied to page {target} of a cache of {self.table.pages} pages",
         )
+        read, written = block_rows(np.array([[source], [target]]), self.table.pages, self.heads)
         for array in (self.keys, self.values, self.key_scales, self.value_scales):
             if array is not None:
-                array[target] = array[source]
+                array[written] = array[read]
 
 
 def page_bytes(dtype: str, *, heads: int, head_dim: int) -> int:

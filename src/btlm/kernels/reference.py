@@ -19,7 +19,7 @@ from torch import Tensor
 
 from btlm.model.storage_btlm import dequantize, packed_shape, padded_size, scale_shape
 
-from .arrays import DTYPES, PAGE_TOKENS, Floats, Halves, num_pages
+from .arrays import DTYPES, PAGE_TOKENS, Floats, Halves, block_rows, num_pages
 
 _LARGEST = {"int4": 7, "int8": 127}  # the largest number that is stored in a packed cache, per dtype
 _SMALLEST = 1e-30  # smaller values are stored as 0: their reciprocal would overflow
@@ -144,37 +144,36 @@ class _Cache:
     def append(self, slot: int, start: int, key_THD: Tensor, value_THD: Tensor) -> None:
         """Store the keys and values of consecutive tokens, each ``[T, H, D]``."""
         end = start + len(key_THD)
-        pages = self._pages(slot, start // PAGE_TOKENS, end)
+        blocks_HN = self._blocks(slot, start // PAGE_TOKENS, end)
         inside = slice(start % PAGE_TOKENS, start % PAGE_TOKENS + len(key_THD))
         for (stored, scale, zero, layout), new_THD in zip(self._arrays(), (key_THD, value_THD), strict=True):
             new_THW = F.pad(new_THD, (0, padded_size(self.head_dim, 16) - self.head_dim))
             if scale is not None:
                 new_THW, scale_TH = _quantize_heads(new_THW, _LARGEST[self.dtype])
-                scale_HT = scale[pages].transpose(0, 1).flatten(1)
+                scale_HT = scale[blocks_HN].flatten(1)
                 scale_HT[:, inside] = scale_TH.T
-                scale[pages] = scale_HT.view(self.heads, -1, PAGE_TOKENS).transpose(0, 1)
-            numbers_HTW = self._decode(stored[pages].transpose(0, 1), layout)
+                scale[blocks_HN] = scale_HT.view(*blocks_HN.shape, PAGE_TOKENS)
+            numbers_HTW = self._decode(stored[blocks_HN], layout)
             numbers_HTW[:, inside] = (new_THW + zero).transpose(0, 1).to(stored.dtype)
-            stored[pages] = self._encode(numbers_HTW, layout).transpose(0, 1)
+            stored[blocks_HN] = self._encode(numbers_HTW, layout)
 
     def contents(self, slot: int, length: int) -> Iterator[Tensor]:
         """The first keys and the first values of a slot, each fp32 ``[H, length, D]``."""
-        pages = self._pages(slot, 0, length)
+        blocks_HN = self._blocks(slot, 0, length)
         for stored, scale, zero, layout in self._arrays():
-            numbers_HLD = (
-                self._decode(stored[pages].transpose(0, 1), layout)[:, :length, : self.head_dim].float() - zero
-            )
+            numbers_HLD = self._decode(stored[blocks_HN], layout)[:, :length, : self.head_dim].float() - zero
             if scale is not None:
-                numbers_HLD *= scale[pages].transpose(0, 1).flatten(1)[:, :length, None]
+                numbers_HLD *= scale[blocks_HN].flatten(1)[:, :length, None]
             yield numbers_HLD
 
-    def _pages(self, slot: int, first: int, end: int) -> Tensor:
-        """The pages of a slot from page number ``first`` on, for tokens before ``end``."""
-        return torch.from_numpy(self.table[slot, first : num_pages(end)]).long()
+    def _blocks(self, slot: int, first: int, end: int) -> Tensor:
+        """Rows of the arrays with the blocks of a slot from page ``first`` to token ``end``, ``[H, N]``."""
+        pages = self.table[slot, first : num_pages(end)]
+        return torch.from_numpy(block_rows(pages, self.pages, self.heads))
 
     def _arrays(self) -> Iterator[tuple[Tensor, Tensor | None, int, "_Layout"]]:
-        """Keys, then values: pages ``[P, H, *]``, their scales ``[P, H, 64]``, the number that stands for 0, and the
-        layout of a page."""
+        """Keys, then values: blocks ``[P * H, *]``, their scales ``[P * H, 64]``, the number that stands for 0, and the
+        layout of a block."""
         packed = self.dtype in _LARGEST
         zeros = {"int4": (8, 8), "int8": (128, 0)}.get(self.dtype, (0, 0))
         layouts = (_Layout(False, 4), _Layout(True, 4)) if packed else (_Layout(True, 16), _Layout(True, 1))
@@ -184,7 +183,7 @@ class _Cache:
             yield stored, None if scale is None else _bf16(scale), zero, layout
 
     def _decode(self, stored: Tensor, layout: "_Layout") -> Tensor:
-        """The numbers of stored pages ``[H, T/64, *]``: ``[H, T, W]``."""
+        """The numbers of stored blocks ``[H, T/64, *]``: ``[H, T, W]``."""
         by_tokens, inner = layout
         width = padded_size(self.head_dim, 16)
         pieces = stored.reshape(*stored.shape[:2], -1, width if by_tokens else 64, inner)
@@ -207,7 +206,7 @@ class _Cache:
 
 class _Layout(NamedTuple):
     by_tokens: bool
-    """A page is cut into pieces of tokens, ``[*, W, inner]``; else of dimensions, ``[*, 64, inner]``."""
+    """A block is cut into pieces of tokens, ``[*, W, inner]``; else of dimensions, ``[*, 64, inner]``."""
     inner: int
     """Consecutive tokens or dimensions of a piece. In int4, a byte has those of two pieces."""
 

@@ -169,6 +169,7 @@ void check_matrices(const Path* plain, const Path* path, int threads) {
 }
 
 struct Store {
+    static constexpr int64_t APART = 6;  // pages of the cache per page in use, so that there are several runs
     std::vector<uint8_t> keys, values;
     std::vector<uint16_t> key_scales, value_scales;
     std::vector<int32_t> table;
@@ -176,13 +177,14 @@ struct Store {
 
     Store(Dtype dtype, int64_t slots, int64_t heads, int64_t capacity, int64_t head_dim) {
         const int64_t width = (head_dim + LANES - 1) / LANES * LANES;
-        const auto tokens = static_cast<size_t>(slots * heads * capacity);
+        const auto tokens = static_cast<size_t>(slots * heads * capacity * APART);
         keys.resize(tokens * static_cast<size_t>(width * bits(dtype) / 8));
         values.resize(keys.size());
         key_scales.resize(tokens);
         value_scales.resize(tokens);
-        const int64_t pages = slots * capacity / KEY_BLOCK;
-        for (int64_t page = pages; page-- > 0;) table.push_back(static_cast<int32_t>(page));  // the last ones first
+        for (int64_t block = slots * capacity / KEY_BLOCK; block-- > 0;)  // apart, and the last ones first
+            table.push_back(static_cast<int32_t>(block * APART));
+        const int64_t pages = slots * capacity / KEY_BLOCK * APART;
         cache = {dtype, keys.data(), values.data(), key_scales.data(), value_scales.data(), table.data(), pages, slots, heads,
                  capacity, head_dim, width};
     }

@@ -47,15 +47,14 @@ inline float softmax_step(Query& q, F (&scores)[KEY_BLOCK / LANES], int64_t firs
     return correction;
 }
 
-// Prefetches memory: the pieces of a head are too short for the processor to do so by itself.
-inline void fetch(const void* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
-}
+// Prefetches a line that is read some time later: blocks are too short for the processor to do so by itself.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // total = total * kept + unit * (sum over a block of keys of (256 * high + low) * value), for N * 16 dimensions.
+// Meanwhile it prefetches what lies `ahead` of the values.
 template <int BITS, int N>
 inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I low_start, const uint8_t* values,
-                       int64_t stride, F unit, F kept, float* total) {
+                       int64_t stride, int64_t ahead, F unit, F kept, float* total) {
     constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // tokens in four bytes
     I of_high[N], of_low[N];
     BTLM_UNROLL for (int i = 0; i < N; ++i) {
@@ -65,7 +64,9 @@ inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I 
     for (int64_t t = 0; t < KEY_BLOCK; t += STEP) {
         const int32_t four_high = load_quad(high + t), four_low = load_quad(low + t);
         BTLM_UNROLL for (int i = 0; i < N; ++i) {
-            const B bytes = lanes::load_bytes(values + t / STEP * stride + i * 64);
+            const uint8_t* line = values + t / STEP * stride + i * 64;
+            const B bytes = lanes::load_bytes(line);
+            fetch(line + ahead);
             const B four = BITS == 4 ? lanes::low_nibbles(bytes) : bytes;
             of_high[i] = lanes::dot_signed(of_high[i], four_high, four);
             of_low[i] = lanes::dot_signed(of_low[i], four_low, four);
@@ -103,9 +104,7 @@ inline void attend_block_packed(const Cache& cache, int64_t at, int64_t next, in
     const int64_t row = cache.width * BITS / 8;
     const auto* keys = static_cast<const uint8_t*>(cache.keys) + at * row;
     const auto* values = static_cast<const uint8_t*>(cache.values) + at * row;
-
-    fetch(keys + (next - at) * row, KEY_BLOCK * row);
-    fetch(values + (next - at) * row, KEY_BLOCK * row);
+    const int64_t ahead = (next - at) * row;
     I products[BLOCKS];
     for (int s = 0; s < BLOCKS; ++s) products[s] = lanes::iset(q.offset);
     for (int64_t c = 0; c < row / 4; ++c) {
@@ -113,13 +112,17 @@ inline void attend_block_packed(const Cache& cache, int64_t at, int64_t next, in
             const int32_t quad = load_quad(q.bytes + c * 8), next_quad = load_quad(q.bytes + c * 8 + 4);
             BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s) {
                 const B both = lanes::load_bytes(keys + (c * BLOCKS + s) * 64);
+                fetch(keys + (c * BLOCKS + s) * 64 + ahead);
                 products[s] = lanes::dot_nibbles(products[s], lanes::low_nibbles(both), quad);
                 products[s] = lanes::dot_nibbles(products[s], lanes::high_nibbles(both), next_quad);
             }
         } else {
             const int32_t quad = load_quad(q.bytes + c * 4);
-            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s)
-                products[s] = lanes::dot_bytes(products[s], lanes::load_bytes(keys + (c * BLOCKS + s) * 64), quad);
+            BTLM_UNROLL for (int s = 0; s < BLOCKS; ++s) {
+                const uint8_t* line = keys + (c * BLOCKS + s) * 64;
+                products[s] = lanes::dot_bytes(products[s], lanes::load_bytes(line), quad);
+                fetch(line + ahead);
+            }
         }
     }
     F scores[BLOCKS];
@@ -150,7 +153,7 @@ inline void attend_block_packed(const Cache& cache, int64_t at, int64_t next, in
     const F unit = lanes::set(some ? largest_weight / 65535.0f : 0.0f), kept = lanes::set(correction);
     for (int64_t d = 0; d < cache.width; d += 8 * LANES) {
         const auto add_values = value_sums<BITS>(cache.width - d);
-        add_values(high, low, high_start, low_start, values + d * 4, cache.width * 4, unit, kept, q.total + d);
+        add_values(high, low, high_start, low_start, values + d * 4, cache.width * 4, ahead, unit, kept, q.total + d);
     }
 }
 

@@ -10,6 +10,7 @@ namespace btlm {
 
 constexpr int LANES = 16;        // outputs in a block of weights, keys in a block of the cache
 constexpr int KEY_BLOCK = 64;    // keys per update of the running maximum
+constexpr int RUN_PAGES = 16;    // consecutive pages of the cache in which a head's tokens lie side by side
 constexpr int QUERY_TILE = 32;   // queries that share keys while the keys are in the processor's cache
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int PLAIN_TILE = 4096;  // partial sums of a task with plain weights: tokens x outputs
@@ -50,12 +51,12 @@ struct Output {
 
 // The keys and values of one layer, in pages of 64 tokens, for `slots` sequences of at most `capacity` tokens (a multiple of
 // 64). `table` [slots, capacity/64] has the page of each piece of 64 tokens; sequences can share pages. Heads are padded to
-// `width`, a multiple of 16.
-//   int8: keys u8 = q + 128 [pages, heads, width/4, 64, 4], values s8 [pages, heads, 64/4, width, 4], scales of both bf16
-//         [pages, heads, 64]
-//   int4: q + 8, two per byte: keys [pages, heads, width/8, 64, 4], the low nibbles the first four of eight dimensions;
-//         values [pages, heads, 64/8, width, 4], the low nibbles the first four of eight tokens; scales too
-//   else: keys [pages, heads, 64/16, width, 16], values [pages, heads, 64, width]
+// `width`, a multiple of 16. Blocks of 64 tokens of a head are stored by runs of 16 pages: [runs, heads, pages of the run],
+// so that a head's tokens in consecutive pages are read like one array. The last run has the remaining pages. A block is
+//   int8: keys u8 = q + 128 [width/4, 64, 4], values s8 [64/4, width, 4], scales of both bf16 [64]
+//   int4: q + 8, two per byte: keys [width/8, 64, 4], the low nibbles the first four of eight dimensions; values
+//         [64/8, width, 4], the low nibbles the first four of eight tokens; scales too
+//   else: keys [64/16, width, 16], values [64, width]
 struct Cache {
     Dtype dtype;
     void *keys, *values;
@@ -65,7 +66,9 @@ struct Cache {
 
     // Where the tokens of a head in the page of a position begin, counted in tokens of one head.
     int64_t at(int64_t slot, int64_t head, int64_t position) const {
-        return (table[slot * (capacity / KEY_BLOCK) + position / KEY_BLOCK] * heads + head) * KEY_BLOCK;
+        const int64_t page = table[slot * (capacity / KEY_BLOCK) + position / KEY_BLOCK], first = page - page % RUN_PAGES;
+        const int64_t length = pages - first < RUN_PAGES ? pages - first : RUN_PAGES;
+        return (first * heads + head * length + page - first) * KEY_BLOCK;
     }
 };
 
