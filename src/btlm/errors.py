@@ -30,7 +30,7 @@ class NotSupported(ValueError):
 
 
 class EngineFull(ValueError):
-    """As many requests as the engine has slots for are under way; one can be added when another ends."""
+    """As many requests as the engine has room for are under way; one can be added when another ends."""
 
 
 class TooLong(ValueError):
@@ -43,6 +43,14 @@ class DoesNotFit(ValueError):
 
 class NothingAllowed(ValueError):
     """A request forbids every token that could come next."""
+
+
+class DraftVocabulary(ValueError):
+    """A draft whose vocabulary is not that of its model."""
+
+
+class DraftTooLarge(ValueError):
+    """A draft that is not smaller than its model."""
 
 
 class NotFinite(ValueError, FloatingPointError):

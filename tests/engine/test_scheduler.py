@@ -24,10 +24,11 @@ from btlm.engine import Engine, GenerationOptions, Request
 from btlm.engine.cache import KVCache, common_prefix
 from btlm.engine.network import Network
 from btlm.engine.sampling import Sampler, log_probabilities
-from btlm.engine.scheduler import Scheduler
+from btlm.engine.scheduler import Scheduler, Token
 from btlm.errors import EngineFull, NothingAllowed
 from btlm.kernels import load_kernels, num_pages
 from btlm.kernels.arrays import DTYPES
+from tests.checkpoint.tiny import save_tiny
 
 HAS_NATIVE = importlib.util.find_spec("btlm.kernels._native") is not None
 native = pytest.mark.skipif(not HAS_NATIVE, reason="btlm was installed without a compiler")
@@ -111,9 +112,10 @@ seeds = st.integers(0, 2**32 - 1)  # drawing every value from hypothesis is slow
 class Callers(RuleBasedStateMachine):
     """Callers of one engine, and what each request has to write."""
 
-    def __init__(self, networks: dict[int, Network], alone: dict[str, Alone]) -> None:
+    def __init__(self, networks: dict[int, Network], drafts: dict[int, Network], alone: dict[str, Alone]) -> None:
         super().__init__()
         self.networks = networks
+        self.drafts = drafts
         self.references = alone
         self.requests: list[Request] = []
         self.running: list[Request] = []
@@ -134,8 +136,12 @@ class Callers(RuleBasedStateMachine):
             context=context,
             num_requests=self.num_requests,
             cache_tokens=cache_tokens,
+            draft=choose.choice((None, self.drafts[step_tokens])),
         )
-        self.engine._scheduler = Scheduler(self.engine.cache, step_tokens, choose.choice((3, 64)))
+        draft = self.engine.draft
+        if draft is not None:  # the durations of steps must not decide how much is guessed
+            draft.costs.best = lambda share, most, writing: choose.randint(0, most)  # type: ignore[method-assign]
+        self.engine._scheduler = Scheduler(self.engine.cache, step_tokens, choose.choice((3, 64)), draft=draft)
         pace: Any = FixedPace(choose.choice((None, 1, 5)))
         self.engine._scheduler.pace = pace
         self.limit_steps()
@@ -498,13 +504,17 @@ def test_no_guess_is_written_past_the_context(open_engine, context):
 
 @native
 @pytest.mark.parametrize("examples", [pytest.param(20, id="few"), pytest.param(600, id="many", marks=pytest.mark.slow)])
-def test_requests_write_what_each_writes_alone(checkpoint, examples):
+def test_requests_write_what_each_writes_alone(checkpoint, tmp_path, examples):
     kernels, opened = load_kernels("native", 1), Checkpoint.open(checkpoint)
-    networks = {n: Network(kernels, opened.architecture, opened.tensors, max_tokens=n) for n in STEP_TOKENS}
+    small = Checkpoint.open(save_tiny(tmp_path, n_layer=1, n_positions=100))  # texts can be longer
+    networks, drafts = (
+        {n: Network(kernels, one.architecture, one.tensors, max_tokens=n) for n in STEP_TOKENS}
+        for one in (opened, small)
+    )
     whole = Network(kernels, opened.architecture, opened.tensors)
     alone = {dtype: Alone(whole, dtype) for dtype in DTYPES}
     run_state_machine_as_test(
-        lambda: Callers(networks, alone),  # type: ignore[arg-type]  # any callable that makes a machine
+        lambda: Callers(networks, drafts, alone),  # type: ignore[arg-type]  # any callable that makes a machine
         settings=settings(
             max_examples=examples,
             stateful_step_count=30,
@@ -697,6 +707,19 @@ def test_times_of_a_request(open_engine, monkeypatch):
     assert request.written is not None
     assert request.added < request.started < request.written[0] < request.written[1]
     assert request.tokens_per_s == pytest.approx(2 / (request.written[1] - request.written[0]))
+
+
+def test_prompts_that_are_nearly_read_take_no_place_of_those_that_write(open_engine):
+    engine = open_engine(num_requests=5)
+    scheduler = Scheduler(engine.cache, 2, 5)
+    waiting = [Request([token], SHORT, frozenset(), 9) for token in range(3)]
+    writing = [Request([token, token], SHORT, frozenset(), 9) for token in range(10, 12)]
+    for request in (*waiting, *writing):
+        scheduler.add(request)
+    for request in writing:
+        request.tokens.append(Token(1, 0.0))
+        request.cached = 1
+    assert [part.request for part in scheduler.plan().parts] == writing
 
 
 def test_a_long_prompt_is_read_in_pieces_that_let_others_write(open_engine):

@@ -9,7 +9,7 @@ import torch
 from btlm.engine import GenerationOptions
 from btlm.errors import NotSupported
 from btlm.generate.continue_prompt import run_generate
-from tests.checkpoint.tiny import byte_tokenizer, set_config, tiny_model
+from tests.checkpoint.tiny import byte_tokenizer, save_tiny, set_config, tiny_model
 
 SHORT = GenerationOptions(max_new_tokens=6)
 
@@ -65,6 +65,19 @@ def test_the_continuation_without_the_prompt(checkpoint, capsys, engine):
     assert capsys.readouterr().out == continuation("Once").removeprefix("Once")
 
 
+def test_a_draft_changes_no_text(checkpoint, tmp_path, capsys):
+    small = save_tiny(tmp_path, n_layer=1)
+    for options in (
+        GenerationOptions(max_new_tokens=20),
+        GenerationOptions(max_new_tokens=20, temperature=1.0, seed=3),
+    ):
+        texts = []
+        for draft in (None, str(small)):
+            run_generate(["Once"], model=checkpoint, options=options, draft=draft)
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+
+
 def test_one_token_is_singular(checkpoint, capsys):
     run_generate(["O"], model=checkpoint, options=SHORT)
     assert "\nbtlm: 1 prompt token, 6 new (" in capsys.readouterr().err
@@ -73,6 +86,7 @@ def test_one_token_is_singular(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
+        ({"engine": "transformers", "draft": "m"}, "draft only matter to the engine, .* by Transformers; leave"),
         ({"engine": "transformers", "threads": 1}, "threads only matter to the engine, .* by Transformers; leave"),
         ({"engine": "transformers", "kernels": "torch", "cache_dtype": "int8"}, "cache_dtype and kernels only matter"),
         ({"dtype": "bfloat16", "threads": 1}, r"by Transformers \(The engine has no dtype but the stored one\); leave"),

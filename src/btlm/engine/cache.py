@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from btlm.kernels import Kernels, PageTable, num_pages, page_bytes
+from btlm.kernels import Cache, Kernels, PageTable, num_pages, page_bytes
 from btlm.kernels.arrays import DTYPES, PAGE_TOKENS
 from btlm.model.architecture_btlm import Architecture
 
@@ -18,7 +18,18 @@ _CACHE_OF_WEIGHTS = {
 }
 
 
-class KVCache:
+class Layers:
+    """Keys and values of the layers of a network.
+
+    Args:
+        layers: One cache per layer.
+    """
+
+    def __init__(self, layers: list[Cache]) -> None:
+        self.layers = layers
+
+
+class KVCache(Layers):
     """The cache of all layers, in pages of 64 tokens. Its memory is used as it fills.
 
     A slot holds the text of one request. Texts that begin alike share the pages of their beginning. Who holds a page is
@@ -54,10 +65,14 @@ class KVCache:
         self._holders = np.zeros(pages, np.int64)
         self._free = set(range(pages))
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]
-        heads, head_dim = architecture.n_head, architecture.head_dim
-        self.layers = [
-            kernels.cache(dtype, self._table, heads=heads, head_dim=head_dim) for _ in range(architecture.n_layer)
-        ]
+        self._networks: list[Layers] = [self]
+        super().__init__(self._make(kernels, architecture, dtype))
+
+    def beside(self, kernels: Kernels, architecture: Architecture, dtype: str) -> Layers:
+        """The layers of another network that reads the same texts: they have the same pages, shared in the same way."""
+        other = Layers(self._make(kernels, architecture, dtype))
+        self._networks.append(other)
+        return other
 
     @property
     def free_pages(self) -> int:
@@ -143,8 +158,13 @@ class KVCache:
         self._table.assign(slot, pages)
 
     def _copy(self, source: int, target: int) -> None:
-        for layer in self.layers:
-            layer.copy(source, target)
+        for network in self._networks:
+            for layer in network.layers:
+                layer.copy(source, target)
+
+    def _make(self, kernels: Kernels, architecture: Architecture, dtype: str) -> list[Cache]:
+        heads, head_dim = architecture.n_head, architecture.head_dim
+        return [kernels.cache(dtype, self._table, heads=heads, head_dim=head_dim) for _ in range(architecture.n_layer)]
 
 
 def cache_dtype_of(name: str, weights: str) -> str:

@@ -5,7 +5,7 @@ nor chunks, nor reused prefixes, nor guesses change what is written.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,15 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.tensor_file import resident_bytes
+from btlm.checkpoint.tensor_file import MappedTensor, resident_bytes
+from btlm.checkpoint.tokenizer import read_tokenizer
 from btlm.console import gigabytes
-from btlm.errors import DoesNotFit, EngineFull, LogitsNotFinite, NotSupported, TooLong
-from btlm.kernels import load_kernels, num_pages
+from btlm.errors import DoesNotFit, DraftVocabulary, EngineFull, LogitsNotFinite, NotSupported, TooLong
+from btlm.kernels import Kernels, load_kernels, num_pages
 from btlm.kernels.arrays import PAGE_TOKENS
 from btlm.model.architecture_btlm import Architecture
 from btlm.model.config_keys_btlm import end_ids
 
 from .cache import KVCache, cache_bytes, cache_dtype_of
+from .draft import Draft, check_draft
 from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
@@ -45,8 +47,11 @@ class Engine:
             long ones.
         patience: Longest step, in usual ones, that requests wait for their next token while prompts of others are
             read, more than 1. Without it a step reads as much as it can, which is fastest for all together.
+        draft: A small network of the same vocabulary, on the same kernels, which guesses tokens that this one checks.
+            The result is the same as without it.
 
     Raises:
+        DraftTooLarge, DraftVocabulary: The draft cannot guess for this network.
         ValueError: A value is impossible.
     """
 
@@ -59,6 +64,7 @@ class Engine:
         num_requests: int = 1,
         cache_tokens: int | None = None,
         patience: float | None = None,
+        draft: Network | None = None,
     ) -> None:
         self.network = network
         self.architecture = network.architecture
@@ -67,7 +73,12 @@ class Engine:
         dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
         cache_tokens = _cache_tokens(self.context, num_requests, cache_tokens)
         self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context, cache_tokens)
-        self._scheduler = Scheduler(self.cache, network.max_tokens, LOGIT_ROWS, patience)
+        self.draft = None
+        if draft is not None:
+            check_draft(self.architecture, draft.architecture)
+            beside = self.cache.beside(draft.kernels, draft.architecture, cache_dtype_of("auto", draft.weight_dtype))
+            self.draft = Draft(draft, beside)
+        self._scheduler = Scheduler(self.cache, network.max_tokens, LOGIT_ROWS, patience, self.draft)
 
     @classmethod
     def open(
@@ -79,6 +90,7 @@ class Engine:
         num_requests: int = 1,
         cache_tokens: int | None = None,
         patience: float | None = None,
+        draft: Checkpoint | Path | str | None = None,
         kernels: str = "auto",
         threads: int | None = None,
         factor: float | None = None,
@@ -89,11 +101,13 @@ class Engine:
             checkpoint: An open checkpoint, its folder, or its id on the Hugging Face Hub; plain (bf16, fp16, fp32) or
                 quantized, in safetensors or pickled by `torch.save`.
             cache_dtype, context, num_requests, cache_tokens, patience: See the class.
+            draft: A small checkpoint with the same vocabulary, which guesses tokens; see the class.
             kernels, threads: See :func:`btlm.kernels.load_kernels`.
             factor: Factor of position interpolation, instead of the stored one.
 
         Raises:
             DoesNotFit: Weights and cache do not fit the memory.
+            DraftTooLarge, DraftVocabulary: The draft cannot guess for the model.
             NotSupported: The engine cannot run the model.
             ValueError: The checkpoint cannot be used, or a value is impossible.
         """
@@ -102,20 +116,30 @@ class Engine:
         available = available_memory()  # before files are mapped, which count as address space
         tensors = checkpoint.tensors
         stored, used = weight_dtype(architecture, tensors), load_kernels(kernels, threads)
-        weights = sum(resident_bytes(tensor) for tensor in tensors.values())
-        if stored not in ("float32", "float16"):
-            weights += used.unpacked_bytes * architecture.num_parameters()
+        weights = _weight_bytes(architecture, tensors, used)
         context = architecture.n_positions if context is None else context
         dtype = cache_dtype_of(cache_dtype, stored)
-        _check_memory(architecture, weights, dtype, _cache_tokens(context, num_requests, cache_tokens), available)
-        network = Network(used, architecture, tensors)
+        places = _cache_tokens(context, num_requests, cache_tokens)
+        guessing = None
+        if draft is not None:
+            draft = Checkpoint.open(draft)
+            small = supported(draft.architecture)
+            check_draft(architecture, small)
+            _check_tokens(checkpoint, draft)
+            small_dtype = cache_dtype_of("auto", weight_dtype(small, draft.tensors))
+            weights += _weight_bytes(small, draft.tensors, used) + activation_bytes(small)
+            weights += cache_bytes(small, small_dtype, places)
+        _check_memory(architecture, weights, dtype, places, available)
+        if draft is not None:
+            guessing = Network(used, small, draft.tensors)
         return cls(
-            network,
+            Network(used, architecture, tensors),
             cache_dtype=cache_dtype,
             context=context,
             num_requests=num_requests,
             cache_tokens=cache_tokens,
             patience=patience,
+            draft=guessing,
         )
 
     # One request, or a given number of them
@@ -349,6 +373,24 @@ def _cache_tokens(context: int, num_requests: int, cache_tokens: int | None) -> 
             "context."
         )
     return num_requests * num_pages(context) * PAGE_TOKENS if cache_tokens is None else cache_tokens
+
+
+def _weight_bytes(architecture: Architecture, tensors: Mapping[str, MappedTensor], kernels: Kernels) -> int:
+    """Bytes of the weights in memory, as far as kernels unpack them too."""
+    weights = sum(resident_bytes(tensor) for tensor in tensors.values())
+    if weight_dtype(architecture, tensors) not in ("float32", "float16"):
+        weights += kernels.unpacked_bytes * architecture.num_parameters()
+    return weights
+
+
+def _check_tokens(model: Checkpoint, draft: Checkpoint) -> None:
+    """Check that ids mean the same tokens to both, if both say what they mean."""
+    ours, theirs = (read_tokenizer(checkpoint.folder) for checkpoint in (model, draft))
+    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
+        raise DraftVocabulary(
+            f"The tokens of the draft {draft.title} are not those of {model.title}; a draft needs the vocabulary of "
+            "its model."
+        )
 
 
 def _check_memory(

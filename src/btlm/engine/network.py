@@ -29,7 +29,7 @@ from btlm.model.architecture_btlm import (
 )
 from btlm.model.storage_btlm import stored_matrices
 
-from .cache import KVCache
+from .cache import Layers
 from .supported import slopes
 
 Floats = npt.NDArray[np.float32]
@@ -98,7 +98,7 @@ class Network:
         self,
         ids: npt.NDArray[np.int64],
         segments: npt.NDArray[np.int64],
-        cache: KVCache,
+        cache: Layers,
         rows: npt.NDArray[np.int64],
     ) -> Floats:
         """Append tokens to the cache and predict what follows some of them.

@@ -28,6 +28,8 @@ class GenerationOptions:
         seed: Seed of the samples (default: a random one, which is reported).
         lookup_tokens: Most tokens to guess at a time, by looking for the last words earlier in the text, and to check
             together: the same text, faster where it repeats itself; 0 turns it off.
+        draft_tokens: Most tokens that a draft guesses at a time, if there is one; how many it guesses depends on how
+            often it was right. 0 turns it off.
 
     Raises:
         OptionError: Names every impossible value and contradiction.
@@ -42,6 +44,7 @@ class GenerationOptions:
     no_repeat_ngram_size: Count | None = None
     seed: Annotated[int, Range(0, 2**63 - 1)] | None = None
     lookup_tokens: Annotated[int, Range(0, 16)] = 3
+    draft_tokens: Annotated[int, Range(0, 16)] = 8
 
     def __post_init__(self) -> None:
         """Check the values."""

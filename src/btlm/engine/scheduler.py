@@ -17,6 +17,7 @@ from btlm.kernels import num_pages
 from btlm.kernels.arrays import PAGE_TOKENS
 
 from .cache import KVCache, common_prefix
+from .draft import Draft, DraftGuesses, Wanted
 from .options import GenerationOptions
 from .pace import Pace
 from .sampling import Sampler, best_tokens, log_probabilities
@@ -68,6 +69,7 @@ class Request:
         error: Why it cannot be continued, after ``"error"``.
         added, started, written: Seconds of :func:`time.perf_counter` at which it was added, first computed, and at
             which its first and its latest token were written; ``None`` before.
+        lookup, draft: Guesses of its next tokens, and how many were made and accepted.
     """
 
     ids: list[int]
@@ -89,11 +91,13 @@ class Request:
     written: tuple[float, float] | None = field(init=False, default=None)
     sampler: Sampler = field(init=False)
     lookup: PromptLookup = field(init=False)
+    draft: DraftGuesses = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
         self.sampler = Sampler(self.options)
         self.lookup = PromptLookup(self.options.lookup_tokens)
+        self.draft = DraftGuesses(self.options.draft_tokens if self.max_new_tokens else 0)
 
     @property
     def new_tokens(self) -> int:
@@ -134,6 +138,7 @@ class Part(NamedTuple):
         slot: Its slot in the cache.
         read: Number of its own tokens, from ``request.cached`` on.
         guess: Guesses of the tokens after them.
+        guesser: Who guessed.
         rows: Number of its last tokens, guesses included, whose logits are wanted.
         scored: Number of those rows that score tokens of the prompt. They come first; the others write.
     """
@@ -142,6 +147,7 @@ class Part(NamedTuple):
     slot: int
     read: int
     guess: list[int]
+    guesser: PromptLookup | DraftGuesses
     rows: int
     scored: int
 
@@ -179,10 +185,19 @@ class Scheduler:
         step_tokens: Tokens per step.
         step_scores: Scored tokens per step, which bounds the memory for their logits.
         patience: See :class:`Pace`.
+        draft: Guesses tokens.
     """
 
-    def __init__(self, cache: KVCache, step_tokens: int, step_scores: int, patience: float | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        step_tokens: int,
+        step_scores: int,
+        patience: float | None = None,
+        draft: Draft | None = None,
+    ) -> None:
         self.pace = Pace(patience)
+        self._draft = draft
         self._cache = cache
         self._step_tokens = step_tokens
         self._step_scores = step_scores
@@ -207,7 +222,10 @@ class Scheduler:
         """
         if not self.has_room:
             raise EngineFull(f"The engine is full: {len(self._slots)} requests are under way; remove one.")
-        running = [_Text(other.ids[: other.cached], self._cache.pages(slot)) for other, slot in self._slots.items()]
+        running = [
+            _Text(other.ids[: other.cached], self._cache.pages(slot), _drafted(other))
+            for other, slot in self._slots.items()
+        ]
         taken = {page for text in running for page in text.pages}
 
         def missing(text: _Text, kept: int, move: bool) -> int:
@@ -219,7 +237,7 @@ class Scheduler:
         texts = [*running, *self._left]
         shared = [min(common_prefix(request.ids, text.ids), request.reusable) for text in texts]
         kept = max(shared, default=0)
-        best = texts[shared.index(kept)] if kept else _Text([], [])
+        best = texts[shared.index(kept)] if kept else _Text([], [], 0)
         # Only what an ended request has left, and to no other text, can be appended to without a copy of its last page.
         movable = best in self._left and self._cache.holders(best.pages[num_pages(kept) - 1]) == 1
         move = movable and (kept == len(best.ids) or missing(best, kept, move=False) > 0)
@@ -240,6 +258,7 @@ class Scheduler:
         self._cache.begin(slot, request.places, source, kept, move=move)
         self._cache.drop(source)
         request.reused_tokens = request.cached = kept
+        request.draft.read = min(kept, best.drafted)
         self._lead(request)
         self._slots[request] = slot
 
@@ -251,7 +270,8 @@ class Scheduler:
         followers = [follower for follower, (leader, _) in self._leaders.items() if leader is request]
         for follower in followers:
             self._follow(follower)
-        text = _Text(request.ids[: request.cached], self._cache.end(self._slots.pop(request), request.cached))
+        pages = self._cache.end(self._slots.pop(request), request.cached)
+        text = _Text(request.ids[: request.cached], pages, _drafted(request))
         for follower in followers:
             self._lead(follower)
         for other in [other for other in self._left if common_prefix(other.ids, text.ids) == len(other.ids)]:
@@ -275,10 +295,13 @@ class Scheduler:
         guessing = len(self._slots) <= _MOST_GUESSING
         tokens, scores = self._step_tokens, self._step_scores  # that are left
         prompts = self.pace.prompt_tokens if any(request.new_tokens for request in self._slots) else None
-        parts = []
-        for request, slot in sorted(self._slots.items(), key=lambda item: item[0].unread):
+        parts: list[Part] = []
+        wanted: dict[int, Wanted] = {}  # of the draft, by the number of a part
+        order = sorted(self._slots.items(), key=lambda item: (not item[0].new_tokens, item[0].unread))
+        for request, slot in order:
             if request in self._leaders:
                 continue
+            request.draft.read = _drafted(request)
             most = tokens if request.new_tokens or prompts is None else min(tokens, prompts)
             read = min(request.unread, most)
             scored = 0
@@ -289,16 +312,27 @@ class Scheduler:
             if read == 0:
                 continue
             writes = read == request.unread and request.max_new_tokens > 0
-            guess = []
-            if writes and read == 1 and guessing:
+            guess: list[int] = []
+            number = 0  # of tokens that the draft guesses
+            if writes and read == 1:
                 left = request.max_new_tokens - request.new_tokens - 1  # beside the token that is written in any case
-                room = tokens - len(self._slots)  # each request can have one token
-                guess = request.lookup.guess(request.ids)[: max(0, min(left, room))]
-            parts.append(Part(request, slot, read, guess, scored + writes + len(guess), scored))
-            tokens -= read + len(guess)
+                room = max(0, min(left, tokens - len(self._slots)))  # each request can have one token
+                if self._draft is not None:
+                    number = request.draft.number(self._draft.costs, room, len(self._slots))
+                if number == 0 and guessing:
+                    guess = request.lookup.guess(request.ids)[:room]
+            if number or (read > 1 and request.draft.most):
+                end = request.cached + read
+                wanted[len(parts)] = Wanted(request.ids, request.sampler, request.draft, slot, end, number)
+            guesser = request.draft if number else request.lookup
+            parts.append(Part(request, slot, read, guess, guesser, scored + writes + len(guess), scored))
+            tokens -= read + number + len(guess)
             scores -= scored
             if prompts is not None and not request.new_tokens:
                 prompts -= read
+        if self._draft is not None:
+            for i, guess in zip(wanted, self._draft.guess(list(wanted.values())), strict=True):
+                parts[i] = parts[i]._replace(guess=guess, rows=parts[i].rows + len(guess))
         return Step(parts)
 
     def record(self, step: Step, logits: npt.NDArray[np.float32], seconds: float) -> list[tuple[Request, Token]]:
@@ -314,10 +348,12 @@ class Scheduler:
         """
         prompts = [part.read for part in step.parts if not part.request.new_tokens]
         self.pace.learn(sum(prompts), len(step.parts) - len(prompts), seconds)
+        if self._draft is not None and not prompts:
+            self._draft.costs.learn_step(len(step.ids), seconds)
         now = time.perf_counter()
         written: list[tuple[Request, Token]] = []
         row = 0
-        for request, _, read, guess, num_rows, scored in step.parts:
+        for request, _, read, guess, guesser, num_rows, scored in step.parts:
             rows = logits[row : row + num_rows]
             row += num_rows
             request.started = request.started or now - seconds
@@ -327,6 +363,7 @@ class Scheduler:
                 request.scores += _tokens(request, rows[:scored], request.ids[start : start + scored])
             if num_rows > scored:
                 tokens = _write(request, guess, rows[scored:])
+                guesser.learn(len(guess), max(0, len(tokens) - 1))
                 if tokens:
                     request.written = (request.written or (now, now))[0], now
                 written += [(request, token) for token in tokens]
@@ -355,6 +392,7 @@ class Scheduler:
         if kept > request.cached:
             self._cache.follow(self._slots[request], self._cache.pages(self._slots[leader]), kept)
             request.reused_tokens = request.cached = kept
+            request.draft.read = min(kept, leader.draft.read)
 
     def _forget(self, text: "_Text") -> None:
         self._left.remove(text)
@@ -367,6 +405,12 @@ class _Text:
 
     ids: list[int]
     pages: list[int]
+    drafted: int  # of the tokens: those that the draft has read, too
+
+
+def _drafted(request: Request) -> int:
+    """Number of tokens of a request that the draft has read, too; behind them may be guesses that were wrong."""
+    return min(request.draft.read, request.cached)
 
 
 def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) -> list[Token]:
@@ -390,7 +434,6 @@ def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) 
         if request.finished or not right:
             break
         request.cached += 1
-    request.lookup.learn(len(guess), max(0, len(tokens) - 1))
     return tokens
 
 

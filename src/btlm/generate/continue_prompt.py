@@ -58,7 +58,11 @@ def run_generate(
             if chosen.engine == "btlm":
                 raise
             reason = f" ({one_line(error)})"
-    given = [f"{{{name}}}" for name in ("cache_dtype", "kernels", "threads") if vars(chosen)[name] != vars(Run())[name]]
+    given = [
+        f"{{{name}}}"
+        for name in ("cache_dtype", "draft", "kernels", "threads")
+        if vars(chosen)[name] != vars(Run())[name]
+    ]
     if given:
         raise OptionError(
             f"{' and '.join(given)} only matter to the engine, and this text is continued by Transformers{{}}; leave "

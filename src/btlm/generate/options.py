@@ -17,6 +17,8 @@ class Run:
         dtype: Dtype of the weights: bfloat16, float16, float32, or auto, which is as stored.
         cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
             the dtype of the weights.
+        draft: Small checkpoint with the same vocabulary, folder or id, whose guesses the model checks several at a
+            time: the same text, faster where they are right.
         threads: Number of threads (default: one per core).
         kernels: Kernels to use: native, torch, an instruction set, or auto, which is the fastest here.
         device: Device of torch: cpu, cuda, cuda:1, mps ... or auto, which is the fastest here.
@@ -29,6 +31,7 @@ class Run:
     engine: Literal["auto", "btlm", "transformers"] = "auto"
     dtype: Annotated[str, "DTYPE"] = "auto"
     cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    draft: Annotated[str, "MODEL"] | None = None
     threads: Threads | None = None
     kernels: Annotated[str, "NAME"] = "auto"
     device: Annotated[str, "DEVICE"] = "auto"

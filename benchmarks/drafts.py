@@ -1,0 +1,113 @@
+"""The speed of text with a draft, as a function of how many of its guesses are right.
+
+    python benchmarks/drafts.py [--model FOLDER --draft FOLDER] [--right 0 0.5 0.7 0.9] [--streams 1 4]
+
+At the shape of BTLM-3B with a draft of the sizes of Cerebras-GPT-111M (768 wide, 10 layers, 12 heads), in four bits
+with random weights, unless folders are given. The draft reads and guesses as always, which takes its time, but this
+program replaces what it guesses: by the token that the model will write, with the given probability, else by another
+one. Each turn writes the texts once without the draft and once with it, in the same engine; the speed is that of the
+tokens after the first one.
+Printed are medians over the turns, and the ratio per turn.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_inputs import SIZES, add_smoke
+
+from btlm.engine import Engine, GenerationOptions
+from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
+
+DRAFT_SIZES = {"n_embd": 768, "n_layer": 10, "n_head": 12, "n_inner": 2048}  # SwiGLU of 2,048 has GELU's 3,072 weights
+
+
+def write(engine: Engine, prompts: Sequence[list[int]], new: int, draft: bool) -> tuple[float, list[list[int]], Any]:
+    """Write the texts together; returns tokens per second after the first ones, the texts, and the requests."""
+    options = GenerationOptions(max_new_tokens=new, lookup_tokens=0, draft_tokens=8 if draft else 0)
+    running = [engine.add(prompt, options, stop_ids=frozenset()) for prompt in prompts]
+    while any(request.new_tokens == 0 for request in running):
+        engine.step()
+    start, before = time.perf_counter(), sum(request.new_tokens for request in running)
+    while any(request.finished is None for request in running):
+        engine.step()
+    seconds = time.perf_counter() - start
+    return (len(prompts) * new - before) / seconds, [request.ids for request in running], running
+
+
+def impose(engine: Engine, texts: Sequence[list[int]], right: float) -> None:
+    """Let guesses be right with a probability."""
+    assert engine.draft is not None
+    rng = np.random.default_rng(0)
+
+    def choose(before: Sequence[int], guess: int) -> int:
+        true = next(text for text in texts if text[0] == before[0])[len(before)]
+        return true if rng.random() < right else (true + 1) % engine.architecture.vocab_size
+
+    engine.draft.choose = choose  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="instead of random weights of BTLM-3B's shape")
+    parser.add_argument("--draft", type=Path, metavar="FOLDER", help="instead of a random draft")
+    parser.add_argument("--right", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.9], help="shares of right guesses")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1], help="texts at a time")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    add_smoke(parser)
+    args = parser.parse_args()
+    shape, small = SHAPES["btlm-3b"], {**SHAPES["btlm-3b"], **DRAFT_SIZES}
+    if args.smoke:
+        args.prompt, args.new, args.turns = 8, 8, 1
+        shape, small = {**SIZES, "n_layer": 2}, SIZES
+    with tempfile.TemporaryDirectory(prefix="btlm-drafts-") as name:
+        folders = {"model": args.model, "draft": args.draft}
+        for kind, sizes in (("model", shape), ("draft", small)):
+            if folders[kind] is None:
+                folders[kind] = Path(name) / kind
+                folders[kind].mkdir()
+                write_random_model(folders[kind], sizes, "4bit")
+        engine = Engine.open(
+            folders["model"],
+            draft=folders["draft"],
+            context=args.prompt + args.new,
+            num_requests=max(args.streams),
+            threads=args.threads,
+        )
+        rng = np.random.default_rng(0)
+        vocabulary = engine.architecture.vocab_size
+        print("| texts | right guesses | accepted per guess | alone, tokens/s | with draft | ratio | lowest, highest |")
+        print("|---|---|---|---|---|---|---|")
+        for streams in args.streams:
+            prompts = [[first, *rng.integers(0, vocabulary, args.prompt - 1).tolist()] for first in range(streams)]
+            _, texts, _ = write(engine, prompts, args.new, draft=False)
+            for right in args.right:
+                impose(engine, [[*text, 0] for text in texts], right)
+                alone, drafted, ratios = [], [], []
+                for _ in range(args.turns):
+                    alone.append(write(engine, prompts, args.new, draft=False)[0])
+                    speed, written, requests = write(engine, prompts, args.new, draft=True)
+                    assert written == texts, "the draft has changed the text"
+                    drafted.append(speed)
+                    ratios.append(drafted[-1] / alone[-1])
+                guessed = sum(request.draft.guessed for request in requests)
+                share = sum(request.draft.accepted for request in requests) / max(guessed, 1)
+                print(
+                    f"| {streams} | {right:.0%} | {share:.2f} of {guessed} | {statistics.median(alone):.1f} | "
+                    f"{statistics.median(drafted):.1f} | {statistics.median(ratios):.2f} | {min(ratios):.2f}, "
+                    f"{max(ratios):.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
