@@ -25,7 +25,7 @@ from btlm.engine import Engine, GenerationOptions
 from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
 
 SHARED = 512  # tokens of the prompt of the continuations
-PATIENCE = 2.5
+PATIENCE = 2
 
 
 def steps(engine: Engine, until: Any) -> list[float]:

@@ -47,6 +47,18 @@ def test_few_tokens_and_clocks_that_stand_still_tell_nothing():
     assert pace.prompt_tokens is None
 
 
+def test_a_cost_that_was_too_high_is_corrected_by_steps_with_few_tokens():
+    pace = Pace(2.5)
+    pace.learn(100, 0, 10.0)  # such as the first step, which gets its memory from the system
+    pace.learn(0, 1, 0.1)
+    assert pace.prompt_tokens == 1
+    for _ in range(400):
+        number = pace.prompt_tokens
+        assert number is not None
+        pace.learn(number, 1, 0.1 + 0.01 * number)
+    assert pace.prompt_tokens == pytest.approx(15, abs=1)
+
+
 @pytest.mark.parametrize("patience", [1, 0.5, -1, float("nan")])
 def test_no_patience(patience):
     with pytest.raises(ValueError, match="usual steps leaves no time to read prompts"):

@@ -1,7 +1,7 @@
 """How many tokens of prompts a step may read while others are being written."""
 
 _NEW = 0.2  # weight of the latest step in the running means
-_ENOUGH = 8  # prompt tokens that a step needs to tell what one costs
+_ENOUGH = 8  # prompt tokens that a step needs to tell what one costs; fewer of them count less
 
 
 class Pace:
@@ -34,9 +34,10 @@ class Pace:
         """
         if not prompt_tokens:
             self._usual = _mean(self._usual, seconds)
-        elif prompt_tokens >= _ENOUGH:
+        elif prompt_tokens >= _ENOUGH or self._cost is not None:
             rest = self._usual if written and self._usual is not None else 0.0
-            self._cost = _mean(self._cost, max(seconds - rest, 0.0) / prompt_tokens)
+            weight = _NEW * min(1.0, prompt_tokens / _ENOUGH)
+            self._cost = _mean(self._cost, max(seconds - rest, 0.0) / prompt_tokens, weight)
 
     @property
     def prompt_tokens(self) -> int | None:
@@ -46,5 +47,5 @@ class Pace:
         return max(1, int((self._patience - 1) * self._usual / self._cost))
 
 
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _NEW * (new - old)
+def _mean(old: float | None, new: float, weight: float = _NEW) -> float:
+    return new if old is None else old + weight * (new - old)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from btlm.model.storage_btlm import padded_size
 
-from .arrays import ELEMENT, PACKED, PAGE_TOKENS, Array, block_rows, num_pages, require, require_dtype
+from .arrays import ELEMENT, PACKED, PAGE_TOKENS, Array, block_rows, num_pages, require, require_dtype, untouched_zeros
 
 if TYPE_CHECKING:
     from .reference import TorchKernels
@@ -87,9 +87,9 @@ class Cache:
         self.table = table
         self.heads = heads
         self.head_dim = head_dim
-        # np.zeros does not touch the memory: a page is used when the first token is written to it.
-        self.keys: Array = np.zeros((table.pages * heads, elements), ELEMENT[dtype])
-        self.values: Array = np.zeros(self.keys.shape, np.int8 if dtype == "int8" else ELEMENT[dtype])
+        # Memory that is not touched: a page is used when the first token is written to it.
+        self.keys: Array = untouched_zeros((table.pages * heads, elements), ELEMENT[dtype])
+        self.values: Array = untouched_zeros(self.keys.shape, np.dtype(np.int8) if dtype == "int8" else ELEMENT[dtype])
         self.key_scales, self.value_scales = (
             np.zeros((table.pages * heads, PAGE_TOKENS), np.uint16) if dtype in PACKED else None for _ in range(2)
         )
