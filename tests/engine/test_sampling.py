@@ -10,7 +10,7 @@ from transformers.generation.logits_process import (
 )
 
 from btlm.engine.options import GenerationOptions
-from btlm.engine.sampling import Sampler, best_tokens, log_probabilities, repeated, softmax
+from btlm.engine.sampling import Sampler, best_tokens, log_probabilities, nucleus, repeated, softmax
 from btlm.errors import NothingAllowed
 
 VOCAB = 12
@@ -165,6 +165,45 @@ def test_top_p_keeps_no_more_than_it_takes(top_p, kept):
     counts = distribution(GenerationOptions(top_p=top_p, seed=0), np.zeros(4, np.float32), draws=200)
     assert (counts > 0).sum() == kept
     assert (TopPLogitsWarper(top_p)(torch.zeros(1, 1), torch.zeros(1, 4)) > -np.inf).sum() == kept
+
+
+def sort_all(probabilities, top_p):
+    """Top-p as it is defined: all tokens are sorted."""
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    return order[before < top_p]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.5, 2.0, 8.0, 60.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 0.999999, 1 - 1e-15])
+def test_top_p_is_that_of_sorting_all_tokens(spread, top_p):
+    random = np.random.default_rng(5)
+    for size in (1, 2, 3000):
+        logits = (random.standard_normal(size) * spread).astype(np.float32)
+        for scores in (logits, logits.round(1), np.where(random.random(size) < 0.3, logits.max(), logits)):  # with ties
+            probabilities = softmax(scores)
+            assert np.array_equal(nucleus(probabilities, top_p), sort_all(probabilities, top_p))
+
+
+def test_the_border_of_top_p_is_that_of_sorting_all_tokens():
+    """What a token is compared with is a rounded sum; at the sums themselves every rounding counts."""
+    probabilities = softmax(np.random.default_rng(6).standard_normal(400) * 3)
+    for top_p in np.cumsum(np.sort(probabilities)[::-1])[:-1]:
+        assert np.array_equal(nucleus(probabilities, top_p), sort_all(probabilities, top_p))
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0.8}, {"temperature": 1.7}, {"top_k": 50}, {}])
+def test_top_p_draws_the_tokens_of_sorting_all(given, monkeypatch):
+    logits = (np.random.default_rng(7).standard_normal((200, 2000)) * 2.5).astype(np.float32)
+
+    def drawn():
+        sampler = Sampler(GenerationOptions(top_p=0.95, seed=4, **given))
+        return [sampler.choose(row, [0]) for row in logits]
+
+    fast = drawn()
+    monkeypatch.setattr("btlm.engine.sampling.nucleus", sort_all)
+    assert fast == drawn()
+    assert len(set(fast)) > 20
 
 
 def test_best_tokens(logits):

@@ -16,6 +16,11 @@ from .options import GenerationOptions
 
 Floats = npt.NDArray[np.float32]
 
+# How far below the most probable token a token is looked at for top-p: this factor at a time, so many times, then all.
+_THRESHOLD_STEP, _THRESHOLDS = 1 / 16, 8
+# More than the sums of probabilities differ by their order.
+_ROUNDING = 1e-10
+
 
 class Sampler:
     """Chooses the tokens of one request; its draws depend only on the seed, not on other requests.
@@ -75,9 +80,7 @@ class Sampler:
             scores = scores[tokens]
         probabilities = softmax(scores)
         if options.top_p is not None and options.top_p < 1:
-            order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            order = order[before < options.top_p]
+            order = nucleus(probabilities, options.top_p)
             tokens, probabilities = tokens[order], probabilities[order]
         cumulative = np.cumsum(probabilities)
         point = self._random.random() * cumulative[-1]
@@ -113,6 +116,33 @@ def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     weights = np.exp((scores - scores.max()).astype(np.float64))
     probabilities: npt.NDArray[np.float64] = weights / weights.sum()
     return probabilities
+
+
+def nucleus(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """The most probable tokens that have ``top_p`` together, the most probable first, of equals the first.
+
+    Only tokens that are probable enough are sorted: a threshold goes down until they hold more than ``top_p``. What is
+    left out could only follow them, so that the result is the same, bit for bit, as of sorting all.
+
+    Args:
+        probabilities: Of all tokens, ``[V]``; their sum is 1.
+        top_p: Above 0 and below 1.
+
+    Returns:
+        Positions in ``probabilities``.
+    """
+    threshold = probabilities.max()
+    for _ in range(_THRESHOLDS):
+        threshold *= _THRESHOLD_STEP
+        candidates = np.flatnonzero(probabilities >= threshold)
+        if probabilities[candidates].sum() > top_p + _ROUNDING:
+            break
+    else:
+        candidates = np.arange(len(probabilities))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    sorted_probabilities = probabilities[order]
+    before = np.cumsum(sorted_probabilities) - sorted_probabilities
+    return order[before < top_p]
 
 
 def repeated(ids: Sequence[int], size: int) -> npt.NDArray[np.int64]:
