@@ -6,8 +6,7 @@ At the shape of BTLM-3B with a draft of the sizes of Cerebras-GPT-111M (768 wide
 with random weights, unless folders are given. The draft reads and guesses as always, which takes its time, but this
 program replaces what it guesses: by the token that the model will write, with the given probability, else by another
 one. Each turn writes the texts once without the draft and once with it, in the same engine; the speed is that of the
-tokens after the first one.
-Printed are medians over the turns, and the ratio per turn.
+tokens after the first ones, until the first text ends. Printed are medians over the turns, and the ratio per turn.
 """
 
 import argparse
@@ -28,16 +27,19 @@ DRAFT_SIZES = {"n_embd": 768, "n_layer": 10, "n_head": 12, "n_inner": 2048}  # S
 
 
 def write(engine: Engine, prompts: Sequence[list[int]], new: int, draft: bool) -> tuple[float, list[list[int]], Any]:
-    """Write the texts together; returns tokens per second after the first ones, the texts, and the requests."""
+    """Write the texts together; returns tokens per second while all are written, the texts, and the requests."""
     options = GenerationOptions(max_new_tokens=new, lookup_tokens=0, draft_tokens=8 if draft else 0)
     running = [engine.add(prompt, options, stop_ids=frozenset()) for prompt in prompts]
     while any(request.new_tokens == 0 for request in running):
         engine.step()
     start, before = time.perf_counter(), sum(request.new_tokens for request in running)
-    while any(request.finished is None for request in running):
+    while all(request.finished is None for request in running):
         engine.step()
     seconds = time.perf_counter() - start
-    return (len(prompts) * new - before) / seconds, [request.ids for request in running], running
+    speed = (sum(request.new_tokens for request in running) - before) / seconds
+    while any(request.finished is None for request in running):
+        engine.step()
+    return speed, [request.ids for request in running], running
 
 
 def impose(engine: Engine, texts: Sequence[list[int]], right: float) -> None:
