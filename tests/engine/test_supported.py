@@ -86,11 +86,6 @@ def test_older_keys_are_read(copy):
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        (
-            {"position_embedding_type": "learned"},
-            "position_embedding_type 'alibi'.*'learned'",
-        ),
-        ({"activation_function": "gelu"}, "activation_function 'swiglu'.*'gelu'"),
         ({"alibi_scaling": {"type": "linear", "train_seq_len": 64}}, "dynamic"),
         ({"n_embd": 1040, "n_head": 4}, "heads of at most 256, and these have 260"),
     ],

@@ -106,7 +106,7 @@ def test_what_cannot_be(generator, copy):
         generator.stream("a", stop="end")
     with pytest.raises(TooLong):
         generator.generate(PROMPT * 4, OPTIONS)
-    set_config(copy, activation_function="gelu")
+    set_config(copy, alibi_scaling={"type": "linear", "train_seq_len": 64})
     with pytest.raises(NotSupported):
         TextGenerator.open(copy)
 

@@ -28,7 +28,7 @@ from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
 from .scheduler import Mask, Request, Scheduler, Token
-from .supported import supported
+from .supported import check_positions, supported
 
 _SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
 
@@ -70,6 +70,7 @@ class Engine:
         self.architecture = network.architecture
         self.end_ids = end_ids(self.architecture.eos_token_id, self.architecture.vocab_size)
         self.context = self.architecture.n_positions if context is None else context
+        check_positions(self.architecture, self.context)
         dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
         cache_tokens = _cache_tokens(self.context, num_requests, cache_tokens)
         self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context, cache_tokens)
@@ -118,6 +119,7 @@ class Engine:
         stored, used = weight_dtype(architecture, tensors), load_kernels(kernels, threads)
         weights = _weight_bytes(architecture, tensors, used)
         context = architecture.n_positions if context is None else context
+        check_positions(architecture, context)
         dtype = cache_dtype_of(cache_dtype, stored)
         places = _cache_tokens(context, num_requests, cache_tokens)
         guessing = None

@@ -21,6 +21,7 @@ from btlm.model.architecture_btlm import (
     FINAL_NORM,
     GATE,
     HEAD,
+    POSITION_TABLE,
     QUERY_KEY_VALUE,
     TOKEN_TABLE,
     UP,
@@ -29,8 +30,9 @@ from btlm.model.architecture_btlm import (
 )
 from btlm.model.storage_btlm import stored_matrices
 
+from .activation import activate
 from .cache import Layers
-from .supported import slopes
+from .supported import check_positions, slopes
 
 Floats = npt.NDArray[np.float32]
 
@@ -53,7 +55,8 @@ class _Block:
     attention_output: WeightMatrix
     ln_2: _Norm
     up: WeightMatrix
-    gate: WeightMatrix
+    gate: WeightMatrix | None
+    """None without SwiGLU."""
     down: WeightMatrix
 
 
@@ -87,6 +90,8 @@ class Network:
         self._blocks = [load.block(i) for i in range(architecture.n_layer)]
         self._ln_f = load.norm(FINAL_NORM)
         self._table = load.matrix(TOKEN_TABLE)
+        learned = architecture.position_embedding_type == "learned"
+        self._positions = load.vector(f"{POSITION_TABLE}.weight") if learned else None
         self._head = self._table if architecture.tie_word_embeddings else load.matrix(HEAD)
         self.weight_dtype = weight_dtype(architecture, tensors)
         self._slopes = slopes(architecture)
@@ -114,11 +119,16 @@ class Network:
             Logits, muP's multiplier included, ``[R, V]``.
 
         Raises:
+            TooLong: There is no learned position for a token.
             LogitsNotFinite: Activations or logits of some parts are NaN or infinite; the others can be computed again.
         """
         kernels, architecture = self.kernels, self.architecture
         x, normal, attended, qkv, inner = (array[: len(ids)] for array in self._activations.values())
         kernels.embed(ids, self._table, architecture.mup_embeddings_scale, x)
+        if self._positions is not None:
+            for row, _, start, count in segments.tolist():
+                check_positions(architecture, start + count)
+                x[row : row + count] += self._positions[start : start + count]
         for i, (block, layer) in enumerate(zip(self._blocks, cache.layers, strict=True)):
             scale = architecture.attention_scale / (i + 1 if architecture.scale_attn_by_inverse_layer_idx else 1)
             kernels.layer_norm(x, block.ln_1.weight, block.ln_1.bias, architecture.layer_norm_epsilon, normal)
@@ -127,6 +137,8 @@ class Network:
             kernels.linear(attended, block.attention_output, x, add=True)
             kernels.layer_norm(x, block.ln_2.weight, block.ln_2.bias, architecture.layer_norm_epsilon, normal)
             kernels.linear(normal, block.up, inner, gate=block.gate)
+            if block.gate is None:
+                activate(architecture.activation_function, inner)
             kernels.linear(inner, block.down, x, add=True)
         wanted = np.ascontiguousarray(x[rows])
         kernels.layer_norm(wanted, self._ln_f.weight, self._ln_f.bias, architecture.layer_norm_epsilon, wanted)
@@ -181,6 +193,7 @@ class _Loader:
     def __init__(self, kernels: Kernels, architecture: Architecture, tensors: Mapping[str, MappedTensor]) -> None:
         self._kernels = kernels
         self._tensors = tensors
+        self._matrices = architecture.matrices
         self._shapes = {name: facts.shape for name, facts in architecture.tensors.items()}
         quantization = architecture.quantization
         self._stored = {} if quantization is None else stored_matrices(architecture, quantization)
@@ -196,16 +209,16 @@ class _Loader:
             self.matrix(f"{name}.{ATTENTION_OUTPUT}"),
             self.norm(f"{name}.ln_2"),
             self.matrix(f"{name}.{UP}"),
-            self.matrix(f"{name}.{GATE}"),
+            self.matrix(f"{name}.{GATE}") if GATE in self._matrices else None,
             self.matrix(f"{name}.{DOWN}"),
         )
 
     def norm(self, name: str) -> _Norm:
-        return _Norm(self._vector(f"{name}.weight"), self._vector(f"{name}.bias"))
+        return _Norm(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
 
     def matrix(self, name: str) -> WeightMatrix:
         """A matrix of a block, which has a bias and is stored as ``[inputs, outputs]``, or a table with neither."""
-        bias = self._vector(f"{name}.bias") if f"{name}.bias" in self._shapes else None
+        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self._shapes else None
         if stored := self._stored.get(name):
             weight = self._tensor(f"{name}.weight", ("U8",), stored.weight_shape)
             scale = self._tensor(f"{name}.weight_scale", ("BF16",), stored.scale_shape)
@@ -214,7 +227,8 @@ class _Loader:
         dtype = "bfloat16" if weight.dtype == np.uint16 else "float32"
         return self._kernels.matrix(dtype, weight, bias=bias, input_major=bias is not None)
 
-    def _vector(self, name: str) -> Floats:
+    def vector(self, name: str) -> Floats:
+        """A tensor in fp32."""
         vector = self._tensor(name, tuple(_FLOATS), self._shapes[name])
         if vector.dtype == np.uint16:
             return (vector.astype(np.uint32) << 16).view(np.float32)

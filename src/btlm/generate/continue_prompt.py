@@ -38,7 +38,7 @@ def run_generate(
         base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
         **run: The other fields of :class:`btlm.generate.options.Run`. With the engine ``"auto"``, Transformers
             continues what the engine does not support: beams, another dtype than the stored one, devices other than the
-            processor, dynamic interpolation, networks other than SwiGLU with ALiBi.
+            processor, dynamic interpolation.
 
     Raises:
         ValueError: One line that says what cannot be used, and what to do.
