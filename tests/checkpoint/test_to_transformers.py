@@ -99,7 +99,7 @@ def test_load_config_needs_no_weights(copy):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_type": "gpt2"}, ["not a BTLM checkpoint", "'gpt2'"]),
+        ({"model_type": "llama"}, ["not a BTLM checkpoint", "'llama'"]),
         ({"model_type": ...}, ["not a BTLM checkpoint", "no model_type"]),
         ({"n_head": 5, "mup_width_scale": -1}, ["config.json", "n_head is 5", "mup_width_scale is -1"]),
         ({"n_embd": "wide"}, ["n_embd is 'wide'", "whole number"]),

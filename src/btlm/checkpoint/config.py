@@ -10,6 +10,8 @@ from btlm.console import one_line
 from btlm.model.architecture_btlm import Architecture
 from btlm.model.config_keys_btlm import MODEL_TYPE, MUP_KEYS, missing_mup_keys
 
+from .gpt2 import GPT2_MODEL_TYPE, config_of_gpt2
+
 if TYPE_CHECKING:
     from btlm.model import BTLMConfig
 
@@ -19,7 +21,7 @@ _logger = logging.getLogger(__name__)
 def read_architecture(folder: Path, name: str) -> Architecture:
     """The network that the ``config.json`` of a folder describes, read without torch, which takes seconds to import.
 
-    Missing muP keys are logged as a warning.
+    A network of GPT-2 is one of BTLM. Missing muP keys are logged as a warning.
 
     Args:
         folder: Folder of the checkpoint.
@@ -38,10 +40,15 @@ def read_architecture(folder: Path, name: str) -> Architecture:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}).") from error
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type != MODEL_TYPE:
+    if model_type not in (MODEL_TYPE, GPT2_MODEL_TYPE):
         told = "names no model_type" if model_type is None else f"has the model_type {model_type!r}"
-        raise ValueError(f"{name} is not a BTLM checkpoint: its config.json {told}, where {MODEL_TYPE!r} belongs.")
+        raise ValueError(
+            f"{name} is not a BTLM checkpoint: its config.json {told}, where {MODEL_TYPE!r} or {GPT2_MODEL_TYPE!r} "
+            "belongs."
+        )
     try:
+        if model_type == GPT2_MODEL_TYPE:
+            raw = config_of_gpt2(raw)
         architecture = Architecture.from_config(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -60,6 +67,10 @@ def read_config(folder: Path, architecture: Architecture) -> "BTLMConfig":
 
     mup = {key: getattr(architecture, key) for key in MUP_KEYS}  # given, so that missing ones are not told again
     try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if raw["model_type"] == GPT2_MODEL_TYPE:
+            config: BTLMConfig = BTLMConfig.from_dict(config_of_gpt2(raw))
+            return config
         return BTLMConfig.from_pretrained(folder, local_files_only=True, **mup)
     except Exception as error:  # which one depends on the key
         raise ValueError(f"{folder / 'config.json'} cannot be used ({one_line(error)}).") from error
