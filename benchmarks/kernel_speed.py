@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tiny_inputs import add_smoke
 
-from btlm.kernels import Kernels, load_kernels
+from btlm.kernels import Kernels, PageTable, load_kernels
 from btlm.kernels.arrays import DTYPES
 
 WIDTH, INNER, HEADS, GROUP = 2560, 6912, 32, 128
@@ -79,7 +79,7 @@ def attention(kernels: Kernels, num_layers: int, contexts: list[int], repeats: i
     for dtype, context in product(("int8", "int4"), contexts):
         layers = []
         for _ in range(max(4, num_layers * 4096 // context) if num_layers > 1 else 1):
-            layers.append(kernels.cache(dtype, slots=1, heads=HEADS, length=context, head_dim=head_dim))
+            layers.append(kernels.cache(dtype, PageTable(1, context), heads=HEADS, head_dim=head_dim))
             first = normal(context - 1, 3 * WIDTH)
             kernels.attend(
                 first, layers[-1], segment(0, context - 1), slopes, 0.0125, np.empty_like(first[:, :WIDTH], order="C")

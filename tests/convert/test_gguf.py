@@ -375,7 +375,8 @@ def test_quantized_folders_are_decoded_and_a_note_says_so(copy, tmp_path, capsys
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_type": "gpt2"}, ["not a BTLM checkpoint", "'gpt2'"]),
+        ({"model_type": "llama"}, ["not a BTLM checkpoint", "'llama'"]),
+        ({"model_type": "gpt2"}, ["GPT-2 has no mup_width_scale", "'btlm': change it in config.json"]),
         ({"position_embedding_type": "learned"}, ["position_embedding_type is 'learned'", "ALiBi"]),
         ({"activation_function": "gelu"}, ["activation_function is 'gelu'", "swiglu"]),
         ({"alibi_scaling": {"type": "linear", "factor": 2.0}}, ["'factor': 2.0", "null in config.json"]),

@@ -430,7 +430,7 @@ def test_rows_longer_than_the_learned_positions_of_a_start(checkpoint: Path) -> 
         ("{", "{folder}/config.json cannot be read as JSON"),
         ("[]", "{folder} is not a BTLM checkpoint: its config.json names no model_type"),
         ("{}", "{folder} is not a BTLM checkpoint: its config.json names no model_type"),
-        ('{"model_type": "gpt2"}', "{folder} is not a BTLM checkpoint: its config.json has the model_type 'gpt2'"),
+        ('{"model_type": "llama"}', "{folder} is not a BTLM checkpoint: its config.json has the model_type 'llama'"),
         (
             '{"model_type": "btlm", "n_head": 7}',
             "{folder}/config.json: Invalid BTLM configuration: n_head is 7, which do",
