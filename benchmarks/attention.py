@@ -56,7 +56,7 @@ def measure(form: str, tokens: int, backward: bool, shape: dict[str, Any], clock
     def plan(tokens: int) -> AttentionPlan:
         positions = torch.arange(tokens)
         slopes = alibi_slopes(config.n_head)[None]
-        common = {"num_keys": tokens, "query_positions_Q": positions, "scale": config.attention_scale}
+        common: dict[str, Any] = {"num_keys": tokens, "query_positions_Q": positions, "scale": config.attention_scale}
         if form == "mask":
             mask = attention_bias(slopes, positions, tokens, None).to(torch.bfloat16)
             return AttentionPlan(**common, is_causal=False, mask=mask)

@@ -23,7 +23,8 @@ HELD_OUT_EVERY = 20
 
 def token_bytes() -> NDArray[np.int64]:
     """Bytes of text per token: 1, and 0 for end-of-text."""
-    return (np.arange(VOCAB_SIZE) != END_OF_TEXT).astype(np.int64)
+    sizes: NDArray[np.int64] = (np.arange(VOCAB_SIZE) != END_OF_TEXT).astype(np.int64)
+    return sizes
 
 
 class ByteStream:
@@ -69,7 +70,8 @@ class ByteStream:
 
     def rows(self, split: str, offsets: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
         """Rows of the stream, uint16 ``[rows, length]``, from offsets ``[rows]``; it is read cyclically."""
-        return self._stream[split][(offsets[:, None] + np.arange(length)) % self.num_tokens(split)]
+        rows: NDArray[np.uint16] = self._stream[split][(offsets[:, None] + np.arange(length)) % self.num_tokens(split)]
+        return rows
 
     def tokens(self, split: str, start: int, count: int) -> NDArray[np.uint16]:
         """``count`` tokens of the stream from ``start``; fewer if the stream ends before."""

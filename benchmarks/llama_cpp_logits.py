@@ -110,7 +110,7 @@ def ours(args: argparse.Namespace, work: Path) -> list[str]:
     torch.set_num_threads(args.threads)
     loaded, tokenizer = load_model(args.model, dtype="float32", device="cpu")
     model: Any = loaded
-    texts = []
+    texts: list[dict[str, Any]] = []
     for text in args.text:
         tokens, start = first_document(text, tokenizer, args.tokens)
         texts.append({"text": start, "tokens": tokens})
@@ -185,7 +185,7 @@ def worker(work: Path) -> dict[str, Any]:
         logits_all=True,
         verbose=False,
     )
-    texts = []
+    texts: list[dict[str, Any]] = []
     for i, text in enumerate(asked["texts"]):
         tokens = text["tokens"][: asked["tokens"]]
         llama.reset()

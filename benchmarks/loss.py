@@ -144,7 +144,8 @@ def main() -> None:
     if args.smoke:
         args.tokens, args.repeats, args.passes = 64, 1, 1
     if args.one:
-        print(json.dumps(run(*args.one, args)))
+        task, dtype = args.one
+        print(json.dumps(run(task, dtype, args)))
         return
     print(f"torch {torch.__version__}, {args.tokens:,} tokens, {args.threads} threads, ", end="")
     print(f"{args.clock} time, medians of {args.repeats} turns\n")

@@ -112,12 +112,12 @@ class _Model:
         ranks = Ranks(self._device)
         losses = evaluate_held_out(
             self._model,
-            stream,
+            stream,  # type: ignore[arg-type]
             stage.sequence_length,
             tokens,
             token_bytes(),
             ranks,
-            rows,  # type: ignore[arg-type]
+            rows,
         )
         loss = losses["bits_per_byte"]["mean"] * math.log(2)
         return loss if math.isfinite(loss) else math.inf

@@ -9,6 +9,7 @@ below the training length; and the loss with more and more bytes before them.
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +21,7 @@ from variable_length import held_out_windows, loss_at_end
 from btlm import BTLMConfig, BTLMLMHeadModel
 from btlm.model import attention_btlm
 
-SMOKE_MODEL = {
+SMOKE_MODEL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 32,
     "n_layer": 1,

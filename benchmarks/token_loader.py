@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     forms: dict[str, Callable[[Path, int, int], Iterator[Tensor]]] = {
         "loader": loader,
-        "loader, document ids": lambda *args: loader(*args, document_ids=True),
+        "loader, document ids": lambda folder, length, count: loader(folder, length, count, document_ids=True),
         "memmap": memmap,
         "datatrove": datatrove,
     }
