@@ -11,7 +11,7 @@ from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions
 from btlm.engine.draft import DraftCosts, DraftGuesses
 from btlm.engine.network import Network
-from btlm.errors import DraftTooLarge, DraftVocabulary
+from btlm.errors import DraftTooLarge, DraftVocabulary, NothingAllowed
 from btlm.kernels import load_kernels
 from tests.checkpoint.tiny import save_tiny
 
@@ -121,6 +121,32 @@ def test_the_draft_of_a_model_is_right_where_it_is_the_model(open_engine, networ
         for request, prompt in zip(running, PROMPTS, strict=True):
             assert same(request.tokens, alone(prompt, rules))
             assert request.draft.guessed == request.draft.accepted >= N * 2 // 4
+
+
+@pytest.mark.parametrize("rules", RULES[:3])
+def test_the_draft_guesses_what_a_mask_allows(open_engine, networks, rules):
+    """Every third token is bound to one id that is hardly probable, and after 20 nothing is allowed."""
+
+    def mask(written):
+        if len(written) == 20:
+            return np.zeros(257, bool)
+        return np.arange(257) == 200 + len(written) if len(written) % 3 == 2 else None
+
+    def write(engine):
+        request = engine.add(PROMPTS[0], options_of(rules), stop_ids=frozenset(), mask=mask)
+        while request.finished is None:
+            engine.step()
+        assert isinstance(request.error, NothingAllowed)
+        return request
+
+    engine = open_engine()
+    engine.draft.network = networks[0]
+    engine.draft._cache = engine.cache.beside(networks[0].kernels, networks[0].architecture, "float32")
+    engine.draft.costs.best = lambda share, most, writing: min(most, 3)
+    drafted, alone = write(engine), write(open_engine(draft=False))
+    assert drafted.ids == alone.ids
+    assert drafted.new_tokens == 20
+    assert drafted.draft.guessed == drafted.draft.accepted >= 12
 
 
 @pytest.mark.parametrize("rules", RULES[:2])

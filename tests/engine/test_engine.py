@@ -401,7 +401,7 @@ def test_fp16_counts_with_its_copy(tmp_path, monkeypatch):
     tiny_model().half().save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     needed = []
-    monkeypatch.setattr("btlm.engine.engine._check_memory", lambda architecture, weights, *_: needed.append(weights))
+    monkeypatch.setattr("btlm.engine.engine.check_memory", lambda architecture, weights, *_: needed.append(weights))
     Engine.open(tmp_path, kernels="torch")
     assert 2.5 * size < needed[0] <= 3 * size
 
@@ -458,7 +458,7 @@ def test_memory_for_unpacked_weights_is_counted(copy, monkeypatch, dtype):
     """Torch computes on copies in fp32 of weights that are not fp32."""
     change_tensors(copy, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     counted = []
-    monkeypatch.setattr("btlm.engine.engine._check_memory", lambda _, weights, *__: counted.append(weights))
+    monkeypatch.setattr("btlm.engine.engine.check_memory", lambda _, weights, *__: counted.append(weights))
     for kernels in ("torch", "native"):
         Engine.open(copy, context=4, kernels=kernels)
     extra = 0 if dtype == torch.float32 else 4 * tiny_model().num_parameters()

@@ -49,6 +49,18 @@ def test_times_are_those_of_the_first_token_and_of_the_last(generator, monkeypat
     assert (stream.report.first_token_s, stream.report.total_s) == (1, 20)
 
 
+def test_right_guesses_are_reported(generator):
+    stream = generator.stream("a b a b a b a b", GenerationOptions(max_new_tokens=20, lookup_tokens=4))
+    text = "".join(stream)
+    report = stream.report
+    assert 0 <= report.right_guesses <= report.guesses
+    assert report.guesses > 0
+    assert f"; {report.right_guesses} of {report.guesses} guesses right; stopped at" in str(report)
+    stream = generator.stream("a b a b a b a b", GenerationOptions(max_new_tokens=20, lookup_tokens=0))
+    assert "".join(stream) == text
+    assert "guess" not in str(stream.report)
+
+
 def test_it_ends_before_a_stop_text(generator, whole):
     stop = whole[7:9]
     stream = generator.stream(PROMPT, OPTIONS, stop=["never in it", stop])

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from btlm.errors import DraftTooLarge, DraftVocabulary, LogitsNotFinite
+from btlm.checkpoint.open import Checkpoint
+from btlm.checkpoint.tokenizer import read_tokenizer
+from btlm.errors import DraftTooLarge, DraftVocabulary, LogitsNotFinite, NothingAllowed
 from btlm.model.architecture_btlm import Architecture
 
 from .cache import Layers
 from .network import Network
-from .sampling import Sampler
+from .sampling import Mask, Sampler
 
 _FIRST = 2  # guesses while their cost is not known
 _SLOWEST = 0.08  # weight of the latest guess in the running share of right ones
@@ -127,6 +129,8 @@ class Wanted(NamedTuple):
         slot: Its slot in the cache.
         end: Number of tokens that the draft shall have read.
         number: Number of tokens to guess after them; if it is not 0, ``end`` is all that the request has.
+        mask: Tells which tokens may come next.
+        prompt_tokens: Number of ``ids`` that the mask is not given.
     """
 
     ids: list[int]
@@ -135,6 +139,8 @@ class Wanted(NamedTuple):
     slot: int
     end: int
     number: int
+    mask: Mask | None
+    prompt_tokens: int
 
 
 class Draft:
@@ -155,11 +161,11 @@ class Draft:
 
         Returns:
             The guesses of each, fewer than wanted where the draft has too much to read first, where the text is longer
-            than its positions, or where its numbers are not finite.
+            than its positions, where its numbers are not finite, or where the mask of the request allows no token.
         """
         guesses: list[list[int]] = [[] for _ in wanted]
         left, parts = self.network.max_tokens, []
-        for i, (ids, _, draft, _, end, number) in enumerate(wanted):
+        for i, (ids, _, draft, _, end, number, *_) in enumerate(wanted):
             new = ids[draft.read : min(end, draft.read + left)]
             if not new or end + number > self.network.architecture.n_positions:
                 continue
@@ -174,11 +180,18 @@ class Draft:
                 break
             if all(len(new) == 1 for _, new, _ in parts):
                 self.costs.learn_pass(time.perf_counter() - start)
-            guessing = [(i, number) for i, _, number in parts if number]
-            for (i, _), row in zip(guessing, logits, strict=True):
+            rows = zip([(i, number) for i, _, number in parts if number], logits, strict=True)
+            parts = []
+            for (i, number), row in rows:
                 before = [*wanted[i].ids, *guesses[i]]
-                guesses[i].append(self.choose(before, samplers[i].choose(row, before)))
-            parts = [(i, guesses[i][-1:], number - 1) for i, number in guessing if number > 1]
+                allowed = None if (mask := wanted[i].mask) is None else mask(before[wanted[i].prompt_tokens :])
+                try:
+                    guess = samplers[i].choose(row, before, allowed)
+                except NothingAllowed:
+                    continue
+                guesses[i].append(self.choose(before, guess))
+                if number > 1:
+                    parts.append((i, guesses[i][-1:], number - 1))
         return guesses
 
     def choose(self, before: Sequence[int], guess: int) -> int:
@@ -221,4 +234,18 @@ def check_draft(model: Architecture, draft: Architecture) -> None:
         raise DraftTooLarge(
             f"The draft has {draft.num_parameters():,} parameters and the model {model.num_parameters():,}; a draft "
             "must be smaller than its model, best by twenty times or more."
+        )
+
+
+def check_tokens(model: Checkpoint, draft: Checkpoint) -> None:
+    """Check that ids mean the same tokens to both, if both say what they mean.
+
+    Raises:
+        DraftVocabulary: They do not.
+    """
+    ours, theirs = (read_tokenizer(checkpoint.folder) for checkpoint in (model, draft))
+    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
+        raise DraftVocabulary(
+            f"The tokens of the draft {draft.title} are not those of {model.title}; a draft needs the vocabulary of "
+            "its model."
         )

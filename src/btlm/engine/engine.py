@@ -5,7 +5,7 @@ nor chunks, nor reused prefixes, nor guesses change what is written.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,24 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from btlm.checkpoint.open import Checkpoint
-from btlm.checkpoint.tensor_file import MappedTensor, resident_bytes
-from btlm.checkpoint.tokenizer import read_tokenizer
-from btlm.console import gigabytes
-from btlm.errors import DoesNotFit, DraftVocabulary, EngineFull, LogitsNotFinite, NotSupported, TooLong
-from btlm.kernels import Kernels, load_kernels, num_pages
-from btlm.kernels.arrays import PAGE_TOKENS
-from btlm.model.architecture_btlm import Architecture
+from btlm.errors import EngineFull, LogitsNotFinite, NotSupported, TooLong
+from btlm.kernels import load_kernels
 from btlm.model.config_keys_btlm import end_ids
 
+from .budget import cache_places, check_memory, weight_bytes
 from .cache import KVCache, cache_bytes, cache_dtype_of
-from .draft import Draft, check_draft
+from .draft import Draft, check_draft, check_tokens
 from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
-from .scheduler import Mask, Request, Scheduler, Token
+from .sampling import Mask
+from .scheduler import Request, Scheduler, Token
 from .supported import check_positions, supported
-
-_SPARE = 16_000_000  # bytes beside weights, cache and activations: what kernels and Python allocate
 
 
 class Engine:
@@ -72,7 +67,7 @@ class Engine:
         self.context = self.architecture.n_positions if context is None else context
         check_positions(self.architecture, self.context)
         dtype = cache_dtype_of(cache_dtype, network.weight_dtype)
-        cache_tokens = _cache_tokens(self.context, num_requests, cache_tokens)
+        cache_tokens = cache_places(self.context, num_requests, cache_tokens)
         self.cache = KVCache(network.kernels, self.architecture, dtype, num_requests, self.context, cache_tokens)
         self.draft = None
         if draft is not None:
@@ -117,21 +112,21 @@ class Engine:
         available = available_memory()  # before files are mapped, which count as address space
         tensors = checkpoint.tensors
         stored, used = weight_dtype(architecture, tensors), load_kernels(kernels, threads)
-        weights = _weight_bytes(architecture, tensors, used)
+        weights = weight_bytes(architecture, tensors, used)
         context = architecture.n_positions if context is None else context
         check_positions(architecture, context)
         dtype = cache_dtype_of(cache_dtype, stored)
-        places = _cache_tokens(context, num_requests, cache_tokens)
+        places = cache_places(context, num_requests, cache_tokens)
         guessing = None
         if draft is not None:
             draft = Checkpoint.open(draft)
             small = supported(draft.architecture)
             check_draft(architecture, small)
-            _check_tokens(checkpoint, draft)
+            check_tokens(checkpoint, draft)
             small_dtype = cache_dtype_of("auto", weight_dtype(small, draft.tensors))
-            weights += _weight_bytes(small, draft.tensors, used) + activation_bytes(small)
+            weights += weight_bytes(small, draft.tensors, used) + activation_bytes(small)
             weights += cache_bytes(small, small_dtype, places)
-        _check_memory(architecture, weights, dtype, places, available)
+        check_memory(architecture, weights, dtype, places, available)
         if draft is not None:
             guessing = Network(used, small, draft.tensors)
         return cls(
@@ -168,8 +163,7 @@ class Engine:
             TypeError: The prompt is text; :class:`btlm.generate.TextGenerator` takes text.
             ValueError: The prompt is empty, or has an id beyond the vocabulary.
         """
-        for _, token in self.generate_batch([ids], options, stop_ids=stop_ids):
-            yield token
+        yield from self.follow(self.add(ids, options, stop_ids=stop_ids))
 
     def generate_batch(
         self,
@@ -275,7 +269,7 @@ class Engine:
             score_from: Index of the first token of the prompt that is scored too, at least 1. What is scored is
                 computed even where the cache holds it.
             num_alternatives: Number of the most probable tokens to tell for each token that is written or scored.
-            mask: Tells which tokens may be written next.
+            mask: Tells which tokens may be written next, by those that were written; it is asked about guesses, too.
 
         Raises:
             EngineFull: Other requests have all slots, or most of the cache.
@@ -319,6 +313,27 @@ class Engine:
         self._scheduler.add(request)
         return request
 
+    def follow(self, request: Request) -> Iterator[Token]:
+        """The tokens of a request as they are written, by steps that continue the other requests, too.
+
+        The request is removed if the iteration is left before its end.
+
+        Raises:
+            LogitsNotFinite, NothingAllowed: The request ended with that error.
+        """
+        given = 0
+        try:
+            while given < request.new_tokens or not request.finished:
+                if given == request.new_tokens:
+                    self.step()
+                while given < request.new_tokens:
+                    given += 1
+                    yield request.tokens[given - 1]
+        finally:
+            self.remove(request)
+        if request.error is not None:
+            raise request.error
+
     def remove(self, request: Request) -> None:
         """Stop a request between two steps; nothing happens if it has ended."""
         self._scheduler.remove(request)
@@ -361,55 +376,3 @@ class Engine:
                 f"{len(ids):,} prompt tokens and {max_new_tokens:,} new ones exceed the context of "
                 f"{self.context:,} tokens; shorten the prompt, write less, or open the engine with a larger context."
             )
-
-
-def _cache_tokens(context: int, num_requests: int, cache_tokens: int | None) -> int:
-    """Tokens of the cache, in whole pages for each request unless their number is given."""
-    if context < 1 or num_requests < 1:
-        raise ValueError(
-            f"A context of {context} tokens and {num_requests} requests are not possible; both are at least 1."
-        )
-    if cache_tokens is not None and cache_tokens < context:
-        raise ValueError(
-            f"A cache of {cache_tokens:,} tokens is too small for one request of {context:,}; give more, or a shorter "
-            "context."
-        )
-    return num_requests * num_pages(context) * PAGE_TOKENS if cache_tokens is None else cache_tokens
-
-
-def _weight_bytes(architecture: Architecture, tensors: Mapping[str, MappedTensor], kernels: Kernels) -> int:
-    """Bytes of the weights in memory, as far as kernels unpack them too."""
-    weights = sum(resident_bytes(tensor) for tensor in tensors.values())
-    if weight_dtype(architecture, tensors) not in ("float32", "float16"):
-        weights += kernels.unpacked_bytes * architecture.num_parameters()
-    return weights
-
-
-def _check_tokens(model: Checkpoint, draft: Checkpoint) -> None:
-    """Check that ids mean the same tokens to both, if both say what they mean."""
-    ours, theirs = (read_tokenizer(checkpoint.folder) for checkpoint in (model, draft))
-    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
-        raise DraftVocabulary(
-            f"The tokens of the draft {draft.title} are not those of {model.title}; a draft needs the vocabulary of "
-            "its model."
-        )
-
-
-def _check_memory(
-    architecture: Architecture, weights: int, cache_dtype: str, cache_tokens: int, available: int | None
-) -> None:
-    cache = cache_bytes(architecture, cache_dtype, cache_tokens)
-    rest = weights + activation_bytes(architecture) + _SPARE
-    needed = rest + cache
-    if available is not None and needed > available:
-        smallest = cache_bytes(architecture, "int4", cache_tokens)
-        remedy = "a shorter context (prompt and new tokens)"
-        if rest + cache_bytes(architecture, "int4", 1) > available:
-            remedy = "weights in fewer bits (btlm quantize)"
-        elif smallest < cache and rest + smallest <= available:
-            remedy += f", or an int4 cache ({gigabytes(smallest)})"
-        raise DoesNotFit(
-            f"A cache of {cache_tokens:,} tokens takes {gigabytes(cache)} in {cache_dtype} beside weights of "
-            f"{gigabytes(weights)}: {gigabytes(needed)} in all, and {gigabytes(available)} of memory are free; use "
-            f"{remedy}."
-        )

@@ -4,7 +4,7 @@ The order of the rules is that of Transformers' ``generate``: repetition, n-gram
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,15 @@ from .options import GenerationOptions
 
 Floats = npt.NDArray[np.float32]
 
+# Tells which tokens may come next, bool ``[V]`` or ``None`` for all, from those that were written. It is asked about
+# guesses, too, which may not be written in the end, so that its answer must follow from what it is given.
+Mask = Callable[[Sequence[int]], npt.NDArray[np.bool_] | None]
+
 # How far below the most probable token a token is looked at for top-p: this factor at a time, so many times, then all.
 _THRESHOLD_STEP, _THRESHOLDS = 1 / 16, 8
 # More than the sums of probabilities differ by their order.
 _ROUNDING = 1e-10
+_SMALLEST = 1e-300
 
 
 class Sampler:
@@ -69,22 +74,29 @@ class Sampler:
         return self._draw(scores)
 
     def _draw(self, scores: npt.NDArray[np.floating[Any]]) -> int:
+        """Draw a token: of exponential variates E, one per token, the smallest ``E / p`` is that of a token with its p.
+
+        This is the Gumbel-max trick. Two networks that draw with the same variates agree nearly as often as their
+        distributions allow, which drafts need.
+        """
         options = self.options
-        if options.temperature is not None:  # the largest score becomes 0, which stays finite at any temperature
-            with np.errstate(over="ignore"):  # the others may become -inf
-                scores = (scores - scores.max()).astype(np.float64) / options.temperature
+        draws = self._random.random(len(scores))
         tokens = np.arange(len(scores))
         if options.top_k is not None and options.top_k < len(scores):
             smallest = np.partition(scores, -options.top_k)[-options.top_k]
             tokens = np.flatnonzero(scores >= smallest)
-            scores = scores[tokens]
-        probabilities = softmax(scores)
+            scores, draws = scores[tokens], draws[tokens]
+        probabilities = softmax(scores, options.temperature)
         if options.top_p is not None and options.top_p < 1:
-            order = nucleus(probabilities, options.top_p)
-            tokens, probabilities = tokens[order], probabilities[order]
-        cumulative = np.cumsum(probabilities)
-        point = self._random.random() * cumulative[-1]
-        return int(tokens[np.searchsorted(cumulative, point, side="right")])  # random() < 1: not behind the last
+            kept = nucleus(probabilities, options.top_p)
+            tokens, probabilities, draws = tokens[kept], probabilities[kept], draws[kept]
+        # -E / p, in place; the logarithm of a draw, below 1, is made smaller than 0 even where it is 0.
+        np.subtract(1, draws, out=draws)
+        np.log(draws, out=draws)
+        draws -= _SMALLEST
+        with np.errstate(divide="ignore", over="ignore"):  # of a token that is not possible, or hardly
+            draws /= probabilities
+        return int(tokens[draws.argmax()])
 
 
 def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
@@ -111,11 +123,15 @@ def best_tokens(logits: Floats, number: int) -> list[tuple[tuple[int, float], ..
     return found
 
 
-def softmax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    """Probabilities ``[V]`` of scores ``[V]``."""
-    weights = np.exp((scores - scores.max()).astype(np.float64))
-    probabilities: npt.NDArray[np.float64] = weights / weights.sum()
-    return probabilities
+def softmax(scores: npt.NDArray[np.floating[Any]], temperature: float | None = None) -> npt.NDArray[np.float64]:
+    """Probabilities ``[V]`` of scores ``[V]``, divided by a temperature if there is one."""
+    weights: npt.NDArray[np.float64] = np.subtract(scores, scores.max(), dtype=np.float64)
+    if temperature is not None:  # the largest is 0, which stays finite at any temperature
+        with np.errstate(over="ignore"):  # the others may become -inf
+            weights /= temperature
+    np.exp(weights, out=weights)
+    weights /= weights.sum()
+    return weights
 
 
 def nucleus(probabilities: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ prompt, its last token, or its last token and guesses of the next ones. Requests
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,13 +20,10 @@ from .cache import KVCache, common_prefix
 from .draft import Draft, DraftGuesses, Wanted
 from .options import GenerationOptions
 from .pace import Pace
-from .sampling import Sampler, best_tokens, log_probabilities
+from .sampling import Mask, Sampler, best_tokens, log_probabilities
 from .speculation import PromptLookup
 
 _MOST_GUESSING = 2  # requests; with more of them a step's extra tokens are no longer free
-
-Mask = Callable[[Sequence[int]], npt.NDArray[np.bool_] | None]
-"""Which tokens may come next, bool ``[V]``, by the tokens that a request has written; ``None`` where all may."""
 
 
 class Token(NamedTuple):
@@ -323,7 +320,9 @@ class Scheduler:
                     guess = request.lookup.guess(request.ids)[:room]
             if number or (read > 1 and request.draft.most):
                 end = request.cached + read
-                wanted[len(parts)] = Wanted(request.ids, request.sampler, request.draft, slot, end, number)
+                wanted[len(parts)] = Wanted(
+                    request.ids, request.sampler, request.draft, slot, end, number, request.mask, request.prompt_tokens
+                )
             guesser = request.draft if number else request.lookup
             parts.append(Part(request, slot, read, guess, guesser, scored + writes + len(guess), scored))
             tokens -= read + number + len(guess)
@@ -362,8 +361,8 @@ class Scheduler:
                 start = min(request.cached + 1, request.prompt_tokens) - scored
                 request.scores += _tokens(request, rows[:scored], request.ids[start : start + scored])
             if num_rows > scored:
-                tokens = _write(request, guess, rows[scored:])
-                guesser.learn(len(guess), max(0, len(tokens) - 1))
+                tokens, right = _write(request, guess, rows[scored:])
+                guesser.learn(len(guess), right)
                 if tokens:
                     request.written = (request.written or (now, now))[0], now
                 written += [(request, token) for token in tokens]
@@ -413,9 +412,14 @@ def _drafted(request: Request) -> int:
     return min(request.draft.read, request.cached)
 
 
-def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) -> list[Token]:
-    """Choose tokens as long as they are what was guessed, each by its own draw: the same tokens as without guesses."""
+def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) -> tuple[list[Token], int]:
+    """Choose tokens as long as they are what was guessed, each by its own draw: the same tokens as without guesses.
+
+    Returns:
+        The tokens, and the number of right guesses.
+    """
     tokens: list[Token] = []
+    right = 0
     for i, row in enumerate(logits):
         allowed = None if request.mask is None else request.mask(request.ids[request.prompt_tokens :])
         try:
@@ -430,11 +434,13 @@ def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) 
             request.finished = "stop"
         elif request.new_tokens >= request.max_new_tokens:
             request.finished = "length"
-        right = i < len(guess) and choice == guess[i]
-        if request.finished or not right:
+        if i == len(guess) or choice != guess[i]:
+            break
+        right += 1
+        if request.finished:
             break
         request.cached += 1
-    return tokens
+    return tokens, right
 
 
 def _tokens(request: Request, logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[Token]:

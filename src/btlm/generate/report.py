@@ -16,6 +16,8 @@ class GenerationReport:
         end_of_text: The model ended the text; otherwise it met ``max_new_tokens`` or a stop text.
         seed: Seed to draw the samples again; ``None`` if nothing was sampled.
         stop: Stop text that ended it, if one did.
+        guesses, right_guesses: Numbers of tokens that were guessed, by a draft or from the text itself, and of those
+            that were right.
     """
 
     prompt_tokens: int
@@ -25,6 +27,8 @@ class GenerationReport:
     end_of_text: bool
     seed: int | None
     stop: str | None = None
+    guesses: int = 0
+    right_guesses: int = 0
 
     def __str__(self) -> str:
         ended = "end of text" if self.end_of_text else "max_new_tokens" if self.stop is None else repr(self.stop)
@@ -35,6 +39,6 @@ class GenerationReport:
             if self.new_tokens > 1 and self.total_s > self.first_token_s:
                 speed += f", then {(self.new_tokens - 1) / (self.total_s - self.first_token_s):.1f} tokens/s"
         seed = "" if self.seed is None else f"; seed {self.seed}"
-        return (
-            f"{plural(self.prompt_tokens, 'prompt token')}, {self.new_tokens:,} new ({speed}); stopped at {ended}{seed}"
-        )
+        guessed = f"; {self.right_guesses:,} of {self.guesses:,} guesses right" if self.guesses else ""
+        written = f"{plural(self.prompt_tokens, 'prompt token')}, {self.new_tokens:,} new ({speed})"
+        return f"{written}{guessed}; stopped at {ended}{seed}"

@@ -97,7 +97,8 @@ class TextStream:
         pieces = TextPieces(self._generator.tokenizer)
         start = first = last = time.perf_counter()
         count, ended = 0, False
-        with closing(engine.generate(self.ids, self.options)) as tokens:  # type: ignore[type-var]  # a generator
+        request = engine.add(self.ids, self.options)
+        with closing(engine.follow(request)) as tokens:  # type: ignore[type-var]  # a generator
             for token in tokens:
                 last = time.perf_counter()
                 count += 1
@@ -117,4 +118,6 @@ class TextStream:
             end_of_text=ended,
             seed=self.options.seed,
             stop=stop.found,
+            guesses=request.draft.guessed + request.lookup.guessed,
+            right_guesses=request.draft.accepted + request.lookup.accepted,
         )
