@@ -1,12 +1,16 @@
 """The speed of text with a draft, as a function of how many of its guesses are right.
 
     python benchmarks/drafts.py [--model FOLDER --draft FOLDER] [--right 0 0.5 0.7 0.9] [--streams 1 4]
+    python benchmarks/drafts.py --model FOLDER --draft FOLDER --text FILE [--streams 1 4]
 
 At the shape of BTLM-3B with a draft of the sizes of Cerebras-GPT-111M (768 wide, 10 layers, 12 heads), in four bits
 with random weights, unless folders are given. The draft reads and guesses as always, which takes its time, but this
 program replaces what it guesses: by the token that the model will write, with the given probability, else by another
 one. Each turn writes the texts once without the draft and once with it, in the same engine; the speed is that of the
 tokens after the first ones, until the first text ends. Printed are medians over the turns, and the ratio per turn.
+
+With ``--text`` the guesses are the draft's own: prompts come from all over a text, and each turn continues others,
+greedily and with samples.
 """
 
 import argparse
@@ -20,15 +24,20 @@ from typing import Any
 import numpy as np
 from tiny_inputs import SIZES, add_smoke
 
+from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions
+from btlm.engine.scheduler import Request
 from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
+from btlm.generate.text import encode
 
 DRAFT_SIZES = {"n_embd": 768, "n_layer": 10, "n_head": 12, "n_inner": 2048}  # SwiGLU of 2,048 has GELU's 3,072 weights
 
 
-def write(engine: Engine, prompts: Sequence[list[int]], new: int, draft: bool) -> tuple[float, list[list[int]], Any]:
+def write(
+    engine: Engine, prompts: Sequence[list[int]], new: int, draft: bool, **rules: Any
+) -> tuple[float, list[list[int]], list[Request]]:
     """Write the texts together; returns tokens per second while all are written, the texts, and the requests."""
-    options = GenerationOptions(max_new_tokens=new, lookup_tokens=0, draft_tokens=8 if draft else 0)
+    options = GenerationOptions(max_new_tokens=new, lookup_tokens=0, draft_tokens=8 if draft else 0, **rules)
     running = [engine.add(prompt, options, stop_ids=frozenset()) for prompt in prompts]
     while any(request.new_tokens == 0 for request in running):
         engine.step()
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="instead of random weights of BTLM-3B's shape")
     parser.add_argument("--draft", type=Path, metavar="FOLDER", help="instead of a random draft")
     parser.add_argument("--right", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.9], help="shares of right guesses")
+    parser.add_argument("--text", type=Path, help="text file to continue, with the guesses of the draft itself")
     parser.add_argument("--streams", type=int, nargs="+", default=[1], help="texts at a time")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a text")
@@ -85,30 +95,53 @@ def main() -> None:
             num_requests=max(args.streams),
             threads=args.threads,
         )
-        rng = np.random.default_rng(0)
-        vocabulary = engine.architecture.vocab_size
         print("| texts | right guesses | accepted per guess | alone, tokens/s | with draft | ratio | lowest, highest |")
         print("|---|---|---|---|---|---|---|")
         for streams in args.streams:
-            prompts = [[first, *rng.integers(0, vocabulary, args.prompt - 1).tolist()] for first in range(streams)]
-            _, texts, _ = write(engine, prompts, args.new, draft=False)
-            for right in args.right:
-                impose(engine, [[*text, 0] for text in texts], right)
-                alone, drafted, ratios = [], [], []
-                for _ in range(args.turns):
-                    alone.append(write(engine, prompts, args.new, draft=False)[0])
-                    speed, written, requests = write(engine, prompts, args.new, draft=True)
-                    assert written == texts, "the draft has changed the text"
-                    drafted.append(speed)
-                    ratios.append(drafted[-1] / alone[-1])
-                guessed = sum(request.draft.guessed for request in requests)
-                share = sum(request.draft.accepted for request in requests) / max(guessed, 1)
-                print(
-                    f"| {streams} | {right:.0%} | {share:.2f} of {guessed} | {statistics.median(alone):.1f} | "
-                    f"{statistics.median(drafted):.1f} | {statistics.median(ratios):.2f} | {min(ratios):.2f}, "
-                    f"{max(ratios):.2f} |",
-                    flush=True,
+            if args.text is None:
+                measure_imposed(engine, streams, args)
+            else:
+                measure_text(
+                    engine, streams, encode(Checkpoint.open(folders["model"]).tokenizer, args.text.read_text()), args
                 )
+
+
+def measure_imposed(engine: Engine, streams: int, args: argparse.Namespace) -> None:
+    """Print a row for each share of right guesses."""
+    rng = np.random.default_rng(0)
+    vocabulary = engine.architecture.vocab_size
+    prompts = [[first, *rng.integers(0, vocabulary, args.prompt - 1).tolist()] for first in range(streams)]
+    _, texts, _ = write(engine, prompts, args.new, draft=False)
+    for right in args.right:
+        impose(engine, [[*text, 0] for text in texts], right)
+        compare(engine, [prompts] * args.turns, args.new, f"{right:.0%}")
+
+
+def measure_text(engine: Engine, streams: int, ids: list[int], args: argparse.Namespace) -> None:
+    """Print a row for greedy text and one for samples."""
+    places = np.linspace(0, len(ids) - args.prompt, args.turns * streams).astype(int)
+    prompts = [ids[place : place + args.prompt] for place in places]
+    turns = [prompts[turn :: args.turns] for turn in range(args.turns)]
+    compare(engine, turns, args.new, "its own, greedy")
+    compare(engine, turns, args.new, "its own, sampled", temperature=0.8, top_p=0.95, seed=1)
+
+
+def compare(engine: Engine, turns: Sequence[Sequence[list[int]]], new: int, title: str, **rules: Any) -> None:
+    """Write the texts of each turn without the draft and with it, and print a row."""
+    alone, drafted, ratios, guessed, accepted = [], [], [], 0, 0
+    for prompts in turns:
+        speed, texts, _ = write(engine, prompts, new, draft=False, **rules)
+        alone.append(speed)
+        speed, written, requests = write(engine, prompts, new, draft=True, **rules)
+        assert written == texts, "the draft has changed the text"
+        drafted.append(speed)
+        ratios.append(drafted[-1] / alone[-1])
+        guessed += sum(request.draft.guessed for request in requests)
+        accepted += sum(request.draft.accepted for request in requests)
+    share = accepted / max(guessed, 1)
+    speeds = f"{statistics.median(alone):.1f} | {statistics.median(drafted):.1f} | {statistics.median(ratios):.2f}"
+    bounds = f"{min(ratios):.2f}, {max(ratios):.2f}"
+    print(f"| {len(turns[0])} | {title} | {share:.2f} of {guessed} | {speeds} | {bounds} |", flush=True)
 
 
 if __name__ == "__main__":
