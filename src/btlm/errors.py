@@ -45,6 +45,10 @@ class NothingAllowed(ValueError):
     """A request forbids every token that could come next."""
 
 
+class RequestCancelled(ValueError):
+    """A request was removed before its end."""
+
+
 class DraftVocabulary(ValueError):
     """A draft whose vocabulary is not that of its model."""
 

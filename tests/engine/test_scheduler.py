@@ -25,7 +25,7 @@ from btlm.engine.cache import KVCache, common_prefix
 from btlm.engine.network import Network
 from btlm.engine.sampling import Sampler, log_probabilities
 from btlm.engine.scheduler import Scheduler, Token
-from btlm.errors import EngineFull, NothingAllowed
+from btlm.errors import EngineFull, NothingAllowed, RequestCancelled
 from btlm.kernels import load_kernels, num_pages
 from btlm.kernels.arrays import DTYPES
 from tests.checkpoint.tiny import save_tiny
@@ -339,8 +339,10 @@ class Callers(RuleBasedStateMachine):
                 whole = self.alone.scores(prompt)[request.score_from - 1 :].tolist()
                 scored = list(zip(prompt[request.score_from :], whole, strict=True))
                 assert [token[:2] for token in request.scores] == scored[: len(request.scores)]
-                assert request.finished is None or len(request.scores) == len(whole)
-            if request.finished:
+                assert request.finished in (None, "error") or len(request.scores) == len(whole)
+            if request.finished == "error":
+                assert isinstance(request.error, RequestCancelled)
+            elif request.finished:
                 assert (len(request.tokens), request.finished) == (len(expected), self.reason[request])
 
     @invariant()
@@ -693,6 +695,24 @@ def test_a_mask_that_forbids_everything_ends_only_its_request(open_engine):
     assert (bound.finished, bound.new_tokens) == ("error", 2)
     assert isinstance(bound.error, NothingAllowed)
     assert ids_of(free.tokens) == ids_of(open_engine().generate([1, 2, 3], SHORT, stop_ids=frozenset()))
+
+
+def test_a_cancelled_request_ends_its_readers_and_disturbs_no_other(open_engine):
+    engine = open_engine(num_requests=3)
+    free = engine.add([1, 2, 3], SHORT, stop_ids=frozenset())
+    read, scored = engine.add([4, 5], SHORT, stop_ids=frozenset()), engine.add_score([6, 7, 8])
+    engine.remove(scored)
+    tokens = engine.follow(read)
+    first = next(tokens)
+    engine.remove(read)
+    with pytest.raises(RequestCancelled, match=r"^The request was cancelled after 1 token\.$"):
+        next(tokens)
+    assert (read.finished, read.tokens[0]) == ("error", first)
+    assert isinstance(scored.error, RequestCancelled)
+    finish(engine, free)
+    engine.remove(free)  # it has ended
+    assert free.error is None
+    assert ids_of(engine.follow(free)) == ids_of(open_engine().generate([1, 2, 3], SHORT, stop_ids=frozenset()))
 
 
 def test_times_of_a_request(open_engine, monkeypatch):

@@ -319,7 +319,7 @@ class Engine:
         The request is removed if the iteration is left before its end.
 
         Raises:
-            LogitsNotFinite, NothingAllowed: The request ended with that error.
+            LogitsNotFinite, NothingAllowed, RequestCancelled: The request ended with that error.
         """
         given = 0
         try:
@@ -335,7 +335,7 @@ class Engine:
             raise request.error
 
     def remove(self, request: Request) -> None:
-        """Stop a request between two steps; nothing happens if it has ended."""
+        """Cancel a request between two steps, which ends with ``RequestCancelled``; nothing happens if it has ended."""
         self._scheduler.remove(request)
 
     def step(self) -> list[tuple[Request, Token]]:

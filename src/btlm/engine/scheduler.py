@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from btlm.errors import EngineFull, NothingAllowed
+from btlm.console import plural
+from btlm.errors import EngineFull, NothingAllowed, RequestCancelled
 from btlm.kernels import num_pages
 from btlm.kernels.arrays import PAGE_TOKENS
 
@@ -63,7 +64,7 @@ class Request:
         cached: Tokens of ``ids`` that are in the cache.
         tokens: Tokens that were written.
         finished: ``None``, ``"stop"`` after a stop id, ``"length"`` after ``max_new_tokens``, or ``"error"``.
-        error: Why it cannot be continued, after ``"error"``.
+        error: Why it was not continued, after ``"error"``; ``RequestCancelled`` where it was removed.
         added, started, written: Seconds of :func:`time.perf_counter` at which it was added, first computed, and at
             which its first and its latest token were written; ``None`` before.
         lookup, draft: Guesses of its next tokens, and how many were made and accepted.
@@ -263,6 +264,9 @@ class Scheduler:
         """Stop a request, unless it has ended; its tokens stay in the cache until the memory is needed."""
         if request not in self._slots:
             return
+        if request.finished is None:
+            request.finished = "error"
+            request.error = RequestCancelled(f"The request was cancelled after {plural(request.new_tokens, 'token')}.")
         self._leaders.pop(request, None)
         followers = [follower for follower, (leader, _) in self._leaders.items() if leader is request]
         for follower in followers:
