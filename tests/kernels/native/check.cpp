@@ -122,7 +122,7 @@ void check_matrices(const Path* plain, const Path* path, int threads) {
     for (const Dtype dtype : {Dtype::bfloat16, Dtype::float32})
         for (const bool input_major : {false, true})
             for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-                     {1, 1}, {16, 16}, {17, 15}, {37, 50}, {600, 33}, {31, 8}})
+                     {1, 1}, {16, 16}, {17, 15}, {37, 50}, {600, 33}, {31, 8}, {1090, 257}})
                 cases.push_back({dtype, rows, columns, 0, input_major});
     Operations ours(path, threads), theirs(plain, 1);
     for (const Case& c : cases) {

@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #define BTLM_UNROLL _Pragma("GCC unroll 16")
+#define BTLM_INLINE inline __attribute__((always_inline))  // keeps sums in registers that the caller declares
 
 namespace {
 

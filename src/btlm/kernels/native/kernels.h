@@ -13,7 +13,11 @@ constexpr int KEY_BLOCK = 64;    // keys per update of the running maximum
 constexpr int RUN_PAGES = 16;    // consecutive pages of the cache in which a head's tokens lie side by side
 constexpr int QUERY_TILE = 32;   // queries that share keys while the keys are in the processor's cache
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int PLAIN_TILE = 4096;  // partial sums of a task with plain weights: tokens x outputs
+constexpr int PLAIN_TILE = 4096;  // sums of a task with plain weights: tokens x outputs
+constexpr int PLAIN_TOKENS = 64;  // tokens of a task with plain weights
+constexpr int PLAIN_DEPTH = 4;    // inputs added per visit of a sum
+constexpr int PLAIN_CHUNK = 128;  // inputs of a partial sum
+constexpr int PLAIN_OUTPUTS = 32;  // tasks with plain weights begin at multiples of so many outputs
 
 enum class Dtype { int4, int8, bfloat16, float32 };
 constexpr int bits(Dtype dtype) {
@@ -41,6 +45,9 @@ struct Activations {
     int64_t tokens, columns;
     int group;
 };
+
+constexpr int64_t padded_inputs(int64_t inputs) { return (inputs + PLAIN_DEPTH - 1) / PLAIN_DEPTH * PLAIN_DEPTH; }
+constexpr int64_t plain_chunks(int64_t inputs) { return (inputs + PLAIN_CHUNK - 1) / PLAIN_CHUNK; }
 
 // Where a product goes: out[token * stride + row]. It replaces the number there, or is added to it.
 struct Output {
@@ -86,9 +93,18 @@ struct Path {
     void (*quantize)(const float* x, int64_t stride, Activations& into, int64_t panel);
     // Computes blocks `first` to `last` of 16 rows. With a gate, out = product * silu(product with the gate).
     void (*multiply_packed)(const Matrix&, const Matrix* gate, const Activations&, Output, int64_t first, int64_t last);
-    // Computes rows `first` to `last` of a plain matrix; scratch holds 2 * PLAIN_TILE floats.
+    // Arranges the inputs of at most PLAIN_TOKENS tokens, fp32 with `stride` between tokens, for an input-major matrix: into
+    // tokens * padded_inputs(inputs) floats. More tokens are arranged in tiles of PLAIN_TOKENS, one after the other.
+    void (*arrange)(const float* x, int64_t stride, int64_t tokens, int64_t inputs, float* into);
+    // Computes outputs `first` to `last` of a plain matrix. x_stride is the number of floats per token, in inputs that are
+    // arranged if the matrix is input-major. The scratch holds 3 * PLAIN_TILE floats.
     void (*multiply_plain)(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output,
                            int64_t first, int64_t last, float* scratch);
+    // The same for one token and an input-major matrix in two steps. The first computes sums over a chunk of inputs for outputs
+    // `first` to `last`. The second adds the sums of all chunks, `stride` apart, after which those of the gate lie.
+    void (*multiply_chunk)(const Matrix&, const float* x, int64_t chunk, int64_t first, int64_t last, float* sums);
+    void (*add_chunks)(const Matrix&, const Matrix* gate, const float* sums, int64_t stride, Output, int64_t first,
+                       int64_t last);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t columns, float* out);
     // Reads row `row` of a table, times a factor.
     void (*embed)(const Matrix&, int64_t row, float factor, float* out);

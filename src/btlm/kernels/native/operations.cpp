@@ -36,23 +36,65 @@ Activations Operations::quantized(const float* x, int64_t x_stride, int64_t toke
 
 void Operations::linear(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
                         Output to) {
-    if (packed(m.dtype)) {
-        const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group);
-        const int64_t blocks = m.rows / LANES;
-        const int64_t grain = std::max<int64_t>(2, blocks / (threads() * 12) / 2 * 2);
-        team.run(blocks, grain, [&](int64_t first, int64_t last, int) {
-            path->multiply_packed(m, gate, activations, to, first, last);
+    if (packed(m.dtype)) return multiply_packed(m, gate, x, x_stride, tokens, to);
+    multiply_plain(m, gate, x, x_stride, tokens, to);
+}
+
+void Operations::multiply_packed(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
+                                 Output to) {
+    const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group);
+    const int64_t blocks = m.rows / LANES;
+    const int64_t grain = std::max<int64_t>(2, blocks / (threads() * 12) / 2 * 2);
+    team.run(blocks, grain, [&](int64_t first, int64_t last, int) {
+        path->multiply_packed(m, gate, activations, to, first, last);
+    });
+}
+
+void Operations::multiply_plain(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
+                                Output to) {
+    if (m.input_major) {
+        const int64_t width = padded_inputs(m.columns);
+        auto* arranged = static_cast<float*>(inputs.get(static_cast<size_t>(tokens * width) * sizeof(float)));
+        team.run(divide_up(tokens, PLAIN_TOKENS), 1, [&](int64_t first, int64_t last, int) {
+            for (int64_t t = first * PLAIN_TOKENS; t < std::min(last * PLAIN_TOKENS, tokens); t += PLAIN_TOKENS)
+                path->arrange(x + t * x_stride, x_stride, std::min<int64_t>(PLAIN_TOKENS, tokens - t), m.columns,
+                              arranged + t * width);
         });
-        return;
+        x = arranged;
+        x_stride = width;
+        if (tokens == 1) return multiply_chunks(m, gate, arranged, to);
     }
-    const int64_t widest = tokens < 8 ? 512 : 64;  // wide pieces read long rows, narrow ones hold sums of more tokens
-    const int64_t even = divide_up(divide_up(m.rows, threads()), LANES) * LANES;
-    const int64_t grain = std::min(widest, even);
-    for (Scratch& scratch : partial) scratch.get(2 * PLAIN_TILE * sizeof(float));
+    // Tiles of few tokens read the rows of a piece again and again: 64 rows stay in the cache of a core.
+    const int64_t most = m.input_major ? PLAIN_TILE : tokens < 4 ? 512 : 64;
+    const int64_t widest = std::min(most, PLAIN_TILE / std::min<int64_t>(tokens, PLAIN_TOKENS));
+    const int64_t pieces = divide_up(divide_up(m.rows, widest), threads()) * threads();
+    const int64_t grain = divide_up(divide_up(m.rows, pieces), PLAIN_OUTPUTS) * PLAIN_OUTPUTS;
+    constexpr size_t SCRATCH = 3 * PLAIN_TILE * sizeof(float);
+    for (Scratch& scratch : partial) scratch.get(SCRATCH);
     team.run(m.rows, grain, [&](int64_t first, int64_t last, int member) {
-        auto* scratch = static_cast<float*>(partial[static_cast<size_t>(member)].get(2 * PLAIN_TILE * sizeof(float)));
+        auto* scratch = static_cast<float*>(partial[static_cast<size_t>(member)].get(SCRATCH));
         path->multiply_plain(m, gate, x, x_stride, tokens, to, first, last, scratch);
     });
+}
+
+// One token waits for the weights, and whole rows are read from memory faster than parts of rows.
+void Operations::multiply_chunks(const Matrix& m, const Matrix* gate, const float* x, Output to) {
+    constexpr int64_t NARROWEST = 512;
+    const int64_t chunks = plain_chunks(m.columns), stride = divide_up(m.rows, PLAIN_OUTPUTS) * PLAIN_OUTPUTS;
+    const int64_t cuts = std::min(divide_up(m.rows, NARROWEST), divide_up(4 * threads(), chunks));
+    const int64_t width = divide_up(divide_up(m.rows, cuts), PLAIN_OUTPUTS) * PLAIN_OUTPUTS;
+    const int64_t matrices = gate != nullptr ? 2 : 1;
+    auto* all = static_cast<float*>(sums.get(static_cast<size_t>(matrices * chunks * stride) * sizeof(float)));
+    team.run(matrices * chunks * cuts, 1, [&](int64_t first, int64_t last, int) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t chunk = i / cuts, row = i % cuts * width;
+            if (row >= m.rows) continue;  // the widths were rounded up
+            path->multiply_chunk(chunk < chunks ? m : *gate, x, chunk % chunks, row, std::min(row + width, m.rows),
+                                 all + chunk * stride + row);
+        }
+    });
+    team.run(m.rows, divide_up(divide_up(m.rows, 2 * threads()), PLAIN_OUTPUTS) * PLAIN_OUTPUTS,
+             [&](int64_t first, int64_t last, int) { path->add_chunks(m, gate, all, stride, to, first, last); });
 }
 
 void Operations::layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t tokens,

@@ -37,11 +37,14 @@ public:
     int threads() const { return team.size(); }
 
 private:
+    void multiply_packed(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
+    void multiply_plain(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
+    void multiply_chunks(const Matrix&, const Matrix* gate, const float* x, Output);
     Activations quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group);
 
     const Path* const path;
     Team team;
-    Scratch values, scales, sums;
+    Scratch values, scales, sums, inputs;
     std::vector<Scratch> partial;  // one per thread
 };
 

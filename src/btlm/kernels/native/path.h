@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr Path PATH = {lanes::NAME, lanes::MAX_TOKENS, quantize, multiply_packed, multiply_plain, layer_norm,
-                       embed,       append,           attend,   sum_bytes};
+constexpr Path PATH = {lanes::NAME,    lanes::MAX_TOKENS, quantize,   multiply_packed, arrange, multiply_plain,
+                       multiply_chunk, add_chunks,        layer_norm, embed,           append,  attend,
+                       sum_bytes};
 
 }  // namespace
