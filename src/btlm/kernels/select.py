@@ -21,9 +21,9 @@ def load_kernels(name: str = "auto", threads: int | None = None) -> Kernels:
     """Kernels with threads of their own.
 
     Args:
-        name: ``"native"``, ``"torch"``, an instruction set of the native kernels (``"avx512vnni"``, ``"avx2"``,
-            ``"neon"``, ``"plain"``), or ``"auto"``: the environment variable ``BTLM_KERNELS`` if it is set, else the
-            native kernels, else torch. ``"native"`` uses the fastest instruction set of the machine.
+        name: ``"native"``, ``"torch"``, an instruction set of the native kernels (``"amx"``, ``"avx512vnni"``,
+            ``"avx2"``, ``"neon"``, ``"plain"``), or ``"auto"``: the environment variable ``BTLM_KERNELS`` if it is set,
+            else the native kernels, else torch. ``"native"`` uses the fastest instruction set of the machine.
         threads: Number of threads, 1 to 1,024; by default one per processor that this process may use.
 
     Raises:

@@ -122,7 +122,7 @@ void check_matrices(const Path* plain, const Path* path, int threads) {
     for (const Dtype dtype : {Dtype::bfloat16, Dtype::float32})
         for (const bool input_major : {false, true})
             for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-                     {1, 1}, {16, 16}, {17, 15}, {37, 50}, {600, 33}, {31, 8}, {1090, 257}})
+                     {1, 1}, {16, 16}, {17, 15}, {37, 50}, {600, 33}, {31, 8}, {1090, 257}, {70, 600}})
                 cases.push_back({dtype, rows, columns, 0, input_major});
     Operations ours(path, threads), theirs(plain, 1);
     for (const Case& c : cases) {
@@ -260,14 +260,16 @@ void check_threads() {
 int main(int argc, char** argv) {
     const bool threads_only = argc > 1 && std::strcmp(argv[1], "threads") == 0;
     check_threads();
-    const std::vector<const Path*> paths = available_paths();
+    const std::vector<const Path*> available = available_paths();
+    std::vector<const Path*> paths = available;
+    for (const Path* path : emulated_paths()) paths.push_back(path);
     for (const Path* path : paths) {
+        if (threads_only && path != paths.front() && path->tiled == nullptr) continue;
         std::printf("%s\n", path->name);
-        if (threads_only && path != paths.front()) continue;
         for (const int threads : {1, 3}) {
             if (threads_only && threads == 1) continue;
-            check_matrices(paths.back(), path, threads);
-            check_attention(paths.back(), path, threads);
+            check_matrices(available.back(), path, threads);
+            check_attention(available.back(), path, threads);
         }
     }
     std::printf("%d comparisons, %d failures\n", comparisons, failures);

@@ -27,14 +27,21 @@ check() {  # name, flags, argument of the program
     x86_64*)
         flags="$flags -DBTLM_X86"
         compile path_avx2.cpp "-mavx2 -mfma"
-        compile path_avx512.cpp "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
+        avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
+        compile path_avx512.cpp "$avx512"
+        compile tiled_emulated_avx512.cpp "$avx512"
+        if echo 'int main() { asm volatile("tdpbsud %tmm2, %tmm1, %tmm0"); }' |
+            $CXX -mamx-tile -mamx-int8 -x c++ -c -o "$build/amx.o" - 2>"$build/amx.txt"; then
+            flags="$flags -DBTLM_AMX"
+            compile tiled_amx.cpp "$avx512 -mamx-tile -mamx-int8"
+        fi
         ;;
     aarch64* | arm64*)
         flags="$flags -DBTLM_NEON"
         compile path_neon.cpp "-march=armv8.2-a+dotprod"
         ;;
     esac
-    for source in operations.cpp dispatch.cpp threads.cpp path_plain.cpp; do compile $source; done
+    for source in operations.cpp dispatch.cpp threads.cpp path_plain.cpp tiled_emulated_plain.cpp; do compile $source; done
     cd "$here"
     compile check.cpp
     # shellcheck disable=SC2086

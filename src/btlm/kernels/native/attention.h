@@ -50,19 +50,31 @@ inline float softmax_step(Query& q, F (&scores)[KEY_BLOCK / LANES], int64_t firs
 // Prefetches a line that is read some time later: blocks are too short for the processor to do so by itself.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// total = total * kept + unit * (sum over a block of keys of (256 * high + low) * value), for N * 16 dimensions.
-// Meanwhile it prefetches what lies `ahead` of the values.
+// A query's weights for the values of a page: 16-bit integers, and what turns their sums into numbers.
+struct Weighted {
+    alignas(64) uint8_t high[KEY_BLOCK], low[KEY_BLOCK];  // the bytes of the integers
+    I high_start, low_start;                              // cancel what the values' offset of 8 adds to the sums
+    F unit, kept;                                         // factors of the sums of this page, and of those before it
+};
+
+// Adds the sums of the high and the low bytes times the values to 16 dimensions of a query's total.
+inline void add_to_total(const Weighted& w, I of_high, I of_low, float* total) {
+    const F sum = lanes::fma(lanes::to_float(of_high), lanes::set(256.0f), lanes::to_float(of_low));
+    lanes::store(total, lanes::fma(sum, w.unit, lanes::mul(lanes::load(total), w.kept)));
+}
+
+// total = total * kept + unit * (sum over a page of (256 * high + low) * value), for N * 16 dimensions. Meanwhile it
+// prefetches what lies `ahead` of the values.
 template <int BITS, int N>
-inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I low_start, const uint8_t* values,
-                       int64_t stride, int64_t ahead, F unit, F kept, float* total) {
+inline void sum_values(const Weighted& w, const uint8_t* values, int64_t stride, int64_t ahead, float* total) {
     constexpr int64_t STEP = BITS == 4 ? 8 : 4;  // tokens in four bytes
     I of_high[N], of_low[N];
     BTLM_UNROLL for (int i = 0; i < N; ++i) {
-        of_high[i] = high_start;
-        of_low[i] = low_start;
+        of_high[i] = w.high_start;
+        of_low[i] = w.low_start;
     }
     for (int64_t t = 0; t < KEY_BLOCK; t += STEP) {
-        const int32_t four_high = load_quad(high + t), four_low = load_quad(low + t);
+        const int32_t four_high = load_quad(w.high + t), four_low = load_quad(w.low + t);
         BTLM_UNROLL for (int i = 0; i < N; ++i) {
             const uint8_t* line = values + t / STEP * stride + i * 64;
             const B bytes = lanes::load_bytes(line);
@@ -72,19 +84,49 @@ inline void sum_values(const uint8_t* high, const uint8_t* low, I high_start, I 
             of_low[i] = lanes::dot_signed(of_low[i], four_low, four);
             if constexpr (BITS == 4) {
                 const B next = lanes::high_nibbles(bytes);
-                of_high[i] = lanes::dot_signed(of_high[i], load_quad(high + t + 4), next);
-                of_low[i] = lanes::dot_signed(of_low[i], load_quad(low + t + 4), next);
+                of_high[i] = lanes::dot_signed(of_high[i], load_quad(w.high + t + 4), next);
+                of_low[i] = lanes::dot_signed(of_low[i], load_quad(w.low + t + 4), next);
             }
         }
     }
-    BTLM_UNROLL for (int i = 0; i < N; ++i) {
-        const F sum = lanes::fma(lanes::to_float(of_high[i]), lanes::set(256.0f), lanes::to_float(of_low[i]));
-        lanes::store(total + i * LANES, lanes::fma(sum, unit, lanes::mul(lanes::load(total + i * LANES), kept)));
-    }
+    BTLM_UNROLL for (int i = 0; i < N; ++i) add_to_total(w, of_high[i], of_low[i], total + i * LANES);
 }
 
 inline int32_t sum_block(const uint8_t* bytes) {  // KEY_BLOCK bytes
     return lanes::reduce_add(lanes::dot_bytes(lanes::iset(0), lanes::load_bytes(bytes), 0x01010101));
+}
+
+// Turns the products of a query with the keys of a page into weights: applies the scales and ALiBi, updates the softmax, and
+// rounds the probabilities times the scales of the values to 16 bits.
+template <int BITS>
+inline Weighted weigh(const Cache& cache, const I (&products)[KEY_BLOCK / LANES], int64_t at, int64_t first_key,
+                      int64_t position, float slope, Query& q) {
+    constexpr int BLOCKS = KEY_BLOCK / LANES;
+    F scores[BLOCKS];
+    for (int s = 0; s < BLOCKS; ++s) {
+        const F scale = lanes::mul(lanes::load_bf16(cache.key_scales + at + s * LANES), lanes::set(q.scale));
+        scores[s] = lanes::mul(lanes::to_float(products[s]), scale);
+    }
+    const float correction = softmax_step(q, scores, first_key, position, slope);
+    F most = lanes::zero();
+    for (int s = 0; s < BLOCKS; ++s) {
+        scores[s] = lanes::mul(scores[s], lanes::load_bf16(cache.value_scales + at + s * LANES));
+        most = lanes::max(most, scores[s]);
+    }
+    const float largest_weight = lanes::reduce_max(most);
+    const bool some = largest_weight > SMALLEST;
+    const F to_16_bits = lanes::set(some ? 65535.0f / largest_weight : 0.0f);
+    Weighted w;
+    for (int s = 0; s < BLOCKS; ++s) {
+        const I weight = lanes::to_int(lanes::mul(scores[s], to_16_bits));
+        lanes::store_bytes(w.low + s * LANES, weight);
+        lanes::store_bytes(w.high + s * LANES, lanes::shift_right_8(weight));
+    }
+    w.high_start = lanes::iset(BITS == 4 ? -8 * sum_block(w.high) : 0);
+    w.low_start = lanes::iset(BITS == 4 ? -8 * sum_block(w.low) : 0);
+    w.unit = lanes::set(some ? largest_weight / 65535.0f : 0.0f);
+    w.kept = lanes::set(correction);
+    return w;
 }
 
 // sum_values for the remaining dimensions of a head, at most 128 at a time.
@@ -125,35 +167,10 @@ inline void attend_block_packed(const Cache& cache, int64_t at, int64_t next, in
             }
         }
     }
-    F scores[BLOCKS];
-    for (int s = 0; s < BLOCKS; ++s) {
-        const F scale = lanes::mul(lanes::load_bf16(cache.key_scales + at + s * LANES), lanes::set(q.scale));
-        scores[s] = lanes::mul(lanes::to_float(products[s]), scale);
-    }
-    const float correction = softmax_step(q, scores, first_key, position, slope);
-
-    // Probabilities times the scales of the values, rounded to 16 bits; each byte of them is multiplied with the values
-    // separately.
-    F most = lanes::zero();
-    for (int s = 0; s < BLOCKS; ++s) {
-        scores[s] = lanes::mul(scores[s], lanes::load_bf16(cache.value_scales + at + s * LANES));
-        most = lanes::max(most, scores[s]);
-    }
-    const float largest_weight = lanes::reduce_max(most);
-    const bool some = largest_weight > SMALLEST;
-    const F to_16_bits = lanes::set(some ? 65535.0f / largest_weight : 0.0f);
-    alignas(64) uint8_t high[KEY_BLOCK], low[KEY_BLOCK];
-    for (int s = 0; s < BLOCKS; ++s) {
-        const I weight = lanes::to_int(lanes::mul(scores[s], to_16_bits));
-        lanes::store_bytes(low + s * LANES, weight);
-        lanes::store_bytes(high + s * LANES, lanes::shift_right_8(weight));
-    }
-    const I high_start = lanes::iset(BITS == 4 ? -8 * sum_block(high) : 0);
-    const I low_start = lanes::iset(BITS == 4 ? -8 * sum_block(low) : 0);
-    const F unit = lanes::set(some ? largest_weight / 65535.0f : 0.0f), kept = lanes::set(correction);
+    const Weighted w = weigh<BITS>(cache, products, at, first_key, position, slope, q);
     for (int64_t d = 0; d < cache.width; d += 8 * LANES) {
         const auto add_values = value_sums<BITS>(cache.width - d);
-        add_values(high, low, high_start, low_start, values + d * 4, cache.width * 4, ahead, unit, kept, q.total + d);
+        add_values(w, values + d * 4, cache.width * 4, ahead, q.total + d);
     }
 }
 
@@ -199,12 +216,11 @@ inline void start(const Cache& cache, const float* values, float scale, Query& q
     }
 }
 
-void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
-            int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
-    const auto step = cache.dtype == Dtype::int4       ? attend_block_packed<4>
-                      : cache.dtype == Dtype::int8     ? attend_block_packed<8>
-                      : cache.dtype == Dtype::bfloat16 ? attend_block_plain<uint16_t>
-                                                       : attend_block_plain<float>;
+// Attends with `count` queries. `attend_page(at, next, key, position, first, n, tile)` attends with queries `first` to n of a
+// tile, which begins at `position`, to the page whose first key is `key`.
+template <class AttendPage>
+inline void attend_pages(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
+                         int64_t query_stride, float scale, float* out, int64_t out_stride, const AttendPage& attend_page) {
     Query tile[QUERY_TILE];
     for (int64_t done = 0; done < count; done += QUERY_TILE) {
         const int64_t n = count - done < QUERY_TILE ? count - done : QUERY_TILE, position = first + done;
@@ -214,8 +230,7 @@ void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64
             const int64_t next = key + KEY_BLOCK < position + n ? cache.at(slot, head, key + KEY_BLOCK)
                                  : head + 1 < cache.heads       ? cache.at(slot, head + 1, 0)
                                                                 : at;
-            for (int64_t i = key > position ? key - position : 0; i < n; ++i)
-                step(cache, at, next, key, position + i, slope, tile[i]);
+            attend_page(at, next, key, position, key > position ? key - position : 0, n, tile);
         }
         for (int64_t i = 0; i < n; ++i) {
             const float* own = queries + (done + i) * query_stride;  // query, and the key and value that the token appended
@@ -228,6 +243,18 @@ void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64
                            cache.head_dim - d);
         }
     }
+}
+
+inline void attend(const Cache& cache, int64_t slot, int64_t head, int64_t first, int64_t count, const float* queries,
+                   int64_t query_stride, float slope, float scale, float* out, int64_t out_stride) {
+    const auto step = cache.dtype == Dtype::int4       ? attend_block_packed<4>
+                      : cache.dtype == Dtype::int8     ? attend_block_packed<8>
+                      : cache.dtype == Dtype::bfloat16 ? attend_block_plain<uint16_t>
+                                                       : attend_block_plain<float>;
+    attend_pages(cache, slot, head, first, count, queries, query_stride, scale, out, out_stride,
+                 [&](int64_t at, int64_t next, int64_t key, int64_t position, int64_t i, int64_t n, Query* tile) {
+                     for (; i < n; ++i) step(cache, at, next, key, position + i, slope, tile[i]);
+                 });
 }
 
 }  // namespace

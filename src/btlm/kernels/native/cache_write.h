@@ -67,7 +67,7 @@ inline void append_plain(const Cache& cache, int64_t at, int64_t inside, const f
     }
 }
 
-void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
+inline void append(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* key, const float* value) {
     const int64_t at = cache.at(slot, head, position), inside = position % KEY_BLOCK;
     if (cache.dtype == Dtype::int4) return append_packed<4>(cache, at, inside, key, value);
     if (cache.dtype == Dtype::int8) return append_packed<8>(cache, at, inside, key, value);

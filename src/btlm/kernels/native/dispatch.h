@@ -7,6 +7,10 @@
 
 namespace btlm {
 
-std::vector<const Path*> available_paths();  // fastest first; the last one is plain C++
+// Fastest first; the last one is plain C++. On Linux this asks for the permission to use AMX's tiles, once per process.
+std::vector<const Path*> available_paths();
+
+// Slow paths for tests: AVX-512 and plain C++ with kernels on tiles that are emulated.
+std::vector<const Path*> emulated_paths();
 
 }  // namespace btlm

@@ -16,8 +16,14 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int PLAIN_TILE = 4096;  // sums of a task with plain weights: tokens x outputs
 constexpr int PLAIN_TOKENS = 64;  // tokens of a task with plain weights
 constexpr int PLAIN_DEPTH = 4;    // inputs added per visit of a sum
-constexpr int PLAIN_CHUNK = 128;  // inputs of a partial sum
+constexpr int PLAIN_CHUNK = 256;  // inputs of a partial sum
 constexpr int PLAIN_OUTPUTS = 32;  // tasks with plain weights begin at multiples of so many outputs
+
+// Kernels that use the tiles of AMX, registers of 16 rows of 64 bytes; see Tiled.
+constexpr int TILED_FROM = 4;          // tokens; fewer do not fill a tile, and wait for the weights
+constexpr int TILE_ROWS = 16;          // tokens in a panel, outputs in a block
+constexpr int TILE_DEPTH = 64;         // inputs in a row
+constexpr int MOST_TILED_GROUP = 512;  // inputs of a group that are unpacked at once
 
 enum class Dtype { int4, int8, bfloat16, float32 };
 constexpr int bits(Dtype dtype) {
@@ -38,6 +44,9 @@ struct Matrix {
 
 // Eight-bit activations in panels of `Path::max_tokens` tokens; the last panel has the remaining tokens. A panel has values
 // [columns/4][tokens][4], and scales and sums [columns/group][tokens].
+//
+// For tiles, panels have TILE_ROWS tokens; what the last one lacks is padding, whose values are 0. A panel has values
+// [columns/TILE_DEPTH][TILE_ROWS][TILE_DEPTH], and scales and sums [columns/group][TILE_ROWS].
 struct Activations {
     int8_t* values;
     float* scales;
@@ -84,6 +93,19 @@ struct Segment {
     int64_t row, slot, start, count;
 };
 
+// Kernels on tiles, for several tokens. Their results have the same bits as those of the Path that they belong to: sums within
+// a group of weights and within a page of the cache are exact, and all others are added in the same order.
+struct Tiled {
+    void (*quantize)(const float* x, int64_t stride, Activations& into, int64_t panel);
+    void (*multiply_packed)(const Matrix&, const Matrix* gate, const Activations&, Output, int64_t first, int64_t last);
+    void (*attend)(const Cache&, int64_t slot, int64_t head, int64_t start, int64_t count, const float* queries,
+                   int64_t query_stride, float slope, float scale, float* out, int64_t out_stride);
+
+    static bool fits(const Matrix& m, int64_t tokens) {
+        return tokens >= TILED_FROM && m.group % TILE_DEPTH == 0 && m.group <= MOST_TILED_GROUP;
+    }
+};
+
 // The kernels compiled for one instruction set.
 struct Path {
     const char* name;
@@ -115,6 +137,8 @@ struct Path {
     void (*attend)(const Cache&, int64_t slot, int64_t head, int64_t start, int64_t count, const float* queries,
                    int64_t query_stride, float slope, float scale, float* out, int64_t out_stride);
     int64_t (*sum_bytes)(const uint8_t* p, int64_t n);
+
+    const Tiled* tiled = nullptr;  // what computes several tokens with packed weights or a packed cache, if not null
 };
 
 }  // namespace btlm

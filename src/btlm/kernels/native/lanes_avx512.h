@@ -40,6 +40,7 @@ inline F keep_above(F a, F x, float limit) {  // a where x > limit or NaN, else 
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ), a);
 }
 
+inline I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline I iset(int32_t x) { return _mm512_set1_epi32(x); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -52,6 +53,7 @@ inline void store_bytes(uint8_t* p, I a) {  // the low byte of each lane
 inline int32_t reduce_add(I a) { return _mm512_reduce_add_epi32(a); }
 
 inline B load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline void bstore(void* p, B a) { _mm512_storeu_si512(p, a); }
 inline B low_nibbles(B a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline B high_nibbles(B a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 

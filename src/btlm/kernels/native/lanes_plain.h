@@ -54,6 +54,7 @@ inline F round(F x) { BTLM_EACH(F, std::nearbyint(x.v[i])); }
 inline F scale2(F x, F n) { BTLM_EACH(F, std::ldexp(x.v[i], static_cast<int>(n.v[i]))); }
 inline F keep_above(F a, F x, float limit) { BTLM_EACH(F, x.v[i] <= limit ? 0.0f : a.v[i]); }
 
+inline I iload(const int32_t* p) { BTLM_EACH(I, p[i]); }
 inline I iset(int32_t x) { BTLM_EACH(I, x); }
 inline I add(I x, I y) { BTLM_EACH(I, x.v[i] + y.v[i]); }
 inline I iota() { BTLM_EACH(I, i); }
@@ -78,6 +79,7 @@ inline B load_bytes(const void* p) {
     std::memcpy(r.v, p, sizeof r.v);
     return r;
 }
+inline void bstore(void* p, B x) { std::memcpy(p, x.v, sizeof x.v); }
 inline B low_nibbles(B x) {
     for (uint8_t& byte : x.v) byte &= 15;
     return x;

@@ -135,8 +135,9 @@ std::unique_ptr<btlm::Operations> start(const btlm::Path* path, int threads) {
 }
 
 const btlm::Path* path_of(const std::string& name) {
-    for (const btlm::Path* path : btlm::available_paths())
-        if (name == path->name) return path;
+    for (const auto paths : {btlm::available_paths, btlm::emulated_paths})
+        for (const btlm::Path* path : paths())
+            if (name == path->name) return path;
     throw std::invalid_argument("this machine cannot run the instruction set " + name);
 }
 
@@ -220,7 +221,7 @@ private:
     template <class Body>
     void run(const Body& body) {
         if (process != getpid()) {  // a fork has no threads but the one that forked, nor those that held the lock
-            auto own = start(path, count);
+            auto own = start(path_of(path->name), count);  // which may have to be allowed again
             (void)operations.release();
             operations = std::move(own);
             new (&busy) std::mutex;

@@ -20,15 +20,18 @@ void* Scratch::get(size_t bytes) {
 Operations::Operations(const Path* path, int threads)
     : path(path), team(threads), partial(static_cast<size_t>(threads)) {}
 
-Activations Operations::quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group) {
-    const auto count = static_cast<size_t>(tokens * columns), groups = static_cast<size_t>(tokens * (columns / group));
+Activations Operations::quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group,
+                                  bool tiled) {
+    const int64_t width = tiled ? TILE_ROWS : path->max_tokens, panels = divide_up(tokens, width);
+    const int64_t padded = tiled ? panels * width : tokens;
+    const auto count = static_cast<size_t>(padded * columns), groups = static_cast<size_t>(padded * (columns / group));
     Activations into = {static_cast<int8_t*>(values.get(count)),
                         static_cast<float*>(scales.get(groups * sizeof(float))),
                         static_cast<int32_t*>(sums.get(groups * sizeof(int32_t))),
                         tokens, columns, group};
-    const int64_t panels = divide_up(tokens, path->max_tokens);
+    const auto quantize = tiled ? path->tiled->quantize : path->quantize;
     const auto body = [&](int64_t first, int64_t last, int) {
-        for (int64_t panel = first; panel < last; ++panel) path->quantize(x, x_stride, into, panel);
+        for (int64_t panel = first; panel < last; ++panel) quantize(x, x_stride, into, panel);
     };
     team.run(panels, 1, body);
     return into;
@@ -42,12 +45,13 @@ void Operations::linear(const Matrix& m, const Matrix* gate, const float* x, int
 
 void Operations::multiply_packed(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
                                  Output to) {
-    const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group);
+    const bool tiled = path->tiled != nullptr && Tiled::fits(m, tokens);
+    const Activations activations = quantized(x, x_stride, tokens, m.columns, m.group, tiled);
+    const auto multiply = tiled ? path->tiled->multiply_packed : path->multiply_packed;
     const int64_t blocks = m.rows / LANES;
     const int64_t grain = std::max<int64_t>(2, blocks / (threads() * 12) / 2 * 2);
-    team.run(blocks, grain, [&](int64_t first, int64_t last, int) {
-        path->multiply_packed(m, gate, activations, to, first, last);
-    });
+    team.run(blocks, grain,
+             [&](int64_t first, int64_t last, int) { multiply(m, gate, activations, to, first, last); });
 }
 
 void Operations::multiply_plain(const Matrix& m, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens,
@@ -143,7 +147,9 @@ void Operations::attend(const Cache& cache, const float* qkv, const Segment* seg
             const Segment& s = *piece.segment;
             const int64_t head = i % cache.heads, row = s.row + piece.first;
             if (piece.append) append(s, head, piece.first, piece.count);
-            path->attend(cache, s.slot, head, s.start + piece.first, piece.count,
+            const bool tiled = path->tiled != nullptr && packed(cache.dtype) && piece.count >= TILED_FROM;
+            const auto attend = tiled ? path->tiled->attend : path->attend;
+            attend(cache, s.slot, head, s.start + piece.first, piece.count,
                          qkv + row * stride + head * cache.head_dim, stride, slopes[head], scale,
                          out + row * width + head * cache.head_dim, width);
         }

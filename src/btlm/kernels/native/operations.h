@@ -40,7 +40,7 @@ private:
     void multiply_packed(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
     void multiply_plain(const Matrix&, const Matrix* gate, const float* x, int64_t x_stride, int64_t tokens, Output);
     void multiply_chunks(const Matrix&, const Matrix* gate, const float* x, Output);
-    Activations quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group);
+    Activations quantized(const float* x, int64_t x_stride, int64_t tokens, int64_t columns, int group, bool tiled);
 
     const Path* const path;
     Team team;

@@ -5,33 +5,45 @@
 
 namespace {
 
-void quantize(const float* x, int64_t stride, Activations& into, int64_t panel) {
+// Rounds the inputs of one token. Passes 16 numbers at a time to `put(column, bytes)`, and the scale and the sum of each group
+// to `end(group, scale, sum)`.
+template <class Put, class End>
+inline void quantize_token(const float* row, int64_t columns, int group, const Put& put, const End& end) {
+    for (int64_t g = 0; g < columns / group; ++g) {
+        const float* in = row + g * group;
+        const float most = largest(in, group);
+        const bool used = most > SMALLEST;
+        const F inverse = lanes::set(used ? 127.0f / most : 0.0f);
+        I sum = lanes::iset(0);
+        for (int i = 0; i < group; i += LANES) {
+            const I q = used ? lanes::to_int(lanes::mul(lanes::load(in + i), inverse)) : lanes::iset(0);
+            sum = lanes::add(sum, q);
+            uint8_t bytes[LANES];
+            lanes::store_bytes(bytes, q);
+            put(g * group + i, bytes);
+        }
+        end(g, used ? most / 127.0f : std::isnan(most) ? NAN : 0.0f, lanes::reduce_add(sum));  // NaN stays NaN
+    }
+}
+
+inline void quantize(const float* x, int64_t stride, Activations& into, int64_t panel) {
     const int64_t first = panel * lanes::MAX_TOKENS;
     const int64_t left = into.tokens - first, width = left < lanes::MAX_TOKENS ? left : lanes::MAX_TOKENS;
     const int64_t groups = into.columns / into.group;
     int8_t* values = into.values + first * into.columns;
     float* scales = into.scales + first * groups;
     int32_t* sums = into.sums + first * groups;
-    for (int64_t t = 0; t < width; ++t) {
-        const float* row = x + (first + t) * stride;
-        for (int64_t g = 0; g < groups; ++g) {
-            const float* in = row + g * into.group;
-            const float most = largest(in, into.group);
-            const bool used = most > SMALLEST;
-            const F inverse = lanes::set(used ? 127.0f / most : 0.0f);
-            I sum = lanes::iset(0);
-            for (int i = 0; i < into.group; i += LANES) {
-                const I q = used ? lanes::to_int(lanes::mul(lanes::load(in + i), inverse)) : lanes::iset(0);
-                sum = lanes::add(sum, q);
-                uint8_t bytes[LANES];
-                lanes::store_bytes(bytes, q);
-                int8_t* quads = values + ((g * into.group + i) / 4 * width + t) * 4;
+    for (int64_t t = 0; t < width; ++t)
+        quantize_token(
+            x + (first + t) * stride, into.columns, into.group,
+            [=](int64_t column, const uint8_t* bytes) {
+                int8_t* quads = values + (column / 4 * width + t) * 4;
                 for (int quad = 0; quad < 4; ++quad) std::memcpy(quads + quad * width * 4, bytes + quad * 4, 4);
-            }
-            scales[g * width + t] = used ? most / 127.0f : std::isnan(most) ? NAN : 0.0f;  // NaN stays NaN
-            sums[g * width + t] = lanes::reduce_add(sum);
-        }
-    }
+            },
+            [=](int64_t g, float scale, int32_t sum) {
+                scales[g * width + t] = scale;
+                sums[g * width + t] = sum;
+            });
 }
 
 // Multiplies NR blocks of 16 rows with a panel of NT tokens.
@@ -86,13 +98,23 @@ inline void tile(const uint8_t* const (&weight)[NR], const uint16_t* const (&sca
     }
 }
 
-inline F with_bias(F x, const Matrix& m, int64_t row) {
-    return m.bias == nullptr ? x : lanes::add(x, lanes::load(m.bias + row));
+inline F with_bias(F x, const Matrix& m, int64_t block) {
+    return m.bias == nullptr ? x : lanes::add(x, lanes::load(m.bias + block * LANES));
 }
 
-inline void put(Output to, int64_t token, int64_t row, F x) {
-    float* out = to.out + token * to.stride + row;
+inline void write(Output to, int64_t block, int64_t token, F x) {
+    float* out = to.out + token * to.stride + block * LANES;
     lanes::store(out, to.add ? lanes::add(lanes::load(out), x) : x);
+}
+
+// Write a token's sums for a block of 16 rows.
+
+inline void put(const Matrix& m, Output to, int64_t block, int64_t token, F sum) {
+    write(to, block, token, with_bias(sum, m, block));
+}
+
+inline void put_gated(const Matrix& m, const Matrix& gate, Output to, int64_t block, int64_t token, F sum, F gate_sum) {
+    write(to, block, token, lanes::mul(with_bias(sum, m, block), silu(with_bias(gate_sum, gate, block))));
 }
 
 template <int BITS, int NT, int NR>
@@ -111,14 +133,10 @@ inline void block(const Matrix& m, const Matrix* gate, const Activations& x, Out
     tile<BITS, NT, NR>(weight, scale, x.values + token * x.columns, x.scales + token * groups, x.sums + token * groups,
                        x.columns, x.group, total);
     for (int t = 0; t < NT; ++t) {
-        if (NR == 2 && gate != nullptr) {
-            const F product = with_bias(total[0][t], m, row * LANES);
-            const F gated = silu(with_bias(total[NR - 1][t], *gate, row * LANES));
-            put(to, token + t, row * LANES, lanes::mul(product, gated));
-        } else {
-            for (int r = 0; r < NR; ++r)
-                put(to, token + t, (row + r) * LANES, with_bias(total[r][t], m, (row + r) * LANES));
-        }
+        if (NR == 2 && gate != nullptr)
+            put_gated(m, *gate, to, row, token + t, total[0][t], total[NR - 1][t]);
+        else
+            for (int r = 0; r < NR; ++r) put(m, to, row + r, token + t, total[r][t]);
     }
 }
 
@@ -146,7 +164,7 @@ void multiply_bits(const Matrix& m, const Matrix* gate, const Activations& x, Ou
     }
 }
 
-void multiply_packed(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
+inline void multiply_packed(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
     if (m.dtype == Dtype::int4) return multiply_bits<4>(m, gate, x, to, first, last);
     multiply_bits<8>(m, gate, x, to, first, last);
 }

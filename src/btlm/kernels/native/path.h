@@ -14,6 +14,6 @@ namespace {
 
 constexpr Path PATH = {lanes::NAME,    lanes::MAX_TOKENS, quantize,   multiply_packed, arrange, multiply_plain,
                        multiply_chunk, add_chunks,        layer_norm, embed,           append,  attend,
-                       sum_bytes};
+                       sum_bytes,      nullptr};
 
 }  // namespace
