@@ -99,8 +99,8 @@ inline int32_t sum_block(const uint8_t* bytes) {  // KEY_BLOCK bytes
 // Turns the products of a query with the keys of a page into weights: applies the scales and ALiBi, updates the softmax, and
 // rounds the probabilities times the scales of the values to 16 bits.
 template <int BITS>
-inline Weighted weigh(const Cache& cache, const I (&products)[KEY_BLOCK / LANES], int64_t at, int64_t first_key,
-                      int64_t position, float slope, Query& q) {
+BTLM_INLINE Weighted weigh(const Cache& cache, const I (&products)[KEY_BLOCK / LANES], int64_t at, int64_t first_key,
+                           int64_t position, float slope, Query& q) {
     constexpr int BLOCKS = KEY_BLOCK / LANES;
     F scores[BLOCKS];
     for (int s = 0; s < BLOCKS; ++s) {
