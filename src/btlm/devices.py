@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from btlm.console import one_line
 
@@ -37,6 +37,14 @@ def usable_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"The device {name} is not available here ({one_line(error)}); use cpu.") from error
     return device
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions that multiply bf16; without them torch is faster in fp32."""
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # a torch without it is older
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def has_cuda() -> bool:

@@ -83,7 +83,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with naming_full_disk(path):
             yield partial
-            _rename_folder(partial, path)
+            finish_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -92,7 +92,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def replace_folder(partial: Path, path: Path) -> None:
     """Give a complete folder its final name, replacing what has that name now; the change survives a power cut."""
     remove_folder(path)
-    _rename_folder(partial, path)
+    finish_folder(partial, path)
 
 
 def remove_folder(path: Path) -> None:
@@ -104,7 +104,8 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _rename_folder(partial: Path, path: Path) -> None:
+def finish_folder(partial: Path, path: Path) -> None:
+    """Give a complete folder its final name, which nothing has; the change survives a power cut."""
     umask = os.umask(0o022)
     os.umask(umask)
     for written in (*partial.rglob("*"), partial):

@@ -1,13 +1,13 @@
 """Rounding of the blocks for a text: each matrix sees what the rounded ones before it make of the text.
 
-One block is in memory at a time, beside the hidden states of the text.
+One block is in memory at a time, beside the hidden states of the text and the inputs of one matrix.
 
 Letters: B rows of text, Q tokens of a row, C width, N outputs, K inputs, G groups of inputs.
 """
 
 import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from btlm.checkpoint.tensors import Weights
+from btlm.devices import multiplies_bf16
 from btlm.model import BTLMConfig
 from btlm.model.architecture_btlm import (
     ATTENTION_OUTPUT,
@@ -103,45 +104,82 @@ def calibration_rows(path: Path | str, tokenizer: PreTrainedTokenizerBase, confi
     return torch.tensor([rows[len(rows) * i // taken] for i in range(taken)])
 
 
-@torch.no_grad()
-def round_blocks(
-    config: BTLMConfig, weights: Weights, matrices: Mapping[str, StoredMatrix], embeds_BQC: Tensor
-) -> Iterator[tuple[str, Tensor, Rounded]]:
-    """The matrices of all blocks, one after the other, each rounded for its inputs.
+class TextStates:
+    """The hidden states of the calibration text, on their way through the blocks.
+
+    The passes are in bf16 where the processor multiplies it, by autocast, with the states in fp32; what is learned from
+    them, and the rounding, are fp32.
 
     Args:
         config: Of the model.
         weights: Of the checkpoint.
-        matrices: Their sizes, by the name of the module.
-        embeds_BQC: Embeddings of the text by the rounded table, fp32.
+        matrices: Sizes of the stored matrices, by the name of the module.
+        hidden_BQC: fp32; changed in place.
 
-    Yields:
-        The name of a matrix, its padded weights fp32 ``[N, K]``, and what they are rounded to.
+    Attributes:
+        hidden_BQC: What the next block gets.
     """
+
+    @torch.no_grad()
+    def __init__(
+        self, config: BTLMConfig, weights: Weights, matrices: Mapping[str, StoredMatrix], hidden_BQC: Tensor
+    ) -> None:
+        self.hidden_BQC = hidden_BQC
+        self._config, self._weights, self._matrices = config, weights, matrices
+        self._rows = hidden_BQC.split(1)  # views, which take what the blocks add
+        with self._pass():
+            self._plan = plan_attention(config, self._rows[0], None, None, output_attentions=False)
+
+    @torch.no_grad()
+    def round_block(self, layer: int) -> Iterator[tuple[str, Tensor, Rounded]]:
+        """Round the matrices of a block, one after the other, each for its inputs, and pass the text through it.
+
+        Args:
+            layer: Number of the block; the blocks before it come first.
+
+        Yields:
+            The name of a matrix, its padded weights fp32 ``[N, K]``, and what they are rounded to.
+        """
+        name, rows = block_name(layer), self._rows
+        block = _read_block(self._config, self._weights, layer)
+        moments = self._moments(f"{name}.{QUERY_KEY_VALUE}", (block.ln_1(row) for row in rows))
+        yield from _round(name, block, (QUERY_KEY_VALUE,), moments, self._matrices)
+        with _without_projection(block.attn), self._pass():
+            attended_BQC = _stacked((block.attn(block.ln_1(row), self._plan, None)[0] for row in rows), len(rows))
+        moments = self._moments(f"{name}.{ATTENTION_OUTPUT}", attended_BQC)
+        yield from _round(name, block, (ATTENTION_OUTPUT,), moments, self._matrices)
+        self._add(block.attn.c_proj, attended_BQC)
+        del attended_BQC
+        moments = self._moments(f"{name}.{UP}", (block.ln_2(row) for row in rows))
+        yield from _round(name, block, (UP, GATE), moments, self._matrices)
+        with _without_projection(block.mlp), self._pass():
+            inner_BQK = _stacked((block.mlp(block.ln_2(row)) for row in rows), len(rows))
+        moments = self._moments(f"{name}.{DOWN}", inner_BQK)
+        yield from _round(name, block, (DOWN,), moments, self._matrices)
+        self._add(block.mlp.c_proj, inner_BQK)
+
+    def _pass(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16())
+
+    def _moments(self, matrix: str, inputs: Iterable[Tensor]) -> Moments:
+        moments = Moments(self._matrices[matrix].padded_inputs)
+        for part in inputs:
+            moments.add(part.float())
+        return moments
+
+    def _add(self, projection: nn.Module, inputs_BQK: Tensor) -> None:
+        """Add what the last matrix of a part of the block makes of its inputs."""
+        with self._pass():
+            for row, inputs in zip(self._rows, inputs_BQK.split(1), strict=True):
+                row += projection(inputs)
+
+
+def first_states(config: BTLMConfig, weights: Weights, embeds_BQC: Tensor) -> Tensor:
+    """What the first block gets, fp32 ``[B, Q, C]``, of embeddings of the text by the rounded table, fp32."""
     hidden_BQC = scale_embeddings(embeds_BQC, config)
     if config.position_embedding_type == "learned":
         hidden_BQC = hidden_BQC + weights.read(f"{POSITION_TABLE}.weight").float()[: hidden_BQC.shape[1]]
-    rows = hidden_BQC.split(1)  # views, which take what the blocks add
-    plan = plan_attention(config, rows[0], None, None, output_attentions=False)
-    for layer in range(config.n_layer):
-        name = block_name(layer)
-        block = _read_block(config, weights, layer)
-        moments = _moments(matrices[f"{name}.{QUERY_KEY_VALUE}"], (block.ln_1(row) for row in rows))
-        yield from _round(name, block, (QUERY_KEY_VALUE,), moments, matrices)
-        with _without_projection(block.attn):
-            attended_BQC = torch.cat([block.attn(block.ln_1(row), plan, None)[0] for row in rows])
-        moments = _moments(matrices[f"{name}.{ATTENTION_OUTPUT}"], attended_BQC)
-        yield from _round(name, block, (ATTENTION_OUTPUT,), moments, matrices)
-        for row, attended in zip(rows, attended_BQC.split(1), strict=True):
-            row += block.attn.c_proj(attended)
-        del attended, attended_BQC
-        moments = _moments(matrices[f"{name}.{UP}"], (block.ln_2(row) for row in rows))
-        yield from _round(name, block, (UP, GATE), moments, matrices)
-        with _without_projection(block.mlp):
-            moments = _moments(matrices[f"{name}.{DOWN}"], (block.mlp(block.ln_2(row)) for row in rows))
-        yield from _round(name, block, (DOWN,), moments, matrices)
-        for row in rows:
-            row += block.mlp(block.ln_2(row))
+    return hidden_BQC
 
 
 def _read_block(config: BTLMConfig, weights: Weights, layer: int) -> BTLMBlock:
@@ -164,11 +202,15 @@ def _without_projection(module: BTLMAttention | BTLMMLP) -> Iterator[None]:
         module.c_proj = projection
 
 
-def _moments(matrix: StoredMatrix, inputs: Iterable[Tensor]) -> Moments:
-    moments = Moments(matrix.padded_inputs)
-    for part in inputs:
-        moments.add(part)
-    return moments
+def _stacked(parts: Iterable[Tensor], number: int) -> Tensor:
+    """Parts of one row each, together; ``torch.cat`` would have them in memory twice."""
+    stacked: Tensor | None = None
+    for i, part in enumerate(parts):
+        if stacked is None:
+            stacked = part.new_empty(number, *part.shape[1:])
+        stacked[i] = part[0]
+    assert stacked is not None
+    return stacked
 
 
 def _round(

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .rounding import levels, reciprocal, search_scales, usable_scale
 
+# Rows of the second moments that are summed at a time.
+_PANEL = 1024
 # Times that coordinate descent goes over all inputs.
 SWEEPS = 3
 # Added to the diagonal of H as a part of its mean, the least that lets it be factored.
@@ -34,13 +36,18 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """Count inputs, fp32 ``[..., at most K]``."""
         inputs = inputs.flatten(0, -2)
-        part = self._sum_KK[: inputs.shape[1], : inputs.shape[1]]
-        part.addmm_(inputs.T, inputs)
+        for start in range(0, inputs.shape[1], _PANEL):  # of a symmetric matrix, the lower triangle and some above it
+            end = min(start + _PANEL, inputs.shape[1])
+            self._sum_KK[start:end, :end].addmm_(inputs[:, start:end].T, inputs[:, :end])
         self._count += len(inputs)
 
     def hessian(self) -> Tensor:
         """Their mean, fp32 ``[K, K]``; ends the counting."""
-        return self._sum_KK.div_(self._count)
+        mean_KK = self._sum_KK.div_(self._count)
+        for start in range(_PANEL, len(mean_KK), _PANEL):
+            end = start + _PANEL
+            mean_KK[:start, start:end] = mean_KK[start:end, :start].T
+        return mean_KK
 
 
 def inverse_factor(hessian_KK: Tensor) -> tuple[Tensor, float]:

@@ -1,11 +1,15 @@
 """`btlm quantize`: a checkpoint in four or eight bits, tensor by tensor, so that it never has to fit in memory."""
 
+import hashlib
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -19,16 +23,21 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.checkpoint.tensor_file import make_header
 from btlm.checkpoint.tensor_file_writer import DTYPES, write_tensors
 from btlm.checkpoint.tensors import Weights
-from btlm.console import gigabytes, progress_bars
-from btlm.files import locked, require_space, whole_folder
+from btlm.console import gigabytes, note, plural, progress_bars
+from btlm.devices import multiplies_bf16
+from btlm.files import file_sha256, locked, require_space, whole_folder
 from btlm.model import BTLMConfig
-from btlm.model.architecture_btlm import Architecture, Quantization
+from btlm.model.architecture_btlm import TOKEN_TABLE, Architecture, Quantization
 from btlm.model.config_keys_btlm import QUANT_METHOD
 from btlm.model.storage_btlm import StoredMatrix, group_size_problem, pack, pack_scale, stored_matrices
 
-from .calibrate import CALIBRATION_TOKENS, Rounded, calibration_rows, round_blocks
+from .calibrate import CALIBRATION_TOKENS, Rounded, TextStates, calibration_rows, first_states
 from .options import QuantizeOptions
 from .rounding import padded, round_weights, search_scales, values_of
+from .unfinished import WEIGHTS, UnfinishedCopy, kept_bytes, unfinished_copy
+
+# Dtype in safetensors' names and shape of tensors, by name.
+Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 # Beside the weights: configuration and tokenizer.
 _OTHER_FILES = 8_000_000
@@ -92,26 +101,21 @@ def quantize(
     matrices = stored_matrices(config.architecture, quantization)
     layout = _layout(weights, config.architecture, matrices)
     size = make_header(layout).size
-    require_space(output, size + _OTHER_FILES, "choose another place")
 
     console = Console(stderr=True)
-    num_weights = sum(matrix.padded_outputs * matrix.padded_inputs for matrix in matrices.values())
-    with locked(output), whole_folder(output) as partial, progress_bars(console=console) as progress:
-        task = progress.add_task("quantize", total=num_weights)
+    with ExitStack() as stack:
+        stack.enter_context(locked(output))
+        unfinished = None
+        if rows is None:
+            require_space(output, size + _OTHER_FILES, "choose another place")
+            partial = stack.enter_context(whole_folder(output))
+        else:
+            require_space(output, size + _OTHER_FILES + kept_bytes(rows, config.n_embd), "choose another place")
+            key = _key(checkpoint, weights, quantization, rows)
+            unfinished = stack.enter_context(unfinished_copy(output, key, config.n_layer))
+            partial = unfinished.folder
         _write_description(partial, checkpoint, config, quantization, weights)
-        with write_tensors(partial / "model.safetensors", layout) as write:
-            errors = {}
-            for name, weight, rounded in _rounded(config, weights, matrices, rows):
-                matrix = matrices[name]
-                write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
-                write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
-                if rounded.bias_N is not None:
-                    write(f"{name}.bias", rounded.bias_N)
-                difference = values_of(rounded.q_NK, rounded.scale_NG, matrix.bits).sub_(weight)
-                errors[name] = MatrixError(ratio(difference.norm(), weight.norm()), rounded.output_error)
-                progress.advance(task, weight.numel())
-            for name in layout.keys() - {key for key in layout if key.rpartition(".")[0] in matrices}:
-                write(name, weights.read(name).to(DTYPES[layout[name][0]]))
+        errors = _write(partial / WEIGHTS, layout, config, weights, matrices, rows, unfinished, console)
     # A narrow terminal breaks its lines: better than numbers that are cut off.
     Console(stderr=True, width=max(console.width, 100)).print(_error_table(errors, matrices))
     total, blocks = _bits_per_weight(layout, matrices, config)
@@ -124,33 +128,92 @@ def quantize(
     return errors
 
 
-def _rounded(
-    config: BTLMConfig, weights: Weights, matrices: Mapping[str, StoredMatrix], rows: Tensor | None
-) -> Iterator[tuple[str, Tensor, Rounded]]:
-    """Every matrix: its name, its padded weights ``[N, K]``, and what they are rounded to."""
-    table: Rounded | None = None
-    for name, matrix in matrices.items():
-        in_block = ".h." in name
-        if in_block and rows is not None:
-            continue
-        weight = weights.read(f"{name}.weight").float()
-        weight = padded(weight.T if in_block else weight, matrix.padded_outputs, matrix.padded_inputs)
-        scale_NG = search_scales(weight, matrix.bits, matrix.group_size)
-        bias = None
-        if in_block:
-            bias = weights.read(f"{name}.bias").float()
-            bias = torch.nn.functional.pad(bias, (0, matrix.padded_outputs - matrix.outputs))
-        rounded = Rounded(round_weights(weight, scale_NG, matrix.bits), scale_NG, bias, None)
-        yield name, weight, rounded
-        del weight
-        if rows is not None and name == "transformer.wte":
-            table = rounded
-    if rows is not None:
-        assert table is not None
-        bits = matrices["transformer.wte"].bits
-        embeds = values_of(table.q_NK[rows.flatten()], table.scale_NG[rows.flatten()], bits)
-        del table
-        yield from round_blocks(config, weights, matrices, embeds.view(*rows.shape, -1))
+def _write(
+    path: Path,
+    layout: Layout,
+    config: BTLMConfig,
+    weights: Weights,
+    matrices: Mapping[str, StoredMatrix],
+    rows: Tensor | None,
+    unfinished: UnfinishedCopy | None,
+    console: Console,
+) -> dict[str, MatrixError]:
+    """Write the tensors of the copy; with a calibration text, what an unfinished copy has is not computed again."""
+    done = unfinished.blocks if unfinished is not None else 0
+    errors = {name: MatrixError(*of) for name, of in (unfinished.notes if unfinished is not None else {}).items()}
+    written = [name for name in layout if name.removesuffix("_scale").rpartition(".")[0] in errors]
+    sizes = {name: matrix.padded_outputs * matrix.padded_inputs for name, matrix in matrices.items()}
+    with write_tensors(path, layout, written) as write, progress_bars(console=console) as progress:
+        task = progress.add_task("quantize", total=sum(sizes.values()), completed=sum(sizes[name] for name in errors))
+
+        def put(name: str, weight: Tensor, rounded: Rounded) -> None:
+            matrix = matrices[name]
+            write(f"{name}.weight", torch.from_numpy(pack(rounded.q_NK.numpy(), matrix.bits)))
+            write(f"{name}.weight_scale", _bf16(rounded.scale_NG))
+            if rounded.bias_N is not None:
+                write(f"{name}.bias", rounded.bias_N)
+            difference = values_of(rounded.q_NK, rounded.scale_NG, matrix.bits).sub_(weight)
+            errors[name] = MatrixError(ratio(difference.norm(), weight.norm()), rounded.output_error)
+            progress.advance(task, sizes[name])
+
+        table: Rounded | None = None
+        for name in [] if done else matrices:
+            if ".h." not in name or rows is None:
+                weight, rounded = _round_alone(weights, name, matrices[name])
+                put(name, weight, rounded)
+                if name == TOKEN_TABLE:
+                    table = rounded
+        if unfinished is not None and rows is not None:
+            hidden_BQC = unfinished.hidden_BQC
+            if hidden_BQC is None:
+                assert table is not None
+                hidden_BQC = first_states(config, weights, _embedded(table, rows, matrices[TOKEN_TABLE].bits))
+            del table
+            states, started = TextStates(config, weights, matrices, hidden_BQC), time.monotonic()
+            for layer in range(done, config.n_layer):
+                for name, weight, rounded in states.round_block(layer):
+                    put(name, weight, rounded)
+                unfinished.save(layer + 1, states.hidden_BQC, errors)
+                if not console.is_terminal:
+                    seconds = time.monotonic() - started
+                    left = timedelta(seconds=round(seconds * (config.n_layer - layer - 1) / (layer + 1 - done)))
+                    note(f"{layer + 1} of {plural(config.n_layer, 'block')} done; about {left} left")
+        for name in layout.keys() - {key for key in layout if key.rpartition(".")[0] in matrices}:
+            write(name, weights.read(name).to(DTYPES[layout[name][0]]))
+    return errors
+
+
+def _round_alone(weights: Weights, name: str, matrix: StoredMatrix) -> tuple[Tensor, Rounded]:
+    """A matrix without a text: its padded weights ``[N, K]``, and what they are rounded to."""
+    in_block = ".h." in name
+    weight = weights.read(f"{name}.weight").float()
+    weight = padded(weight.T if in_block else weight, matrix.padded_outputs, matrix.padded_inputs)
+    scale_NG = search_scales(weight, matrix.bits, matrix.group_size)
+    bias = None
+    if in_block:
+        bias = weights.read(f"{name}.bias").float()
+        bias = torch.nn.functional.pad(bias, (0, matrix.padded_outputs - matrix.outputs))
+    return weight, Rounded(round_weights(weight, scale_NG, matrix.bits), scale_NG, bias, None)
+
+
+def _embedded(table: Rounded, rows: Tensor, bits: int) -> Tensor:
+    """What the rounded table has for tokens ``[B, Q]``."""
+    ids = rows.flatten()
+    return values_of(table.q_NK[ids], table.scale_NG[ids], bits).view(*rows.shape, -1)
+
+
+def _key(checkpoint: Checkpoint, weights: Weights, quantization: Quantization, rows: Tensor) -> dict[str, Any]:
+    """Everything that a calibrated copy depends on."""
+    return {
+        "weights": [file_sha256(file) for file in checkpoint.weight_files],
+        "config": file_sha256(checkpoint.folder / "config.json"),
+        "text": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        "options": vars(quantization),
+        "btlm": version("btlm"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bf16": multiplies_bf16(),
+    }
 
 
 def _bf16(scale_NG: Tensor) -> Tensor:
@@ -160,12 +223,10 @@ def _bf16(scale_NG: Tensor) -> Tensor:
 # Before any work
 
 
-def _layout(
-    weights: Weights, architecture: Architecture, matrices: Mapping[str, StoredMatrix]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _layout(weights: Weights, architecture: Architecture, matrices: Mapping[str, StoredMatrix]) -> Layout:
     """Dtype in safetensors' names and shape of every tensor of the copy."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    layout: Layout = {}
     for name, facts in architecture.tensors.items():
         matrix = matrices.get(name.rpartition(".")[0])
         if matrix is None:
@@ -225,9 +286,7 @@ def _cell(error: MatrixError) -> str:
     return f"{error.weights:.2%}" + ("" if error.outputs is None else f" / {error.outputs:.2%}")
 
 
-def _bits_per_weight(
-    layout: dict[str, tuple[str, tuple[int, ...]]], matrices: Mapping[str, StoredMatrix], config: BTLMConfig
-) -> tuple[float, float]:
+def _bits_per_weight(layout: Layout, matrices: Mapping[str, StoredMatrix], config: BTLMConfig) -> tuple[float, float]:
     """Bits of the file for each parameter of the model, and those of the matrices in the blocks for their weights."""
     in_blocks = {name: matrix for name, matrix in matrices.items() if ".h." in name}
     stored = sum(
