@@ -28,6 +28,15 @@ WIDE: dict[str, Any] = {"n_embd": 128, "n_inner": 150, "n_positions": 512, "init
 IDS = [5, 9, 200, 31, 7, 100, 42, 3]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that tests start: a copy for a text depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A checkpoint folder that tests must not change."""
@@ -273,7 +282,8 @@ def test_a_failure_leaves_nothing(wide, tmp_path, monkeypatch):
 def start_slow_run(output, source, *options, matrix=4):
     """Run the command up to a matrix, where it waits."""
     program = (
-        "import sys, time, btlm.convert.quantize as q, btlm.cli; pack = q.pack; count = []\n"
+        "import sys, time, torch, btlm.convert.quantize as q, btlm.cli; pack = q.pack; count = []\n"
+        "torch.set_num_threads(1)\n"
         "def slow(*a):\n    count.append(1)\n"
         f"    if len(count) == {matrix}: print('here', flush=True); time.sleep(60)\n"
         "    return pack(*a)\n"
