@@ -45,6 +45,10 @@ class NothingAllowed(ValueError):
     """A request forbids every token that could come next."""
 
 
+class ResultsError(ValueError):
+    """A file of results that is damaged, of another format, or no file of results."""
+
+
 class RequestCancelled(ValueError):
     """A request was removed before its end."""
 

@@ -34,6 +34,7 @@ from btlm.model.architecture_btlm import Architecture
 
 from .options import Bench
 from .random_checkpoint import SHAPES, random_weight_bytes, shape_config, write_random_model
+from .results import processor_name
 
 _PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
 _SPARE = 100_000_000  # bytes of the disk to leave free
@@ -272,12 +273,4 @@ def _make_folder(output: Path) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    return {"processor": _processor(), "system": platform.system(), "btlm": version("btlm")}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return {"processor": processor_name(), "system": platform.system(), "btlm": version("btlm")}

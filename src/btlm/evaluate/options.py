@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from btlm.engine.options import Threads
+from btlm.errors import OptionError
 from btlm.settings import NOT_EMPTY, Count, Range, check
 
 
@@ -31,3 +32,40 @@ class Bench:
     def __post_init__(self) -> None:
         """Check the values."""
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How `btlm perplexity` reads texts.
+
+    Args:
+        compare: Copies of the model, such as quantized ones, which are compared with it in the same windows.
+        context: Tokens that a model reads at a time, at most.
+        stride: Tokens that are predicted at a time, at most (default: the context); fewer give each of them more
+            context, and take more time.
+        limit: Number of documents to read, at most; the results are marked as partial.
+        text_field: Field of JSON lines and Parquet that holds the text.
+        cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
+            the dtype of the weights.
+        kernels: Kernels of the engine: native, torch, an instruction set, or auto.
+        threads: Number of threads (default: one per core).
+        output: File that receives the results, as JSON.
+    """
+
+    compare: Annotated[tuple[str, ...], "MODEL"] = ()
+    context: Count = 2048
+    stride: Count | None = None
+    limit: Count | None = None
+    text_field: str = "text"
+    cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    kernels: Annotated[str, "KERNELS"] = "auto"
+    threads: Threads | None = None
+    output: Annotated[str, "FILE"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)
+        if self.stride is not None and self.stride > self.context:
+            raise OptionError(
+                "{stride} is {}, longer than the {} of {context}; give a shorter one.", self.stride, self.context
+            )

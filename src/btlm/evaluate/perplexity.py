@@ -1,0 +1,250 @@
+"""`btlm perplexity`: how well models predict texts, and how far quantized copies are from their original.
+
+Windows are those of lm-evaluation-harness' rolling log-likelihood: end-of-text comes before the first token of a
+document, every token is predicted once, and the last window of a document is a full one where there is text enough.
+
+Letters: W windows, T tokens of a window, S of them that it scores, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from btlm.checkpoint.open import Checkpoint
+from btlm.data.documents import Document, Problem, list_units, read_unit
+from btlm.data.recipe import Read
+from btlm.engine.cache import KVCache
+from btlm.engine.engine import Engine
+from btlm.engine.sampling import log_probabilities
+from btlm.model.architecture_btlm import END_OF_TEXT_ID
+
+from .results import Origin, Result
+
+_ROWS = 64  # logits in memory at a time, per model
+
+
+class Window(NamedTuple):
+    """A piece of a document that is read at once.
+
+    Args:
+        ids: Tokens, ``[T + 1]``; the first has no prediction, and the last is not read.
+        scored: Number of tokens at the end that are predicted here.
+    """
+
+    ids: list[int]
+    scored: int
+
+
+def windows(ids: Sequence[int], before: int, context: int, stride: int) -> Iterator[Window]:
+    """Windows that predict each token of a document once.
+
+    Args:
+        ids: Tokens of the document, at least one.
+        before: Token before the first one.
+        context: Tokens that the model reads at a time, at most.
+        stride: Tokens that a window predicts, at most; the fewer, the more context each of them has.
+    """
+    text, done = [before, *ids], 0
+    while done < len(ids):
+        number = min(len(ids) - done, context if done == 0 else stride)
+        end = done + number
+        yield Window(text[max(0, end - context) : end + 1], number)
+        done = end
+
+
+@dataclass
+class Sums:
+    """What one model makes of one document.
+
+    Args:
+        name: Name of the document.
+        tokens, bytes, words: Sizes of it; words are what white space separates, as in lm-evaluation-harness.
+
+    Attributes:
+        nats: Negative log-likelihood.
+        divergence: Kullback-Leibler divergence from the original to this model, in nats, summed over the tokens.
+        same: Number of tokens for which the most probable token is that of the original.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    words: int
+    nats: float = 0.0
+    divergence: float = 0.0
+    same: int = 0
+
+
+@dataclass
+class Scored:
+    """What one model makes of all documents."""
+
+    title: str
+    origin: Origin
+    sums: list[Sums] = field(default_factory=list)
+
+    def results(self, settings: dict[str, Any], original: "Scored | None", *, partial: bool) -> list[Result]:
+        """Rows for `results.json`, over all documents.
+
+        Args:
+            settings: What the numbers depend on.
+            original: What the original makes of the same documents, if this is a copy.
+            partial: Whether documents were left out.
+        """
+        rows = []
+        for metric, unit, value, error in self._figures(original):
+            more = {"standard_error": error, "settings": settings, "partial": partial}
+            rows.append(self.origin.result("perplexity", metric, value, unit, self.total("tokens"), **more))
+        return rows
+
+    def total(self, name: str) -> Any:
+        """Sum of an attribute over the documents."""
+        return sum(getattr(one, name) for one in self.sums)
+
+    def _figures(self, original: "Scored | None") -> Iterator[tuple[str, str, float, float | None]]:
+        per_token, error = ratio(self.sums, "nats", "tokens")
+        yield "nats_per_token", "nats", per_token, error
+        yield "perplexity", "", math.exp(per_token), None if error is None else error * math.exp(per_token)
+        per_byte, error = ratio(self.sums, "nats", "bytes")
+        yield "bits_per_byte", "bits", per_byte / math.log(2), None if error is None else error / math.log(2)
+        yield "byte_perplexity", "", math.exp(per_byte), None if error is None else error * math.exp(per_byte)
+        per_word, error = ratio(self.sums, "nats", "words")
+        if per_word < 700:  # beyond, fp64 has no number for it
+            yield "word_perplexity", "", math.exp(per_word), None if error is None else error * math.exp(per_word)
+        yield "tokens_per_byte", "tokens", self.total("tokens") / self.total("bytes"), None
+        if original is not None:
+            yield "perplexity_change", "", math.exp(per_token - ratio(original.sums, "nats", "tokens")[0]) - 1, None
+            yield "kl_per_token", "nats", *ratio(self.sums, "divergence", "tokens")
+            yield "same_first_token", "", *ratio(self.sums, "same", "tokens")
+
+
+def ratio(sums: Sequence[Sums], above: str, below: str) -> tuple[float, float | None]:
+    """A ratio of two totals over documents and its standard error by linearization; ``None`` for one document.
+
+    Documents are what varies independently, not tokens.
+    """
+    numbers = np.array([[getattr(one, above), getattr(one, below)] for one in sums], np.float64)
+    total = numbers.sum(axis=0)
+    value = float(total[0] / total[1])
+    if len(sums) < 2:
+        return value, None
+    residuals = numbers[:, 0] - value * numbers[:, 1]
+    variance = len(sums) / (len(sums) - 1) * float((residuals**2).sum())
+    return value, math.sqrt(variance) / float(total[1])
+
+
+def read_texts(texts: Iterable[Path | str], text_field: str) -> Iterator[Document]:
+    """Documents of text files, each of which is one, and of JSON lines and Parquet.
+
+    Raises:
+        ValueError: There is no such file, or a document cannot be read; the message has file and line.
+    """
+    read = Read(text_field=text_field)
+    for unit in list_units(texts, read)[0]:
+        for document in read_unit(unit, read):
+            match document:
+                case Document():
+                    yield document
+                case Problem(file, line, reason):
+                    raise ValueError(f"{file}, line {line}: {reason}")
+
+
+def score(
+    model: Checkpoint,
+    copies: Sequence[Checkpoint],
+    documents: Iterable[Document],
+    *,
+    context: int,
+    stride: int,
+    on_tokens: Callable[[int], object] = int,
+    **engine: Any,
+) -> list[Scored]:
+    """Predict every token of the documents with a model and, in the same windows, with copies of it.
+
+    Args:
+        model: The model.
+        copies: Others with the same tokens, which are compared with it.
+        documents: Documents; those without a token are left out.
+        context, stride: See :func:`windows`.
+        on_tokens: Called with the number of tokens that were predicted since the last call.
+        **engine: Arguments of :meth:`btlm.engine.Engine.open`.
+
+    Returns:
+        What the model and each copy make of them, in this order.
+
+    Raises:
+        DoesNotFit, NotSupported: The engine cannot run one of them.
+        LogitsNotFinite: A model is damaged.
+        ValueError: A copy has other tokens, or the documents hold no text.
+    """
+    models = [model, *copies]
+    for copy in copies:
+        if copy.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+            raise ValueError(f"The tokens of {copy.name} are not those of {model.name}; they cannot be compared.")
+    engines = [Engine.open(one, context=context, **engine) for one in models]
+    caches = [KVCache(one.network.kernels, one.architecture, one.cache.dtype, 1, context) for one in engines]
+    scored = [Scored(one.title, Origin.of(one)) for one in models]
+    before = next(iter(sorted(engines[0].end_ids)), END_OF_TEXT_ID)
+    for document in documents:
+        ids = model.tokenizer.encode(document.text, add_special_tokens=False).ids
+        if not ids:
+            continue
+        size = len(document.text.encode("utf-8", "replace"))
+        sums = [Sums(document.id, len(ids), size, len(re.split(r"\s+", document.text))) for _ in models]
+        for one, of in zip(scored, sums, strict=True):
+            one.sums.append(of)
+        for window in windows(ids, before, context, stride):
+            _score_window(engines, caches, window, sums)
+            on_tokens(window.scored)
+    if not scored[0].sums:
+        raise ValueError("The texts hold no token; give others.")
+    return scored
+
+
+def _score_window(engines: Sequence[Engine], caches: Sequence[KVCache], window: Window, sums: Sequence[Sums]) -> None:
+    ids = np.array(window.ids, np.int64)
+    length, first = len(ids) - 1, len(ids) - 1 - window.scored  # the first position whose prediction counts
+    for cache in caches:
+        cache.begin(0, length)
+    try:
+        for start, end in _pieces(first, length, engines[0].network.max_tokens):
+            rows = np.arange(end - start if start >= first else 0)
+            segment = np.array([[0, 0, start, end - start]], np.int64)
+            reference: npt.NDArray[np.float64] | None = None
+            for engine, cache, of in zip(engines, caches, sums, strict=True):
+                logits = engine.network.forward(ids[start:end], segment, cache, rows)
+                if not len(rows):
+                    continue
+                of.nats -= float(log_probabilities(logits, ids[start + 1 : end + 1].tolist()).sum(dtype=np.float64))
+                if len(engines) == 1:
+                    continue
+                logs = _log_softmax(logits)
+                if reference is None:
+                    reference = logs
+                of.divergence += float((np.exp(reference) * (reference - logs)).sum())
+                of.same += int((logs.argmax(axis=1) == reference.argmax(axis=1)).sum())
+    finally:
+        for cache in caches:
+            cache.drop(cache.end(0, 0))
+
+
+def _pieces(first: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    """Pieces of a window: large ones for what only is read, small ones where logits are wanted."""
+    start = 0
+    while start < length:
+        end = min(first, start + most) if start < first else min(length, start + _ROWS)
+        yield start, end
+        start = end
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """fp64 ``[S, V]``."""
+    shifted: npt.NDArray[np.float64] = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
