@@ -1,12 +1,12 @@
 """Requests that share an engine: how long streams wait beside a long prompt, and what shared beginnings save.
 
-    python benchmarks/many_requests.py [--model FOLDER] [--prompt 7000] [--streams 8]
+    python benchmarks/many_requests.py [--model FOLDER] [--prompt 7000] [--streams 8] [--patience 1.6 2]
 
 At BTLM-3B's shape with random 4-bit weights, unless a folder is given:
 
 - streams: texts are being written when a long prompt arrives. The time of a step is what every stream waits for its
-  next token. It is measured before the prompt arrives and while it is read, once with the option
-  ``patience`` of the engine, which bounds the prompt tokens of a step, and once without it.
+  next token. It is measured before the prompt arrives and while it is read, with values of the option ``patience`` of
+  the engine, which bounds the prompt tokens of a step, and without it.
 - continuations: several samples of one prompt, added together, against the same requests one after the other in an
   empty engine: seconds until all have their first token, and pages of the cache that are in use.
 """
@@ -25,7 +25,6 @@ from btlm.engine import Engine, GenerationOptions
 from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
 
 SHARED = 512  # tokens of the prompt of the continuations
-PATIENCE = 2
 
 
 def steps(engine: Engine, until: Any) -> list[float]:
@@ -38,7 +37,7 @@ def steps(engine: Engine, until: Any) -> list[float]:
     return seconds
 
 
-def beside_a_long_prompt(engine: Engine, args: argparse.Namespace, bound: bool) -> str:
+def beside_a_long_prompt(engine: Engine, args: argparse.Namespace, patience: float | None) -> str:
     """A row: what streams wait before and while a long prompt is read."""
     rng = np.random.default_rng(0)
     options = GenerationOptions(max_new_tokens=args.new, lookup_tokens=0)
@@ -54,7 +53,8 @@ def beside_a_long_prompt(engine: Engine, args: argparse.Namespace, bound: bool) 
     waits = steps(engine, lambda: long.finished)
     for stream in streams:
         engine.remove(stream)
-    name = f"{args.streams} streams, {args.prompt:,} tokens {'with' if bound else 'without'} the bound"
+    bound = "without a bound" if patience is None else f"patience {patience:g}"
+    name = f"{args.streams} streams, {args.prompt:,} tokens, {bound}"
     times = [usual, statistics.median(waits), float(np.quantile(waits, 0.99)), max(waits)]
     shown = " | ".join(f"{value * 1e3:.0f}" for value in times)
     return f"| {name} | {shown} | {max(waits) / usual:.1f} | {sum(waits):.1f} |"
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=7000, help="tokens of the long prompt")
     parser.add_argument("--streams", type=int, default=8, help="number of requests that are being written")
     parser.add_argument("--steps", type=int, default=20, help="steps from which the usual wait is taken")
+    parser.add_argument("--patience", type=float, nargs="*", default=[1.6, 2], help="(default: 1.6 2)")
     parser.add_argument("--threads", type=int, default=2)
     add_smoke(parser)
     args = parser.parse_args()
@@ -111,8 +112,8 @@ def main() -> None:
 
         print("| milliseconds per step | usual | median | p99 | longest | over usual | prompt read in s |")
         print("|---|---|---|---|---|---|---|")
-        for bound in (True, False):
-            print(beside_a_long_prompt(opened(PATIENCE if bound else None), args, bound), flush=True)
+        for patience in (*args.patience, None):
+            print(beside_a_long_prompt(opened(patience), args, patience), flush=True)
         print("\n| | first tokens of all, s | pages in use |\n|---|---|---|")
         for together in (True, False):
             print(continuations(opened(None), args, together), flush=True)
