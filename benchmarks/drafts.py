@@ -1,7 +1,7 @@
 """The speed of text with a draft, as a function of how many of its guesses are right.
 
     python benchmarks/drafts.py [--model FOLDER --draft FOLDER] [--right 0 0.5 0.7 0.9] [--streams 1 4]
-    python benchmarks/drafts.py --model FOLDER --draft FOLDER --text FILE [--streams 1 4]
+    python benchmarks/drafts.py --model FOLDER --draft FOLDER --text FILE [--streams 1 4] [--guesses 1]
 
 At the shape of BTLM-3B with a draft of the sizes of Cerebras-GPT-111M (768 wide, 10 layers, 12 heads), in four bits
 with random weights, unless folders are given. The draft reads and guesses as always, which takes its time, but this
@@ -10,7 +10,8 @@ one. Each turn writes the texts once without the draft and once with it, in the 
 tokens after the first ones, until the first text ends. Printed are medians over the turns, and the ratio per turn.
 
 With ``--text`` the guesses are the draft's own: prompts come from all over a text, and each turn continues others,
-greedily and with samples.
+greedily and with samples. ``--guesses`` fixes their number per step, which otherwise follows from what they cost: with
+one guess, the share of right ones is that of the tokens on which the models agree.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, metavar="FOLDER", help="instead of a random draft")
     parser.add_argument("--right", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.9], help="shares of right guesses")
     parser.add_argument("--text", type=Path, help="text file to continue, with the guesses of the draft itself")
+    parser.add_argument("--guesses", type=int, help="guesses per step with --text (default: as many as pay)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1], help="texts at a time")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a text")
@@ -122,8 +124,12 @@ def measure_text(engine: Engine, streams: int, ids: list[int], args: argparse.Na
     places = np.linspace(0, len(ids) - args.prompt, args.turns * streams).astype(int)
     prompts = [ids[place : place + args.prompt] for place in places]
     turns = [prompts[turn :: args.turns] for turn in range(args.turns)]
+    if args.guesses is not None:
+        assert engine.draft is not None
+        engine.draft.costs.best = lambda share, most, writing: min(most, args.guesses)  # type: ignore[method-assign]
     compare(engine, turns, args.new, "its own, greedy")
-    compare(engine, turns, args.new, "its own, sampled", temperature=0.8, top_p=0.95, seed=1)
+    compare(engine, turns, args.new, "its own, temperature 1", temperature=1.0, seed=1)
+    compare(engine, turns, args.new, "its own, temperature 0.8, top-p 0.95", temperature=0.8, top_p=0.95, seed=1)
 
 
 def compare(engine: Engine, turns: Sequence[Sequence[list[int]]], new: int, title: str, **rules: Any) -> None:
