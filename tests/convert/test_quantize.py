@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,32 +21,17 @@ from btlm.convert.quantize import quantize
 from btlm.engine import Engine
 from btlm.files import locked, whole_folder
 from tests.checkpoint.tiny import byte_tokenizer, change_tensors, cut, pickle_tensors, save_tiny, set_config, tiny_model
+from tests.convert.runs import WIDE, start_slow_run
 
-# Groups of 64 divide the width; neither 64 nor 128 divides the feed-forward width.
-WIDE: dict[str, Any] = {"n_embd": 128, "n_inner": 150, "n_positions": 512, "initializer_range": 0.1}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = [5, 9, 200, 31, 7, 100, 42, 3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the processes that tests start: a copy for a text depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A checkpoint folder that tests must not change."""
     return save_tiny(tmp_path_factory.mktemp("wide"), **WIDE)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"{i} is what follows {i - 1} and comes before {i + 1}." for i in range(200)))
-    return path
 
 
 def relative(model, original):
@@ -279,23 +263,6 @@ def test_a_failure_leaves_nothing(wide, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def start_slow_run(output, source, *options, matrix=4):
-    """Run the command up to a matrix, where it waits."""
-    program = (
-        "import sys, time, torch, btlm.convert.quantize as q, btlm.cli; pack = q.pack; count = []\n"
-        "torch.set_num_threads(1)\n"
-        "def slow(*a):\n    count.append(1)\n"
-        f"    if len(count) == {matrix}: print('here', flush=True); time.sleep(60)\n"
-        "    return pack(*a)\n"
-        "q.pack = slow; sys.exit(btlm.cli.main(['quantize', *sys.argv[1:]]))"
-    )
-    command = [sys.executable, "-c", program, source, output, *options]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    assert run.stdout.readline() == "here\n"
-    return run
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_told_to_stop_takes_its_files_away(wide, tmp_path, sent, status):
@@ -313,81 +280,3 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_ends_well(wide, tmp_path
     quantize(wide, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]["bits"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-
-
-# Runs with a calibration text go on after a stop
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("deep"), **WIDE | {"n_layer": 3})
-
-
-@pytest.fixture(scope="module")
-def whole(deep, text, tmp_path_factory):
-    """The files of a copy that was written in one run."""
-    copy = tmp_path_factory.mktemp("whole") / "copy"
-    quantize(deep, copy, calibration=text)
-    return files_of(copy)
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize(("matrix", "blocks"), [(1, 0), (6, 0), (7, 1), (11, 1), (12, 2), (16, 2)])
-def test_a_killed_calibrated_run_goes_on_with_the_same_bytes(deep, text, whole, tmp_path, capfd, matrix, blocks):
-    """The table comes first, then five matrices per block."""
-    with start_slow_run(tmp_path / "copy", deep, "--calibrate", str(text), matrix=matrix) as run:
-        run.kill()
-    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert left.name == ".copy.unfinished.partial"
-    errors = quantize(deep, tmp_path / "copy", calibration=text)
-    told = capfd.readouterr().err
-    assert ("going on after" in told) == (blocks > 0)
-    assert f"going on after {blocks} of 3 blocks" in told or not blocks
-    assert "3 of 3 blocks done; about 0:00:00 left" in told
-    assert files_of(tmp_path / "copy") == whole
-    assert len(errors) == 16
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_calibrated_run_that_is_told_to_stop_keeps_what_is_done(deep, text, whole, tmp_path, sent, status):
-    with start_slow_run(tmp_path / "copy", deep, "--calibrate", str(text), matrix=13) as run:
-        run.send_signal(sent)
-        assert run.wait(60) == status
-        assert "2 of 3 blocks are done, and the same command goes on after them; remove" in run.stderr.read()
-    with start_slow_run(tmp_path / "copy", deep, "--calibrate", str(text), matrix=2) as run:
-        run.kill()  # a later stop, in the next block: nothing is lost
-    quantize(deep, tmp_path / "copy", calibration=text)
-    assert files_of(tmp_path / "copy") == whole
-    with start_slow_run(tmp_path / "other", deep, "--calibrate", str(text), matrix=3) as run:
-        run.send_signal(sent)
-        assert run.wait(60) == status
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-
-
-@pytest.mark.parametrize("change", ["text", "bits", "weights", "record", "file"])
-def test_what_an_earlier_run_left_of_something_else_is_not_used(deep, text, tmp_path, capfd, change):
-    source, other_text = tmp_path / "source", tmp_path / "text.txt"
-    shutil.copytree(deep, source)
-    other_text.write_text(text.read_text())
-    with start_slow_run(tmp_path / "copy", source, "--calibrate", str(other_text), matrix=8) as run:
-        run.kill()
-    left, bits = tmp_path / ".copy.unfinished.partial", 4
-    if change == "text":
-        other_text.write_text(text.read_text()[::-1])
-    elif change == "bits":
-        bits = 8
-    elif change == "weights":
-        change_tensors(source, lambda tensors: tensors | {"transformer.h.1.mlp.c_fc.bias": torch.ones(150)})
-    elif change == "record":
-        cut(left / "unfinished.safetensors", 0.9)
-    else:
-        (left / "model.safetensors").unlink()
-    quantize(source, tmp_path / "copy", calibration=other_text, bits=bits)
-    assert "starting anew" in capfd.readouterr().err
-    quantize(source, tmp_path / "fresh", calibration=other_text, bits=bits)
-    assert files_of(tmp_path / "copy") == files_of(tmp_path / "fresh")

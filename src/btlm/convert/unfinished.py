@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from btlm.console import gigabytes, note, plural
+from btlm.errors import DoesNotFit
 from btlm.files import PARTIAL, finish_folder, naming_full_disk, sync, whole_file
 
 WEIGHTS = "model.safetensors"
@@ -65,7 +66,8 @@ def unfinished_copy(path: Path, key: Mapping[str, Any], num_blocks: int) -> Iter
     """Yield the folder that becomes ``path`` when the context ends without an error; the caller has locked ``path``.
 
     What an earlier run has left is taken up if its key is the same, and removed otherwise. If the context ends with an
-    error, or the process is killed, the folder stays as soon as one block is in it.
+    error, or the process is killed, the folder stays as soon as one block is in it; only after a ``ValueError`` other
+    than ``DoesNotFit`` it is removed, since the same command would end in the same way.
 
     Args:
         path: The copy.
@@ -77,7 +79,8 @@ def unfinished_copy(path: Path, key: Mapping[str, Any], num_blocks: int) -> Iter
         if copy.load():
             note(f"going on after {copy.blocks} of {plural(num_blocks, 'block')}, which an earlier run has left")
         else:
-            note("starting anew: what an earlier run has left is of other weights, text, options or versions")
+            if (copy.folder / _STATE).exists():  # else that run had not finished a block
+                note("starting anew: what an earlier run has left is of other weights, text, options or versions")
             shutil.rmtree(copy.folder)
     copy.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -85,8 +88,9 @@ def unfinished_copy(path: Path, key: Mapping[str, Any], num_blocks: int) -> Iter
             yield copy
             (copy.folder / _STATE).unlink(missing_ok=True)
             finish_folder(copy.folder, path)
-    except BaseException:
-        if copy.blocks:
+    except BaseException as error:
+        again = isinstance(error, ValueError) and not isinstance(error, DoesNotFit)
+        if copy.blocks and not again:
             size = sum(file.stat().st_size for file in copy.folder.iterdir())
             note(
                 f"{copy.blocks} of {plural(num_blocks, 'block')} are done, and the same command goes on after them; "
