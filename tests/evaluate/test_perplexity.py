@@ -1,8 +1,10 @@
 """`btlm perplexity` against the same windows in plain torch."""
 
+import hashlib
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from btlm.evaluate.options import Perplexity
 from btlm.evaluate.perplexity import Sums, ratio, windows
 from btlm.evaluate.perplexity_command import run_perplexity
 from btlm.evaluate.results import read_results
-from tests.checkpoint.tiny import save_tiny
+from tests.checkpoint.tiny import save_tiny, set_config
 
 TEXTS = ["One text of several words, and one sentence more.", "Another  text.\n" * 9, "é ü 漢字 and so on"]
 SIZES = {"n_embd": 128, "n_inner": 150, "n_positions": 512, "initializer_range": 0.1}
@@ -135,6 +137,45 @@ def test_results_are_written_with_what_they_depend_on(model, texts, tmp_path, ca
     assert {row.metric for row in rows} >= {"perplexity", "bits_per_byte", "word_perplexity"}
     assert all(row.partial and len(row.model_sha256) == 64 and row.settings["context"] == 2048 for row in rows)
     assert all(row.standard_error is not None for row in rows if row.metric != "tokens_per_byte")
+    digests = "".join(hashlib.sha256(text.encode()).hexdigest() for text in TEXTS[:2])
+    assert all(row.settings["text_sha256"] == hashlib.sha256(digests.encode()).hexdigest() for row in rows)
+    assert all(row.settings["texts"] == [str(texts)] for row in rows)
+
+
+@pytest.mark.parametrize(("limit", "partial"), [(2, True), (3, False), (4, False)])
+def test_results_are_partial_only_if_a_text_was_left_out(model, texts, capsys, limit, partial):
+    """There are three texts, and an empty one, which is none."""
+    rows = run_perplexity(model, [texts], Perplexity(limit=limit))
+    assert {row.partial for row in rows} == {partial}
+    assert ("partial" in capsys.readouterr().out) == partial
+
+
+def test_texts_are_made_tokens_once(model, texts, monkeypatch):
+    read = []
+
+    class Counting:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def encode(self, text, **options):
+            read.append(text)
+            return self.tokenizer.encode(text, **options)
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+    checkpoint = Checkpoint.open(model)
+    monkeypatch.setitem(vars(checkpoint), "tokenizer", Counting(checkpoint.tokenizer))
+    run_perplexity(checkpoint, [texts], Perplexity())
+    assert read == [*TEXTS, ""]
+
+
+def test_a_model_without_an_end_of_text(model, texts, tmp_path):
+    shutil.copytree(model, tmp_path / "endless")
+    set_config(tmp_path / "endless", eos_token_id=None)
+    (tmp_path / "endless" / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"endless has no end of text, .*; set eos_token_id in its config\.json"):
+        run_perplexity(tmp_path / "endless", [texts])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Perplexity:
         context: Tokens that a model reads at a time, at most.
         stride: Tokens that are predicted at a time, at most (default: the context); fewer give each of them more
             context, and take more time.
-        limit: Number of documents to read, at most; the results are marked as partial.
+        limit: Number of documents to measure, at most; the results are marked as partial if there are more.
         text_field: Field of JSON lines and Parquet that holds the text.
         cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
             the dtype of the weights.

@@ -6,6 +6,7 @@ document, every token is predicted once, and the last window of a document is a 
 Letters: W windows, T tokens of a window, S of them that it scores, V vocabulary.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,18 +16,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from btlm.checkpoint.open import Checkpoint
 from btlm.data.documents import Document, Problem, list_units, read_unit
 from btlm.data.recipe import Read
-from btlm.engine.cache import KVCache
 from btlm.engine.engine import Engine
+from btlm.engine.network import LOGIT_ROWS
 from btlm.engine.sampling import log_probabilities
-from btlm.model.architecture_btlm import END_OF_TEXT_ID
 
 from .results import Origin, Result
 
-_ROWS = 64  # logits in memory at a time, per model
+
+class Text(NamedTuple):
+    """A document in tokens.
+
+    Args:
+        name: Name of the document.
+        ids: Tokens, ``[T]``, int32, at least one.
+        bytes, words: Sizes of it; words are what white space separates, as in lm-evaluation-harness.
+        sha256: Digest of its UTF-8, in hexadecimal.
+    """
+
+    name: str
+    ids: npt.NDArray[np.int32]
+    bytes: int
+    words: int
+    sha256: str
 
 
 class Window(NamedTuple):
@@ -64,7 +80,7 @@ class Sums:
 
     Args:
         name: Name of the document.
-        tokens, bytes, words: Sizes of it; words are what white space separates, as in lm-evaluation-harness.
+        tokens, bytes, words: Sizes of it; see :class:`Text`.
 
     Attributes:
         nats: Negative log-likelihood.
@@ -155,22 +171,37 @@ def read_texts(texts: Iterable[Path | str], text_field: str) -> Iterator[Documen
                     raise ValueError(f"{file}, line {line}: {reason}")
 
 
+def in_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Text]:
+    """Documents in tokens; those without a token are left out."""
+    for document in documents:
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+        if ids:
+            content = document.text.encode("utf-8", "replace")
+            words = len(re.split(r"\s+", document.text))
+            yield Text(document.id, np.array(ids, np.int32), len(content), words, hashlib.sha256(content).hexdigest())
+
+
+def texts_digest(texts: Iterable[Text]) -> str:
+    """SHA-256 of texts: of their digests in their order."""
+    return hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()
+
+
 def score(
     model: Checkpoint,
     copies: Sequence[Checkpoint],
-    documents: Iterable[Document],
+    texts: Sequence[Text],
     *,
     context: int,
     stride: int,
     on_tokens: Callable[[int], object] = int,
     **engine: Any,
 ) -> list[Scored]:
-    """Predict every token of the documents with a model and, in the same windows, with copies of it.
+    """Predict every token of texts with a model and, in the same windows, with copies of it.
 
     Args:
         model: The model.
         copies: Others with the same tokens, which are compared with it.
-        documents: Documents; those without a token are left out.
+        texts: In tokens of the model.
         context, stride: See :func:`windows`.
         on_tokens: Called with the number of tokens that were predicted since the last call.
         **engine: Arguments of :meth:`btlm.engine.Engine.open`.
@@ -181,44 +212,44 @@ def score(
     Raises:
         DoesNotFit, NotSupported: The engine cannot run one of them.
         LogitsNotFinite: A model is damaged.
-        ValueError: A copy has other tokens, or the documents hold no text.
+        ValueError: A copy has other tokens, the model has no end of text, or there are no texts.
     """
     models = [model, *copies]
     for copy in copies:
         if copy.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise ValueError(f"The tokens of {copy.name} are not those of {model.name}; they cannot be compared.")
+    if not texts:
+        raise ValueError("The texts hold no token; give others.")
+    if not model.end_ids:
+        raise ValueError(
+            f"{model.name} has no end of text, which comes before the first token of each document; set eos_token_id "
+            "in its config.json."
+        )
+    before = min(model.end_ids)
     engines = [Engine.open(one, context=context, **engine) for one in models]
-    caches = [KVCache(one.network.kernels, one.architecture, one.cache.dtype, 1, context) for one in engines]
     scored = [Scored(one.title, Origin.of(one)) for one in models]
-    before = next(iter(sorted(engines[0].end_ids)), END_OF_TEXT_ID)
-    for document in documents:
-        ids = model.tokenizer.encode(document.text, add_special_tokens=False).ids
-        if not ids:
-            continue
-        size = len(document.text.encode("utf-8", "replace"))
-        sums = [Sums(document.id, len(ids), size, len(re.split(r"\s+", document.text))) for _ in models]
+    for text in texts:
+        sums = [Sums(text.name, len(text.ids), text.bytes, text.words) for _ in models]
         for one, of in zip(scored, sums, strict=True):
             one.sums.append(of)
-        for window in windows(ids, before, context, stride):
-            _score_window(engines, caches, window, sums)
+        for window in windows(text.ids.tolist(), before, context, stride):
+            _score_window(engines, window, sums)
             on_tokens(window.scored)
-    if not scored[0].sums:
-        raise ValueError("The texts hold no token; give others.")
     return scored
 
 
-def _score_window(engines: Sequence[Engine], caches: Sequence[KVCache], window: Window, sums: Sequence[Sums]) -> None:
+def _score_window(engines: Sequence[Engine], window: Window, sums: Sequence[Sums]) -> None:
     ids = np.array(window.ids, np.int64)
     length, first = len(ids) - 1, len(ids) - 1 - window.scored  # the first position whose prediction counts
-    for cache in caches:
-        cache.begin(0, length)
+    for engine in engines:
+        engine.cache.begin(0, length)
     try:
         for start, end in _pieces(first, length, engines[0].network.max_tokens):
             rows = np.arange(end - start if start >= first else 0)
             segment = np.array([[0, 0, start, end - start]], np.int64)
             reference: npt.NDArray[np.float64] | None = None
-            for engine, cache, of in zip(engines, caches, sums, strict=True):
-                logits = engine.network.forward(ids[start:end], segment, cache, rows)
+            for engine, of in zip(engines, sums, strict=True):
+                logits = engine.network.forward(ids[start:end], segment, engine.cache, rows)
                 if not len(rows):
                     continue
                 of.nats -= float(log_probabilities(logits, ids[start + 1 : end + 1].tolist()).sum(dtype=np.float64))
@@ -230,15 +261,15 @@ def _score_window(engines: Sequence[Engine], caches: Sequence[KVCache], window: 
                 of.divergence += float((np.exp(reference) * (reference - logs)).sum())
                 of.same += int((logs.argmax(axis=1) == reference.argmax(axis=1)).sum())
     finally:
-        for cache in caches:
-            cache.drop(cache.end(0, 0))
+        for engine in engines:
+            engine.cache.end(0, 0)
 
 
 def _pieces(first: int, length: int, most: int) -> Iterator[tuple[int, int]]:
     """Pieces of a window: large ones for what only is read, small ones where logits are wanted."""
     start = 0
     while start < length:
-        end = min(first, start + most) if start < first else min(length, start + _ROWS)
+        end = min(first, start + most) if start < first else min(length, start + LOGIT_ROWS)
         yield start, end
         start = end
 

@@ -15,7 +15,7 @@ from btlm.console import plural, progress_bars
 from btlm.files import naming_full_disk
 
 from .options import Perplexity
-from .perplexity import Scored, read_texts, score
+from .perplexity import Scored, in_tokens, read_texts, score, texts_digest
 from .results import Result, write_results
 
 
@@ -43,16 +43,19 @@ def run_perplexity(
     options = options or Perplexity()
     checkpoint = open_checkpoint(model, base)
     copies = [Checkpoint.open(copy) for copy in options.compare]
-    documents = list(islice(read_texts(texts, options.text_field), options.limit))
-    partial = options.limit is not None and len(documents) == options.limit
+    found = in_tokens(read_texts(texts, options.text_field), checkpoint.tokenizer)
+    if options.limit is None:
+        measured, partial = list(found), False
+    else:
+        measured = list(islice(found, options.limit))
+        partial = next(found, None) is not None
     stride = options.stride or options.context
     with progress_bars() as progress:
-        size = sum(len(checkpoint.tokenizer.encode(one.text, add_special_tokens=False).ids) for one in documents)
-        task = progress.add_task("predict", total=size)
+        task = progress.add_task("predict", total=sum(len(text.ids) for text in measured))
         scored = score(
             checkpoint,
             copies,
-            documents,
+            measured,
             context=options.context,
             stride=stride,
             on_tokens=lambda number: progress.advance(task, number),
@@ -60,7 +63,13 @@ def run_perplexity(
             kernels=options.kernels,
             threads=options.threads,
         )
-    settings = {"context": options.context, "stride": stride, "cache_dtype": options.cache_dtype}
+    settings = {
+        "texts": [str(text) for text in texts],
+        "text_sha256": texts_digest(measured),
+        "context": options.context,
+        "stride": stride,
+        "cache_dtype": options.cache_dtype,
+    }
     rows = [
         row for one in scored for row in one.results(settings, None if one is scored[0] else scored[0], partial=partial)
     ]
