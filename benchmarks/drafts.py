@@ -27,7 +27,7 @@ from tiny_inputs import SIZES, add_smoke
 
 from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions
-from btlm.engine.scheduler import Request
+from btlm.engine.request import Request
 from btlm.evaluate.random_checkpoint import SHAPES, write_random_model
 from btlm.generate.text import encode
 

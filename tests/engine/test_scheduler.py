@@ -23,8 +23,9 @@ from btlm.checkpoint import Checkpoint
 from btlm.engine import Engine, GenerationOptions, Request
 from btlm.engine.cache import KVCache, common_prefix
 from btlm.engine.network import Network
+from btlm.engine.request import Token
 from btlm.engine.sampling import Sampler, log_probabilities
-from btlm.engine.scheduler import Scheduler, Token
+from btlm.engine.scheduler import Scheduler
 from btlm.errors import EngineFull, NothingAllowed, RequestCancelled
 from btlm.kernels import load_kernels, num_pages
 from btlm.kernels.arrays import DTYPES

@@ -11,8 +11,8 @@ from .options import GenerationOptions
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .scheduler import Request, Token
+    from .request import Request, Token
 
 __all__ = ["Engine", "GenerationOptions", "Request", "Token"]
 
-__getattr__, __dir__ = lazy.names(__name__, {"Engine": ".engine", "Request": ".scheduler", "Token": ".scheduler"})
+__getattr__, __dir__ = lazy.names(__name__, {"Engine": ".engine", "Request": ".request", "Token": ".request"})

@@ -23,8 +23,9 @@ from .draft import Draft, check_draft, check_tokens
 from .memory import available_memory
 from .network import LOGIT_ROWS, Network, activation_bytes, weight_dtype
 from .options import GenerationOptions
+from .request import Request, Token
 from .sampling import Mask
-from .scheduler import Request, Scheduler, Token
+from .scheduler import Scheduler
 from .supported import check_positions, supported
 
 
