@@ -4,13 +4,13 @@ They were measured zero-shot with lm-evaluation-harness 0.3 by Stability AI (``S
 ``evals``); other versions of the harness have other prompts for some tasks.
 """
 
-SOURCE = "Stability-AI/StableLM, evals: lm-evaluation-harness 0.3, zero-shot"
+SOURCE = "Stability-AI/StableLM, evals: lm-evaluation-harness 0.3, zero-shot; MMLU, HumanEval: other public runs"
 
-_COLUMNS = (
-    "arc_challenge acc, arc_challenge acc_norm, arc_easy acc, arc_easy acc_norm, boolq acc, hellaswag acc, "
-    "hellaswag acc_norm, lambada_openai acc, lambada_openai perplexity, openbookqa acc, openbookqa acc_norm, piqa acc, "
-    "piqa acc_norm, sciq acc, sciq acc_norm, social_iqa acc, social_iqa acc_norm, truthfulqa_mc2 acc, winogrande acc"
-).split(", ")
+_COLUMNS = """
+arc_challenge acc, arc_challenge acc_norm, arc_easy acc, arc_easy acc_norm, boolq acc, hellaswag acc,
+hellaswag acc_norm, lambada_openai acc, lambada_openai perplexity, openbookqa acc, openbookqa acc_norm, piqa acc,
+piqa acc_norm, sciq acc, sciq acc_norm, social_iqa acc, social_iqa acc_norm, truthfulqa_mc2 acc, winogrande acc
+"""
 # In percent, perplexity excepted; "-" is not published.
 _ROWS = """
 BTLM-3B-8k           34.9 37.6 70.5 67.1 69.6 51.8 69.8 66.2 4.72 27.6 40.8 75.8 77.2 92.9 89.5 42.8 46.1 36.0 65.0
@@ -29,9 +29,9 @@ def _read() -> dict[str, dict[tuple[str, str], float]]:
     models = {}
     for line in _ROWS.strip().splitlines():
         model, *values = line.split()
-        keys = [(task, metric) for task, metric in (column.split() for column in _COLUMNS)]
+        keys = [(task, metric) for task, metric in (column.split() for column in _COLUMNS.split(","))]
         models[model] = {key: float(value) for key, value in zip(keys, values, strict=True) if value != "-"}
-    # Other public runs of the model.
+    # Other public runs of the model, which do not say how they asked.
     models["BTLM-3B-8k"] |= {("mmlu", "acc"): 28.01, ("humaneval", "pass@1"): 10.98}
     return models
 
