@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "write a model with its adapters merged in",
     "quantize": "write a copy of a model in four or eight bits",
     "export-gguf": "write a model for llama.cpp",
+    "eval": "ask a model the questions of benchmarks",
     "perplexity": "measure how well models predict texts",
     "bench": "measure memory and speed of models",
     "train": "train a model by a recipe",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from btlm.engine.options import Threads
 from btlm.errors import OptionError
-from btlm.settings import NOT_EMPTY, Count, Range, check
+from btlm.settings import NOT_EMPTY, Count, Range, Whole, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +69,41 @@ class Perplexity:
             raise OptionError(
                 "{stride} is {}, longer than the {} of {context}; give a shorter one.", self.stride, self.context
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """What `btlm eval` asks a model.
+
+    Args:
+        suite: Suites (table1, table2, other), and tasks, groups and tags of lm-evaluation-harness.
+        data: Folder of local files TASK_SPLIT.jsonl, such as piqa_validation.jsonl; without it, data come from the
+            Hugging Face Hub.
+        include: Folder of further tasks, as YAML files of lm-evaluation-harness.
+        shots: Number of examples before a question (default: that of the paper, or of the task).
+        limit: Number of questions per task, at most; the results are marked as partial.
+        reference: Models whose published scores are shown beside.
+        context: Tokens that the model reads at a time, at most (default: n_positions of the model).
+        cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
+            the dtype of the weights.
+        kernels: Kernels of the engine: native, torch, an instruction set, or auto.
+        threads: Number of threads (default: one per core).
+        output: File that receives the results, as JSON; answers are kept beside it, so that the same command goes on
+            after a stop.
+    """
+
+    suite: Annotated[tuple[str, ...], NOT_EMPTY, "NAME"] = ("table1",)
+    data: Annotated[str, "FOLDER"] | None = None
+    include: Annotated[str, "FOLDER"] | None = None
+    shots: Whole | None = None
+    limit: Count | None = None
+    reference: Annotated[tuple[str, ...], "MODEL"] = ("BTLM-3B-8k",)
+    context: Count | None = None
+    cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    kernels: Annotated[str, "KERNELS"] = "auto"
+    threads: Threads | None = None
+    output: Annotated[str, "FILE"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)

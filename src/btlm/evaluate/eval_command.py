@@ -1,0 +1,225 @@
+"""The command `btlm eval`: asks a model the questions of tasks, prints a table, writes `results.json`."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from btlm.checkpoint.adapter import open_checkpoint
+from btlm.checkpoint.open import Checkpoint
+from btlm.console import progress_bars, warn
+from btlm.errors import OptionError
+from btlm.files import locked, naming_full_disk
+from btlm.settings import did_you_mean
+
+from .journal import Journal
+from .options import Eval
+from .reference import REFERENCES, SOURCE
+from .results import Origin, Result, write_results
+from .suites import TASKS
+
+_BOOTSTRAP = 1000  # samples, for the standard errors that have no formula
+_KINDS = {"score": "score answers", "write": "write answers"}
+
+
+def run_eval(
+    model: Checkpoint | Path | str, options: Eval | None = None, *, base: Path | str | None = None
+) -> list[Result]:
+    """Ask a model the questions of tasks, and print a table to standard output.
+
+    With an output, every answer is kept beside it until the results are written, so that the same command goes on where
+    a killed one stopped.
+
+    Args:
+        model: An open checkpoint, its folder, its id on the Hugging Face Hub, or a folder of adapters.
+        options: What to ask.
+        base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
+
+    Returns:
+        Rows for `results.json`, one per task and metric.
+
+    Raises:
+        ValueError: One line that says what cannot be used, and what to do.
+    """
+    options = options or Eval()
+    for name in options.reference:
+        if name not in REFERENCES:
+            near = did_you_mean(name, REFERENCES) or f"; the models are {', '.join(REFERENCES)}."
+            raise OptionError("{reference} has {}, for which no scores are known{}", name, near)
+    checkpoint = open_checkpoint(model, base)
+    checkpoint.architecture  # noqa: B018  # a folder that is no model is told at once
+
+    from .harness_model import EngineLM  # these import lm_eval
+    from .harness_tasks import load_tasks, offline, quiet_harness
+
+    output = None if options.output is None else Path(options.output)
+    path = None if output is None else output.with_name(f"{output.name}.journal")
+    with ExitStack() as stack:
+        stack.enter_context(quiet_harness())
+        if options.data is not None:
+            stack.enter_context(offline())
+        if output is not None:
+            stack.enter_context(locked(output))
+        loaded = stack.enter_context(
+            load_tasks(options.suite, data=_path(options.data), include=_path(options.include), shots=options.shots)
+        )
+        journal = stack.enter_context(Journal(path))
+        lm = EngineLM(
+            checkpoint,
+            max_length=options.context,
+            cache_dtype=options.cache_dtype,
+            kernels=options.kernels,
+            threads=options.threads,
+            journal=journal,
+            on_tokens=stack.enter_context(_progress()),
+        )
+        found = _evaluate(lm, loaded.tasks, options.limit)
+        settings = {"context": lm.max_length, "cache_dtype": lm.engine.cache.dtype}
+        rows = list(_rows(found, Origin.of(checkpoint), settings, loaded.data_sha256))
+        Console().print(eval_table(rows, loaded.leaves, options.reference))
+        if output is not None:
+            with naming_full_disk(output):
+                write_results(output, rows)
+            journal.close()
+            if path is not None:
+                path.unlink()
+    return rows
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _evaluate(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process, which has threads
+    try:
+        with redirect_stdout(StringIO()):
+            found: dict[str, Any] = evaluate(
+                lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
+            )
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    with progress_bars() as progress:
+        bars: dict[str, Any] = {}
+
+        def tell(kind: str, tokens: int, total: int) -> None:
+            if kind not in bars:
+                bars[kind] = progress.add_task(_KINDS[kind], total=total)
+            progress.advance(bars[kind], tokens)
+
+        yield tell
+
+
+def _rows(
+    found: Mapping[str, Any], origin: Origin, settings: Mapping[str, Any], data: Mapping[str, list[str]]
+) -> Iterator[Result]:
+    """One row per task or group, metric and filter."""
+    sizes, children = found["n-samples"], found["group_subtasks"]
+
+    def partial(name: str) -> bool:
+        below = children.get(name)
+        return any(map(partial, below)) if below else sizes[name]["effective"] < sizes[name]["original"]
+
+    def shots(name: str) -> int | None:
+        of = {shots(one) for one in children.get(name, ())} or {found["n-shot"].get(name)}
+        return of.pop() if len(of) == 1 else None
+
+    for name, figures in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in figures.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                warn(f"{metric} of {name} is {value}, which is no result; it is left out.")
+                continue
+            error = figures.get(f"{metric}_stderr,{filtered}")
+            of = {**settings, "task_version": found["versions"].get(name)}
+            of |= {"filter": filtered} if filtered != "none" else {}
+            of |= {"data_sha256": data[name]} if name in data else {}
+            yield origin.result(
+                name,
+                metric,
+                float(value),
+                "",
+                int(figures.get("sample_len") or sizes[name]["effective"]),
+                standard_error=float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
+                shots=shots(name),
+                partial=partial(name),
+                settings=of,
+            )
+
+
+# The table
+
+
+def eval_table(rows: Sequence[Result], leaves: Mapping[str, Sequence[str]], references: Sequence[str] = ()) -> Table:
+    """Rows as a table for people: per task the metric of the paper, beside published scores.
+
+    Args:
+        rows: The results.
+        leaves: What was asked for, with the tasks that each stands for.
+        references: Models of :data:`btlm.evaluate.reference.REFERENCES`.
+    """
+    shown = [row for name, below in leaves.items() for row in _of(rows, name, below)]
+    known = [name for name in references if any((row.name, row.metric) in REFERENCES[name] for row in shown)]
+    caption = "scores in percent, perplexity excepted; ± is the standard error"
+    if known:
+        caption += f"; * differs by more than that\n{SOURCE}"
+    if any(row.partial for row in rows):
+        caption = f"partial: only the first questions of a task were asked; {caption}"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
+    for title in ("task", "metric"):
+        table.add_column(title, overflow="fold")
+    for title in ("shots", "n", "score", *known):
+        table.add_column(title, justify="right")
+    for row in shown:
+        score = _shown(row, row.value)
+        error = "" if row.standard_error is None else f" ± {_shown(row, row.standard_error)}"
+        shots, mark = "" if row.shots is None else str(row.shots), " partial" if row.partial else ""
+        beside = [_beside(row, REFERENCES[name].get((row.name, row.metric))) for name in known]
+        table.add_row(Text(row.name), Text(row.metric), shots, f"{row.n:,}{mark}", f"{score}{error}", *beside)
+    return table
+
+
+def _of(rows: Sequence[Result], name: str, below: Sequence[str]) -> list[Result]:
+    """What is shown of a task or group: the paper's metric, or the first one; of a tag, that of its tasks."""
+    of = [row for row in rows if row.name == name] or [row for row in rows if row.name in below]
+    metric = TASKS[name].metric if name in TASKS else ""
+    found = [row for row in of if row.metric == metric]
+    return found or [row for i, row in enumerate(of) if i == 0 or of[i - 1].name != row.name]
+
+
+def _scale(row: Result) -> float:
+    return 1.0 if "perplexity" in row.metric else 100.0
+
+
+def _shown(row: Result, value: float) -> str:
+    return f"{value * _scale(row):,.2f}"
+
+
+def _beside(row: Result, published: float | None) -> str:
+    """A published score and the difference to it, with a star where it is beyond the standard error."""
+    if published is None:
+        return ""
+    difference = row.value * _scale(row) - published
+    beyond = row.standard_error is not None and abs(difference) > row.standard_error * _scale(row)
+    return f"{published:g} ({difference:+.1f}{'*' if beyond else ''})"
