@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from btlm.checkpoint import load_model
+from btlm.checkpoint import BUNDLED_MODEL, load_model
 from btlm.errors import NotSupported
 from btlm.evaluate.harness_model import EngineLM
 from btlm.evaluate.journal import Journal
@@ -31,6 +31,11 @@ def theirs(folder):
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def bundled_model():
+    return EngineLM(BUNDLED_MODEL)
 
 
 def asked(*arguments):
@@ -105,6 +110,20 @@ def test_continuations_are_those_of_the_harness(ours, theirs):
     written = ours.generate_until(requests)
     assert written == theirs.generate_until(requests, disable_tqdm=True)
     assert len(set(map(len, written))) > 2
+
+
+def test_texts_are_cut_where_their_tokens_are_those_of_the_parts(bundled_model):
+    tokenizer = bundled_model._tokenizer
+    for text in (
+        "One.\n\nTwo.\n\n\nThree",
+        "\n\nA\n\n  B \n\n",
+        " \n\n \n\nx",
+        "a\n\n<|endoftext|>\n\nb",
+        "é\n\n漢字\n\n'll 12\n\n34",
+        "",
+    ):
+        assert bundled_model.tok_encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert bundled_model._encode.cache_info().currsize > 10
 
 
 def test_samples_follow_from_the_request_and_its_repetition(folder):

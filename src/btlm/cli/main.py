@@ -19,6 +19,8 @@ COMMANDS = {
     "quantize": "write a copy of a model in four or eight bits",
     "export-gguf": "write a model for llama.cpp",
     "eval": "ask a model the questions of benchmarks",
+    "eval-positions": "measure the loss by position, beyond the training length",
+    "eval-needle": "measure whether a model finds facts in its context",
     "perplexity": "measure how well models predict texts",
     "bench": "measure memory and speed of models",
     "train": "train a model by a recipe",

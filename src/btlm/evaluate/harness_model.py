@@ -7,6 +7,7 @@ cache, and computes it once.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
 
 from btlm.checkpoint.open import Checkpoint
 from btlm.engine.engine import Engine
@@ -32,6 +34,8 @@ from .results import model_digest
 
 # Requests that are under way together, and tokens in their cache, unless one request needs more.
 _REQUESTS, _CACHE_TOKENS = 32, 8192
+# The end of a paragraph. Examples before a question end there, and their tokens are kept.
+_PARAGRAPH = re.compile(r"(?<=\S)(?=\n\n)")
 # Options of a continuation that the engine has under the same name.
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size")
 
@@ -91,7 +95,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hints
         self._model_key = " ".join(
             (self._sha256, self.engine.cache.dtype, self.engine.network.kernels.name, version("btlm"))
         )
-        self._encode = lru_cache(maxsize=4096)(self._encode_text)
+        self._encode = lru_cache(maxsize=4096)(self._encode_piece)
+        self._splits = _splits_at_spaces(self._tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -105,7 +110,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hints
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; nothing is added to it."""
-        return list(self._encode(string))
+        pieces = _PARAGRAPH.split(string) if self._splits else [string]
+        return [token for piece in pieces for token in self._encode(piece)]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes about the model beside its results."""
@@ -249,7 +255,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hints
     def _key(self, kind: str, ids: bytes, more: object) -> str:
         return hashlib.sha256(f"{self._model_key} {kind} {more} ".encode() + ids).hexdigest()
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
+    def _encode_piece(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _decode(self, ids: Iterable[int]) -> str:
@@ -331,6 +337,14 @@ class _Write:
         # Several tokens may be new after a step with guesses, and the first ones may begin within a character.
         end = self.decode(ids[-(longest + 20) :])
         return any(stop in end for stop in self.until if stop)
+
+
+def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether a text cut between a character and a space has the tokens of its parts, as with the rule of GPT-2."""
+    content = json.loads(tokenizer.to_str())
+    rule = content["pre_tokenizer"] or {}
+    plain = content["normalizer"] is None and not rule.get("add_prefix_space", True)
+    return plain and rule["type"] == "ByteLevel" and rule.get("use_regex", True)
 
 
 def _packed(ids: Sequence[int]) -> bytes:

@@ -107,3 +107,76 @@ class Eval:
     def __post_init__(self) -> None:
         """Check the values."""
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What `btlm eval-positions` measures.
+
+    Args:
+        length: Tokens of a window (default: four times the training length).
+        scalings: Position interpolations: none, dynamic (the factor of the window's length, for all of its positions),
+            and fixed factors.
+        train_length: Tokens of the longest texts that the model was trained on (default: n_positions of the model).
+        windows: Number of windows, at most; they are spread evenly over the texts.
+        bin: Tokens of a bin (default: a sixteenth of the length).
+        text_field: Field of JSON lines and Parquet that holds the text.
+        cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
+            the dtype of the weights.
+        kernels: Kernels of the engine: native, torch, an instruction set, or auto.
+        threads: Number of threads (default: one per core).
+        plot: File that receives the plot, as PNG.
+        output: File that receives the results, as JSON.
+    """
+
+    length: Count | None = None
+    scalings: Annotated[tuple[str, ...], NOT_EMPTY, "SCALING"] = ("none", "2", "dynamic")
+    train_length: Count | None = None
+    windows: Count = 8
+    bin: Count | None = None
+    text_field: str = "text"
+    cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    kernels: Annotated[str, "KERNELS"] = "auto"
+    threads: Threads | None = None
+    plot: Annotated[str, "FILE"] | None = None
+    output: Annotated[str, "FILE"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle:
+    """What `btlm eval-needle` asks.
+
+    Args:
+        lengths: Tokens of a question (default: an eighth, a quarter, a half and all of n_positions).
+        depths: Places of the fact in percent, from 0, the beginning, to 100.
+        trials: Number of questions per length and depth.
+        answers: Number of answers to choose from; chance is one of them.
+        text: Files and folders with the text in which facts are hidden (default: the sentences of passkey retrieval).
+        seed: Seed of the questions.
+        cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
+            the dtype of the weights.
+        kernels: Kernels of the engine: native, torch, an instruction set, or auto.
+        threads: Number of threads (default: one per core).
+        plot: File that receives the heat map, as PNG.
+        output: File that receives the results, as JSON.
+    """
+
+    lengths: Annotated[tuple[Count, ...], NOT_EMPTY] | None = None
+    depths: Annotated[tuple[Annotated[int, Range(0, 100)], ...], NOT_EMPTY] = (0, 25, 50, 75, 100)
+    trials: Count = 20
+    answers: Annotated[int, Range(2, 1000)] = 10
+    text: Annotated[tuple[str, ...], "TEXT"] = ()
+    seed: Whole = 0
+    cache_dtype: Annotated[str, "DTYPE"] = "auto"
+    kernels: Annotated[str, "KERNELS"] = "auto"
+    threads: Threads | None = None
+    plot: Annotated[str, "FILE"] | None = None
+    output: Annotated[str, "FILE"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self)

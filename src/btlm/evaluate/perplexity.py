@@ -181,6 +181,20 @@ def in_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[T
             yield Text(document.id, np.array(ids, np.int32), len(content), words, hashlib.sha256(content).hexdigest())
 
 
+def begin_of_text(model: Checkpoint) -> int:
+    """The token that comes before the first one of a document, end-of-text.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    if not model.end_ids:
+        raise ValueError(
+            f"{model.name} has no end of text, which comes before the first token of each document; set eos_token_id "
+            "in its config.json."
+        )
+    return min(model.end_ids)
+
+
 def texts_digest(texts: Iterable[Text]) -> str:
     """SHA-256 of texts: of their digests in their order."""
     return hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()
@@ -220,12 +234,7 @@ def score(
             raise ValueError(f"The tokens of {copy.name} are not those of {model.name}; they cannot be compared.")
     if not texts:
         raise ValueError("The texts hold no token; give others.")
-    if not model.end_ids:
-        raise ValueError(
-            f"{model.name} has no end of text, which comes before the first token of each document; set eos_token_id "
-            "in its config.json."
-        )
-    before = min(model.end_ids)
+    before = begin_of_text(model)
     engines = [Engine.open(one, context=context, **engine) for one in models]
     scored = [Scored(one.title, Origin.of(one)) for one in models]
     for text in texts:
