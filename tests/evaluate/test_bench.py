@@ -24,6 +24,7 @@ from btlm.evaluate import bench_plot
 from btlm.evaluate.bench import bench_table, run_bench
 from btlm.evaluate.bench_plot import plot_memory, plot_speed
 from btlm.evaluate.random_checkpoint import DTYPES, SHAPES, random_weight_bytes, shape_config, write_random_model
+from btlm.evaluate.results import read_results
 from btlm.model.architecture_btlm import Architecture
 from tests.checkpoint.tiny import save_tiny
 
@@ -139,10 +140,18 @@ def test_bench_measures_folders_and_shapes(tmp_path, capsys):
         assert all(row[key] > 0 for key in ("open_s", "prefill_tokens_per_s", "decode_tokens_per_s"))
         read = row["weight_bytes_read"] + row["cache_bytes_read"]
         assert row["share_of_read_rate"] == pytest.approx(read * row["decode_tokens_per_s"] / row["read_bytes_per_s"])
-    kept = json.loads((output / "bench.json").read_text())
-    assert kept["measurements"] == rows
-    assert kept["machine"]["threads"] == 1
-    assert sorted(path.name for path in output.iterdir()) == ["bench.json", "figure-1.png", "figure-2.png"]
+    kept = read_results(output / "results.json")
+    assert {(Path(one.model).name, one.settings["dtype"], one.metric): one.value for one in kept} == {
+        (row["model"], row["dtype"], key): value
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and key != "context"
+    }
+    assert {(one.name.partition(" ")[0], one.settings["threads"], one.settings["new_tokens"]) for one in kept} == {
+        ("bench", 1, 8)
+    }
+    assert {one.metric: one.unit for one in kept}["decode_tokens_per_s"] == "per s"
+    assert sorted(path.name for path in output.iterdir()) == ["figure-1.png", "figure-2.png", "results.json"]
     for name in ("figure-1.png", "figure-2.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert "untied" in capsys.readouterr().out
@@ -294,8 +303,7 @@ def test_measurements_before_a_failure_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_module, "_child", child)
     with pytest.raises(ValueError, match="second"):
         run_bench(["small"], contexts=[64, 96], new_tokens=8, output=tmp_path / "bench")
-    kept = json.loads((tmp_path / "bench" / "bench.json").read_text())
-    assert [row["context"] for row in kept["measurements"]] == [64]
+    assert {row.settings["context"] for row in read_results(tmp_path / "bench" / "results.json")} == {64}
 
 
 # Errors

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,12 @@ from btlm.engine.memory import available_memory
 from btlm.engine.network import weight_dtype
 from btlm.engine.supported import supported
 from btlm.errors import DoesNotFit, OptionError
-from btlm.files import require_space, write_json
+from btlm.files import require_space
 from btlm.model.architecture_btlm import Architecture
 
 from .options import Bench
 from .random_checkpoint import SHAPES, random_weight_bytes, shape_config, write_random_model
-from .results import processor_name
+from .results import Origin, Result, write_results
 
 _PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
 _SPARE = 100_000_000  # bytes of the disk to leave free
@@ -59,11 +57,11 @@ def run_bench(
             time.
         dtypes, contexts, new_tokens, cache_dtype, threads: See :class:`btlm.evaluate.options.Bench`.
         base: See :func:`btlm.checkpoint.adapter.open_checkpoint`.
-        output: Folder that receives ``bench.json`` after every measurement, and ``figure-1.png`` and ``figure-2.png``.
+        output: Folder that receives ``results.json`` after every measurement, ``figure-1.png`` and ``figure-2.png``.
 
     Returns:
-        What ``bench.json`` has as ``measurements``: the keys of :func:`btlm.evaluate.bench_child.measure` with
-        ``model``, ``dtype``, ``context``, ``read_bytes_per_s`` and ``share_of_read_rate``.
+        A dictionary per measurement: the keys of :func:`btlm.evaluate.bench_child.measure` with ``model``, ``dtype``,
+        ``context``, ``read_bytes_per_s`` and ``share_of_read_rate``.
 
     Raises:
         ValueError: Something cannot be measured. If this is known beforehand, nothing is measured.
@@ -88,7 +86,7 @@ def run_bench(
     if output is not None:
         _make_folder(Path(output))
     rows: list[dict[str, Any]] = []
-    machine: dict[str, Any] = {}
+    results: list[Result] = []
     with progress_bars() as progress:
         for number, subject in enumerate(subjects):
             with subject.folder(progress) as folder:
@@ -104,10 +102,10 @@ def run_bench(
                     read = row["weight_bytes_read"] + row["cache_bytes_read"]
                     row["share_of_read_rate"] = read * row["decode_tokens_per_s"] / rate["bytes_per_s"]
                     rows.append(row)
-                    machine = {**_machine(), "kernels": rate["kernels"], "threads": rate["threads"]}
+                    settings = {"new_tokens": new_tokens, "kernels": rate["kernels"], "threads": rate["threads"]}
+                    results += _results(row, subject.origin(), settings)
                     if output is not None:
-                        content = {"machine": machine, "new_tokens": new_tokens, "measurements": rows}
-                        write_json(Path(output) / "bench.json", content)
+                        write_results(Path(output) / "results.json", results)
     Console().print(bench_table(rows))
     if output is not None:
         from .bench_plot import plot_memory, plot_speed
@@ -169,6 +167,10 @@ class _Subject:
     architecture: Architecture
     weight_bytes: int
     checkpoint: Checkpoint | None = None
+
+    def origin(self) -> Origin:
+        """Model and machine for `results.json`; random weights have no digest."""
+        return Origin.of(self.checkpoint) if self.checkpoint is not None else Origin.here(self.name, "random weights")
 
     def check(self, context: int, cache_dtype: str) -> None:
         """Refuse what does not fit the memory or, for a shape, the disk."""
@@ -272,5 +274,15 @@ def _make_folder(output: Path) -> None:
         raise ValueError(f"{output} cannot be made a folder ({error.strerror}); give another one.") from error
 
 
-def _machine() -> dict[str, Any]:
-    return {"processor": processor_name(), "system": platform.system(), "btlm": version("btlm")}
+_UNITS = {"_per_s": "per s", "_bytes": "bytes", "_read": "bytes", "_s": "s", "_rate": ""}  # by the end of a key
+
+
+def _results(row: dict[str, Any], origin: Origin, settings: dict[str, Any]) -> list[Result]:
+    """The rows of `results.json` for one measurement."""
+    settings = {**settings, **{key: row[key] for key in ("dtype", "context", "cache_dtype")}}
+    name = f"bench {row['dtype']}, {row['context']} tokens"
+    results = []
+    for key, value in row.items():
+        if units := [unit for end, unit in _UNITS.items() if key.endswith(end)]:
+            results.append(origin.result(name, key, float(value), units[0], 1, settings=settings))
+    return results

@@ -19,7 +19,7 @@ class Bench:
         cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
             the dtype of the weights.
         threads: Number of threads (default: one per core).
-        output: Folder that receives bench.json, figure-1.png and figure-2.png.
+        output: Folder that receives results.json, figure-1.png and figure-2.png.
     """
 
     dtypes: Annotated[tuple[Literal["4bit", "8bit", "bfloat16", "float32"], ...], NOT_EMPTY] | None = None

@@ -79,8 +79,12 @@ class Origin:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Origin":
         """That of this process and a checkpoint."""
-        command = shlex.join(["btlm", *sys.argv[1:]])
-        return cls(checkpoint.name, model_digest(checkpoint), _versions(), command, machine_name())
+        return cls.here(checkpoint.name, model_digest(checkpoint))
+
+    @classmethod
+    def here(cls, model: str, model_sha256: str) -> "Origin":
+        """That of this process and a model."""
+        return cls(model, model_sha256, _versions(), shlex.join(["btlm", *sys.argv[1:]]), machine_name())
 
     def result(self, name: str, metric: str, value: float, unit: str, n: int, **more: Any) -> Result:
         """A row that was measured now; the arguments are those of :class:`Result`."""
