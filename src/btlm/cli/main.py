@@ -22,6 +22,7 @@ COMMANDS = {
     "eval-positions": "measure the loss by position, beyond the training length",
     "eval-needle": "measure whether a model finds facts in its context",
     "perplexity": "measure how well models predict texts",
+    "report": "put results on one page",
     "bench": "measure memory and speed of models",
     "train": "train a model by a recipe",
     "coord-check": "check muP: sizes against width",

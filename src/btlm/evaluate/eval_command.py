@@ -1,6 +1,5 @@
 """The command `btlm eval`: asks a model the questions of tasks, prints a table, writes `results.json`."""
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -15,11 +14,12 @@ from rich.text import Text
 
 from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
-from btlm.console import progress_bars, warn
+from btlm.console import progress_bars
 from btlm.errors import OptionError
 from btlm.files import locked, naming_full_disk
 from btlm.settings import did_you_mean
 
+from .harness_results import harness_rows
 from .journal import Journal
 from .options import Eval
 from .reference import REFERENCES, SOURCE
@@ -83,7 +83,7 @@ def run_eval(
         )
         found = _evaluate(lm, loaded.tasks, options.limit)
         settings = {"context": lm.max_length, "cache_dtype": lm.engine.cache.dtype}
-        rows = list(_rows(found, Origin.of(checkpoint), settings, loaded.data_sha256))
+        rows = list(harness_rows(found, Origin.of(checkpoint), settings, loaded.data_sha256))
         Console().print(eval_table(rows, loaded.leaves, options.reference))
         if output is not None:
             with naming_full_disk(output):
@@ -129,45 +129,6 @@ def _progress() -> Iterator[Any]:
         yield tell
 
 
-def _rows(
-    found: Mapping[str, Any], origin: Origin, settings: Mapping[str, Any], data: Mapping[str, list[str]]
-) -> Iterator[Result]:
-    """One row per task or group, metric and filter."""
-    sizes, children = found["n-samples"], found["group_subtasks"]
-
-    def partial(name: str) -> bool:
-        below = children.get(name)
-        return any(map(partial, below)) if below else sizes[name]["effective"] < sizes[name]["original"]
-
-    def shots(name: str) -> int | None:
-        of = {shots(one) for one in children.get(name, ())} or {found["n-shot"].get(name)}
-        return of.pop() if len(of) == 1 else None
-
-    for name, figures in {**found["results"], **found.get("groups", {})}.items():
-        for key, value in figures.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            if not math.isfinite(value):
-                warn(f"{metric} of {name} is {value}, which is no result; it is left out.")
-                continue
-            error = figures.get(f"{metric}_stderr,{filtered}")
-            of = {**settings, "task_version": found["versions"].get(name)}
-            of |= {"filter": filtered} if filtered != "none" else {}
-            of |= {"data_sha256": data[name]} if name in data else {}
-            yield origin.result(
-                name,
-                metric,
-                float(value),
-                "",
-                int(figures.get("sample_len") or sizes[name]["effective"]),
-                standard_error=float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
-                shots=shots(name),
-                partial=partial(name),
-                settings=of,
-            )
-
-
 # The table
 
 
@@ -208,18 +169,19 @@ def _of(rows: Sequence[Result], name: str, below: Sequence[str]) -> list[Result]
     return found or [row for i, row in enumerate(of) if i == 0 or of[i - 1].name != row.name]
 
 
-def _scale(row: Result) -> float:
+def shown_scale(row: Result) -> float:
+    """What a score is multiplied by where it is shown: scores are in percent, perplexities are not."""
     return 1.0 if "perplexity" in row.metric else 100.0
 
 
 def _shown(row: Result, value: float) -> str:
-    return f"{value * _scale(row):,.2f}"
+    return f"{value * shown_scale(row):,.2f}"
 
 
 def _beside(row: Result, published: float | None) -> str:
     """A published score and the difference to it, with a star where it is beyond the standard error."""
     if published is None:
         return ""
-    difference = row.value * _scale(row) - published
-    beyond = row.standard_error is not None and abs(difference) > row.standard_error * _scale(row)
+    difference = row.value * shown_scale(row) - published
+    beyond = row.standard_error is not None and abs(difference) > row.standard_error * shown_scale(row)
     return f"{published:g} ({difference:+.1f}{'*' if beyond else ''})"
