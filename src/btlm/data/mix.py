@@ -145,17 +145,18 @@ def _evaluation_texts(settings: Mix) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield from _texts(orjson.loads(line))
+                    yield from texts_in(orjson.loads(line))
                 except orjson.JSONDecodeError as error:
                     raise ValueError(f"mix.decontaminate: {file}, line {number}: not JSON ({error}).") from error
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """All strings in a value of JSON, however deep."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from texts_in(item)
 
 
 def _decontaminate(before: Documents, folder: Path, settings: Mix, task: int, advance: Advance) -> None:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tokenizers import Tokenizer
 
 from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
@@ -19,6 +20,7 @@ from btlm.errors import OptionError
 from btlm.files import locked, naming_full_disk
 from btlm.settings import did_you_mean
 
+from .contamination import WORDS, Contamination, contamination
 from .harness_results import harness_rows
 from .journal import Journal
 from .options import Eval
@@ -71,6 +73,9 @@ def run_eval(
         loaded = stack.enter_context(
             load_tasks(options.suite, data=_path(options.data), include=_path(options.include), shots=options.shots)
         )
+        origin, overlaps = Origin.of(checkpoint), {}
+        if options.shards is not None:
+            overlaps = _look_for(loaded, options.shards, checkpoint.tokenizer)
         journal = stack.enter_context(Journal(path))
         lm = EngineLM(
             checkpoint,
@@ -83,8 +88,11 @@ def run_eval(
         )
         found = _evaluate(lm, loaded.tasks, options.limit)
         settings = {"context": lm.max_length, "cache_dtype": lm.engine.cache.dtype}
-        rows = list(harness_rows(found, Origin.of(checkpoint), settings, loaded.data_sha256))
+        rows = list(harness_rows(found, origin, settings, loaded.data_sha256))
         Console().print(eval_table(rows, loaded.leaves, options.reference))
+        if overlaps:
+            rows += contamination_rows(overlaps, origin, str(options.shards))
+            Console().print(contamination_table(overlaps))
         if output is not None:
             with naming_full_disk(output):
                 write_results(output, rows)
@@ -92,6 +100,50 @@ def run_eval(
             if path is not None:
                 path.unlink()
     return rows
+
+
+def _look_for(loaded: Any, shards: str, tokenizer: Tokenizer) -> dict[str, Contamination]:
+    """How many questions of each task or group occur in training text."""
+    questions = {
+        name: [dict(row) for leaf in leaves for row in loaded.tasks["tasks"][leaf].eval_docs]
+        for name, leaves in loaded.leaves.items()
+    }
+    with progress_bars() as progress:
+        task = progress.add_task("read training text", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, total=total, advance=done)
+
+        return contamination(questions, shards, tokenizer, on_tokens=tell)
+
+
+def contamination_rows(found: Mapping[str, Contamination], origin: Origin, shards: str) -> list[Result]:
+    """Rows for `results.json`: the share of the questions of each task that occur in training text."""
+    return [
+        origin.result(
+            name,
+            "contaminated",
+            one.found / one.checked,
+            "",
+            one.checked,
+            settings={"shards": shards, "words": WORDS, "questions": one.questions},
+        )
+        for name, one in found.items()
+        if one.checked
+    ]
+
+
+def contamination_table(found: Mapping[str, Contamination]) -> Table:
+    """How many questions of each task occur in training text."""
+    caption = f"questions that share {WORDS} words in a row with the training text; shorter ones cannot be looked for"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
+    table.add_column("task", overflow="fold")
+    for title in ("questions", "long enough", "in training text", "share"):
+        table.add_column(title, justify="right")
+    for name, one in found.items():
+        share = f"{one.found / one.checked:.1%}" if one.checked else ""
+        table.add_row(Text(name), f"{one.questions:,}", f"{one.checked:,}", f"{one.found:,}", share)
+    return table
 
 
 def _path(name: str | None) -> Path | None:

@@ -83,6 +83,7 @@ class Eval:
         shots: Number of examples before a question (default: that of the paper, or of the task).
         limit: Number of questions per task, at most; the results are marked as partial.
         reference: Models whose published scores are shown beside.
+        shards: Folder of token shards, in whose training text the questions are looked for.
         context: Tokens that the model reads at a time, at most (default: n_positions of the model).
         cache_dtype: Dtype of keys and values: int4, int8, bfloat16, float32, or auto: int8 for quantized models, else
             the dtype of the weights.
@@ -98,6 +99,7 @@ class Eval:
     shots: Whole | None = None
     limit: Count | None = None
     reference: Annotated[tuple[str, ...], "MODEL"] = ("BTLM-3B-8k",)
+    shards: Annotated[str, "FOLDER"] | None = None
     context: Count | None = None
     cache_dtype: Annotated[str, "DTYPE"] = "auto"
     kernels: Annotated[str, "KERNELS"] = "auto"
