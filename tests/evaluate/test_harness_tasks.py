@@ -149,3 +149,28 @@ def test_the_suites_name_tasks_of_the_harness_with_the_metric_of_the_paper(tmp_p
         config = index[TASKS[name].stock or name].cfg | TASKS[name].changes
         metrics = {one["metric"] for one in config.get("metric_list") or config["aggregate_metric_list"]}
         assert TASKS[name].metric in metrics
+
+
+SENTENCES = ["The committee agreed on the budget.", "Buses will run every ten minutes.", "The bridge needs repairs."]
+
+
+@pytest.mark.slow
+def test_long_texts_are_scored_by_rouge(tmp_path):
+    from btlm.evaluate.tasks.rouge import process_results
+
+    rows = [{"context": " ".join(SENTENCES), "question": f"What about {i}?", "answers": SENTENCES} for i in range(2)]
+    for name in ("qmsum", "gov_report"):
+        write_lines(tmp_path / f"{name}_test.jsonl", rows)
+    with load_tasks(["long"], data=tmp_path) as loaded:
+        assert list(loaded.leaves) == ["qmsum", "gov_report"]
+        task = loaded.tasks["tasks"]["qmsum"]
+        text = task.doc_to_text(rows[1])
+        assert text == f"{rows[1]['context']}\n\nQuestion: What about 1?\nAnswer:"
+        assert task.process_results(rows[0], ["the bus runs every 10 minutes"]) == process_results(
+            rows[0], ["the bus runs every 10 minutes"]
+        )
+        assert loaded.tasks["tasks"]["gov_report"].doc_to_text(rows[0]).endswith("\n\nSummary:")
+    scores = process_results({"answers": ["a bridge needs repairs", "no"]}, ["The bridges need a repair"])
+    # Five words and four, with the stems bridg, need, a, repair in common, and only "bridg need" next to one another.
+    assert scores == pytest.approx({"rouge1": 2 * 4 / 9, "rouge2": 2 * 1 / 7, "rougeL": 2 * 3 / 9})
+    assert process_results({"answers": ["x"]}, [""]) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}

@@ -23,6 +23,7 @@ from .suites import SUITES, TASKS, PaperTask
 # Tasks whose local rows may be the output of their own `process_docs`: a key that only such rows have, and the changes
 # to the task.
 _PROCESSED = {"hellaswag": ("gold", {"process_docs": None, "doc_to_target": "gold"})}
+_OWN = Path(__file__).parent / "tasks"  # of this project
 _FEW_SHOT_SEED = 1234  # that of the harness
 
 
@@ -182,8 +183,8 @@ def _load(manager: Any, paper: PaperTask, shots: int | None, data: Path | None, 
 
 @cache
 def _stock() -> Any:
-    """The tasks of the harness; it reads thousands of files for them."""
-    return TaskManager()
+    """The tasks of the harness and ours; it reads thousands of files for them."""
+    return TaskManager(include_path=str(_OWN))
 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
@@ -194,7 +195,7 @@ def _manager(names: Sequence[str], include: Path | None) -> Any:
     own = TaskManager(include_defaults=False, include_path=str(include))
     if all(name in own.task_index for name in names):
         return own
-    return TaskManager(include_path=str(include))
+    return TaskManager(include_path=[str(_OWN), str(include)])
 
 
 def _papers(names: Sequence[str], index: Mapping[str, Any]) -> list[PaperTask]:

@@ -76,7 +76,7 @@ class Eval:
     """What `btlm eval` asks a model.
 
     Args:
-        suite: Suites (table1, table2, other), and tasks, groups and tags of lm-evaluation-harness.
+        suite: Suites (table1, table2, long, other), and tasks, groups and tags of lm-evaluation-harness.
         data: Folder of local files TASK_SPLIT.jsonl, such as piqa_validation.jsonl; without it, data come from the
             Hugging Face Hub.
         include: Folder of further tasks, as YAML files of lm-evaluation-harness.

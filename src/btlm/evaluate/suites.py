@@ -48,6 +48,8 @@ TASKS = {
         PaperTask("truthfulqa_mc2", "acc"),
         PaperTask("sciq", "acc_norm"),
         PaperTask("crows_pairs_english", "pct_stereotype"),
+        PaperTask("qmsum", "rougeL"),
+        PaperTask("gov_report", "rougeL"),
     )
 }
 
@@ -57,5 +59,6 @@ _TABLE = (*_CHOICES, "race_middle", "race", "nq_open", "triviaqa", "mmlu")
 SUITES = {
     "table1": _TABLE,
     "table2": _TABLE,
+    "long": ("qmsum", "gov_report"),
     "other": ("lambada_openai", "truthfulqa_mc2", "sciq", "crows_pairs_english"),
 }
