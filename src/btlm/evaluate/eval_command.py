@@ -26,6 +26,7 @@ from .journal import Journal
 from .options import Eval
 from .reference import REFERENCES, SOURCE
 from .results import Origin, Result, write_results
+from .sandbox import need_sandbox
 from .suites import TASKS
 
 _BOOTSTRAP = 1000  # samples, for the standard errors that have no formula
@@ -71,8 +72,15 @@ def run_eval(
         if output is not None:
             stack.enter_context(locked(output))
         loaded = stack.enter_context(
-            load_tasks(options.suite, data=_path(options.data), include=_path(options.include), shots=options.shots)
+            load_tasks(
+                options.suite,
+                data=_path(options.data),
+                include=_path(options.include),
+                shots=options.shots,
+                samples=options.samples,
+            )
         )
+        _check_code(loaded.tasks["tasks"], allowed=options.run_code)
         origin, overlaps = Origin.of(checkpoint), {}
         if options.shards is not None:
             overlaps = _look_for(loaded, options.shards, checkpoint.tokenizer)
@@ -100,6 +108,16 @@ def run_eval(
             if path is not None:
                 path.unlink()
     return rows
+
+
+def _check_code(tasks: Mapping[str, Any], *, allowed: bool) -> None:
+    """Refuse tasks that run what the model writes, unless the user wants it and the system can keep it apart."""
+    for name in (name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)):
+        if not allowed:
+            raise OptionError("{suite} has {}, which runs what the model writes; allow it by {run_code}.", name)
+        if name != "humaneval":
+            raise OptionError("{suite} has {}, whose programs would not be kept apart; take humaneval.", name)
+        need_sandbox()
 
 
 def _look_for(loaded: Any, shards: str, tokenizer: Tokenizer) -> dict[str, Contamination]:
@@ -158,7 +176,12 @@ def _evaluate(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str,
     try:
         with redirect_stdout(StringIO()):
             found: dict[str, Any] = evaluate(
-                lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
+                lm=lm,
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=False,
+                confirm_run_unsafe_code=True,  # was checked when they were loaded
             )
     finally:
         if before is None:

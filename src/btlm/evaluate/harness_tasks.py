@@ -19,6 +19,7 @@ from btlm.files import file_sha256
 from btlm.settings import did_you_mean
 
 from .suites import SUITES, TASKS, PaperTask
+from .tasks.humaneval import KS
 
 # Tasks whose local rows may be the output of their own `process_docs`: a key that only such rows have, and the changes
 # to the task.
@@ -85,7 +86,12 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def load_tasks(
-    names: Sequence[str], *, data: Path | None = None, include: Path | None = None, shots: int | None = None
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    include: Path | None = None,
+    shots: int | None = None,
+    samples: int = 1,
 ) -> Iterator[Loaded]:
     """Load tasks; their local data are there as long as the context is.
 
@@ -96,6 +102,7 @@ def load_tasks(
             no files are left out, with a warning.
         include: Folder of further tasks, as YAML files of the harness.
         shots: Number of examples before a question, where a task does not fix it; that of the paper by default.
+        samples: Number of programs per problem of humaneval; more than one are drawn at random.
 
     Raises:
         OptionError: A name is unknown, or data are missing.
@@ -109,7 +116,8 @@ def load_tasks(
     without_files = []
     with tempfile.TemporaryDirectory(prefix="btlm-eval-", ignore_cleanup_errors=True) as folder:
         try:
-            for paper in _papers(names, index):
+            for asked in _papers(names, index):
+                paper = _sampled(asked, index, samples) if asked.name == "humaneval" and samples > 1 else asked
                 if paper.stock:
                     index[paper.name] = replace(index[paper.stock], name=paper.name)
                 try:
@@ -130,6 +138,15 @@ def load_tasks(
                 )
             warn(f"{data} has no files of {', '.join(without_files)}, which are left out.")
         yield loaded
+
+
+def _sampled(paper: PaperTask, index: Mapping[str, Any], samples: int) -> PaperTask:
+    """HumanEval with several programs per problem, for pass@k."""
+    kwargs = {**index[paper.stock].cfg["generation_kwargs"], "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    metrics = [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in KS if k <= samples]
+    changes: dict[str, Any] = {"repeats": samples, "generation_kwargs": kwargs, "metric_list": metrics}
+    changes["filter_list"] = [{"name": "samples", "filter": [{"function": "take_first_k", "k": samples}]}]
+    return replace(paper, changes={**paper.changes, **changes})
 
 
 class _NoFileError(OptionError):

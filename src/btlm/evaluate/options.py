@@ -80,6 +80,10 @@ class Eval:
         data: Folder of local files TASK_SPLIT.jsonl, such as piqa_validation.jsonl; without it, data come from the
             Hugging Face Hub.
         include: Folder of further tasks, as YAML files of lm-evaluation-harness.
+        run_code: Whether programs that the model writes may be run, as humaneval does: without a network, files
+            read-only, within limits of time and memory (Linux).
+        samples: Number of programs per problem of humaneval, for pass@10 and pass@100; more than one are drawn at
+            temperature 0.8.
         shots: Number of examples before a question (default: that of the paper, or of the task).
         limit: Number of questions per task, at most; the results are marked as partial.
         reference: Models whose published scores are shown beside.
@@ -96,6 +100,8 @@ class Eval:
     suite: Annotated[tuple[str, ...], NOT_EMPTY, "NAME"] = ("table1",)
     data: Annotated[str, "FOLDER"] | None = None
     include: Annotated[str, "FOLDER"] | None = None
+    run_code: bool = False
+    samples: Count = 1
     shots: Whole | None = None
     limit: Count | None = None
     reference: Annotated[tuple[str, ...], "MODEL"] = ("BTLM-3B-8k",)

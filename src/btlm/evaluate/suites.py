@@ -48,6 +48,7 @@ TASKS = {
         PaperTask("truthfulqa_mc2", "acc"),
         PaperTask("sciq", "acc_norm"),
         PaperTask("crows_pairs_english", "pct_stereotype"),
+        PaperTask("humaneval", "pass@1", stock="btlm_humaneval"),
         PaperTask("qmsum", "rougeL"),
         PaperTask("gov_report", "rougeL"),
     )
