@@ -9,11 +9,11 @@ from btlm.checkpoint import BUNDLED_MODEL, Checkpoint
 from btlm.cli.main import main
 from btlm.engine.engine import Engine
 from btlm.evaluate import needle
-from btlm.evaluate.needle import FILLER, Cell, Trials, ask, log_likelihoods
+from btlm.evaluate.needle import FILLER, KINDS, Cell, Trials, ask, credit, log_likelihoods
 from btlm.evaluate.needle_command import run_needle
 from btlm.evaluate.options import Needle
 from btlm.evaluate.results import read_results
-from tests.checkpoint.tiny import save_tiny
+from tests.checkpoint.tiny import END, change_tensors, save_tiny
 
 ANSWERS = 5
 
@@ -95,6 +95,28 @@ def test_who_finds_facts_is_right_and_who_does_not_is_right_by_chance(model, mon
     cells = list(ask(Checkpoint.open(model), kinds=("random",), **given))
     assert [(cell.kind, cell.length, cell.depth) for cell in cells] == [("random", 64, 0.0), ("random", 64, 1.0)]
     assert all(abs(cell.share - share) < 4 * cell.error for cell in cells)
+
+
+def test_a_model_that_says_nothing_is_right_by_chance(tmp_path):
+    """All answers are equally likely to it, and the right one is the first."""
+    folder = save_tiny(tmp_path / "model", n_positions=256)
+    change_tensors(folder, lambda tensors: {name: 0 * t if "wte" in name else t for name, t in tensors.items()})
+    given: dict[str, Any] = {"haystack": FILLER, "lengths": [200], "depths": [0.5], "number": 3, "seed": 0}
+    cells = list(ask(Checkpoint.open(folder), kinds=KINDS, answers=ANSWERS, **given))
+    assert [cell.share for cell in cells] == [pytest.approx(1 / ANSWERS)] * len(KINDS)
+
+
+def test_equally_likely_answers_share_the_credit():
+    scores = [[-1.0, -2.0, -3.0], [-2.0, -1.0, -3.0], [-1.0, -1.0, -3.0], [-2.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]
+    assert [credit(np.array(one)) for one in scores] == [1, 0, 0.5, 0, pytest.approx(1 / 3)]
+
+
+def test_end_of_text_is_no_random_fact(model):
+    trials = Trials(Checkpoint.open(model).tokenizer, END, FILLER, 40, 0)
+    for number in range(20):
+        trial = trials.trial("random", 64, 0.5, number)
+        assert trial.ids.index(END) == len(trial.ids) - 1 - trial.ids[::-1].index(END) == 0
+        assert [END] not in trial.answers
 
 
 def test_errors_are_never_zero():

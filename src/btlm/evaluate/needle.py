@@ -54,14 +54,15 @@ class Cell:
         kind: One of :data:`KINDS`.
         length: Tokens of each question.
         depth: Where the fact is, from 0, the beginning, to 1, the end; ``None`` where there is none.
-        right: Number of questions in which the right answer was the most likely one.
+        right: Number of questions in which the right answer was the most likely one. Where several answers were equally
+            likely, it counts as one of that many.
         number: Number of questions.
     """
 
     kind: str
     length: int
     depth: float | None
-    right: int
+    right: float
     number: int
 
     @property
@@ -120,8 +121,9 @@ class Trials:
     def _random(self, rng: np.random.Generator, length: int, depth: float) -> Trial:
         size = self._tokenizer.get_vocab_size()
         room = _room(length, 5)  # end-of-text, fact, question, answer
-        drawn = rng.choice(size, self._answers + 1, replace=False)
-        hay = rng.choice(np.setdiff1d(np.arange(size), [*drawn, self._before]), room).tolist()
+        known = np.setdiff1d(np.arange(size), [self._before])  # which is unlike all others to a model
+        drawn = rng.choice(known, self._answers + 1, replace=False)
+        hay = rng.choice(np.setdiff1d(known, drawn), room).tolist()
         first, *answers = drawn.tolist()
         return Trial([self._before, *_hidden(hay, [first, answers[0]], depth), first], [[one] for one in answers])
 
@@ -185,12 +187,24 @@ def ask(
     for kind in kinds:
         for length in lengths:
             for depth in (None,) if kind == "absent" else depths:
-                right = 0
+                right = 0.0
                 for i in range(number):
                     trial = trials.trial(kind, length, depth or 0.0, i)
-                    right += int(np.argmax(log_likelihoods(opened, trial))) == 0
+                    right += credit(log_likelihoods(opened, trial))
                     on_trials(1)
                 yield Cell(kind, length, depth, right, number)
+
+
+def credit(scores: npt.NDArray[np.float64]) -> float:
+    """1 if the first answer is the most likely one, and of several that are equally likely its share, else 0.
+
+    A model that says nothing, such as one whose token table is zero, finds all answers equally likely: that is chance.
+
+    Args:
+        scores: Log-likelihood of each answer, ``[answers]``.
+    """
+    best = scores == scores.max()
+    return float(best[0] / best.sum())
 
 
 def log_likelihoods(engine: Engine, trial: Trial) -> npt.NDArray[np.float64]:
