@@ -9,6 +9,7 @@ import torch
 
 from btlm.checkpoint import Checkpoint, load_model
 from btlm.cli.main import main
+from btlm.engine.network import LOGIT_ROWS, Network
 from btlm.evaluate.options import Positions
 from btlm.evaluate.perplexity import in_tokens, read_texts
 from btlm.evaluate.positions import cut_windows, measure, ratio, rows_of, scalings_of
@@ -50,6 +51,23 @@ def test_losses_are_those_of_transformers(model, text, name):
     expected = -logits.log_softmax(-1).gather(2, torch.tensor([ids[1:] for ids in windows.ids])[..., None])[..., 0]
     assert curve.nats.shape == (3, LENGTH)
     np.testing.assert_allclose(curve.nats, expected.numpy(), atol=1e-4)
+
+
+def test_logits_of_a_window_are_never_held_together(model, tmp_path, monkeypatch):
+    """A window longer than a step: few rows of logits at a time, whatever its length."""
+    (tmp_path / "long.txt").write_text("abcdefgh" * 100)
+    checkpoint, windows = windows_of(model, tmp_path / "long.txt", length=800)
+    forward, rows = Network.forward, []
+
+    def counted(self, ids, segments, cache, wanted):
+        logits = forward(self, ids, segments, cache, wanted)
+        rows.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(Network, "forward", counted)
+    list(measure(checkpoint, windows, scalings_of(["none", "dynamic"], 800, TRAINED)))
+    assert sum(rows) == 2 * 800
+    assert max(rows) <= LOGIT_ROWS < 800
 
 
 def test_windows_do_not_overlap_and_are_spread_over_the_text(model, text):
