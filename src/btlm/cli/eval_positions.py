@@ -13,7 +13,8 @@ def run(argv: list[str]) -> None:
         "btlm eval-positions MODEL TEXT ... [options]",
         "Measure the loss of a model by the position of a token, up to several times its training\n"
         "length, without interpolation, with a fixed factor and with dynamic interpolation, which\n"
-        "takes the factor of the window's length for all of its positions.",
+        "takes the factor of the window's length for all of its positions: one pass per window and\n"
+        "interpolation. A factor for each position would cost a pass per position.",
         """  btlm eval-positions runs/mine/model books.jsonl.zst --plot positions.png
   btlm eval-positions mine-4bit book.txt --length 32768 --scalings none,dynamic --output results.json""",
     )
