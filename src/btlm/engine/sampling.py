@@ -3,6 +3,7 @@
 The order of the rules is that of Transformers' ``generate``: repetition, n-grams, temperature, top-k, top-p.
 """
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,9 +105,12 @@ def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
 
     A row's result has the same bits whatever the other rows are.
     """
-    most = logits.max(axis=1, keepdims=True)
-    total = np.log(np.exp(logits - most).sum(axis=1, dtype=np.float64)) + most[:, 0]
-    scores: Floats = (logits[np.arange(len(logits)), tokens] - total).astype(np.float32)
+    scores = np.empty(len(logits), np.float32)
+    powers = np.empty(logits.shape[1], np.float32)  # of one row, which stays in a core's cache
+    for i, (row, token) in enumerate(zip(logits, tokens, strict=True)):
+        most = row.max()
+        np.exp(np.subtract(row, most, out=powers), out=powers)
+        scores[i] = float(row[token]) - (math.log(powers.sum()) + float(most))
     return scores
 
 

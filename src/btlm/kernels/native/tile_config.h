@@ -29,6 +29,20 @@ constexpr TileConfig full_tiles() {
     return config;
 }
 
+struct ProductConfigs {
+    TileConfig of[TILE_ROWS];  // for panels of 1, 2, ... 16 tokens
+};
+
+// Tiles 0 to 3 hold sums and 4 and 5 tokens, a row for each token; 6 and 7 hold weights.
+constexpr ProductConfigs product_tiles() {
+    ProductConfigs configs;
+    for (int i = 0; i < TILE_ROWS; ++i) {
+        configs.of[i] = full_tiles();
+        for (int tile = 0; tile < 6; ++tile) configs.of[i].set(tile, i + 1, TILE_BYTES);
+    }
+    return configs;
+}
+
 // Rows in a tile of keys, each of which holds four dimensions: the most that cut a head of so many quads into equal tiles.
 constexpr int key_rows(int quads) {
     int rows = quads < TILE_ROWS ? quads : TILE_ROWS;
@@ -54,7 +68,7 @@ constexpr AttentionConfigs attention_tiles() {
 
 // Constants in memory. Configurations on the stack would be at risk: compilers that believe that only part of one is read
 // (GCC before version 13 does so of `_tile_loadconfig`) delete the stores of the rest.
-inline constexpr TileConfig PRODUCT_TILES = full_tiles();
+inline constexpr ProductConfigs PRODUCT_TILES = product_tiles();
 inline constexpr AttentionConfigs ATTENTION_TILES = attention_tiles();
 
 }  // namespace btlm

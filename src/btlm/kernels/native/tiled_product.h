@@ -89,42 +89,55 @@ void multiply_blocks(const Matrix& m, const Matrix* gate, const Activations& x, 
         scale[r] = source.scale + at * groups * LANES;
     }
     alignas(64) float total[BLOCK_TOKENS][NR][LANES];
-    alignas(64) uint8_t unpacked[BITS == 4 ? NR : 1][BITS == 4 ? MOST_TILED_GROUP * LANES : 1];
-    alignas(64) int32_t sums[2 * NR * TILE_ROWS * LANES];
+    alignas(64) uint8_t unpacked[2][BITS == 4 ? NR : 1][BITS == 4 ? MOST_TILED_GROUP * LANES : 1];
+    alignas(64) int32_t sums[2][2 * NR * TILE_ROWS * LANES];
     for (int64_t t = 0; t < count; ++t)
         for (int r = 0; r < NR; ++r) lanes::store(total[t][r], lanes::zero());
-    for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* lines[2] = {};
-        F scales[NR];
+    // What was just stored cannot be loaded to a tile before it has left the store buffer, and sums of tiles are late, too. So
+    // a group is unpacked while the one before it is multiplied, and sums are added while the next ones are computed.
+    const auto prepare = [&](int64_t g) {
         for (int r = 0; r < NR; ++r) {
             const uint8_t* from = weight[r] + g * group_bytes;
-            if constexpr (BITS == 4) {
-                for (int64_t at = 0; at < group_bytes; at += TILE_BYTES)
-                    unpack_line(from + at, unpacked[r] + 2 * at, unpacked[r] + 2 * at + TILE_BYTES);
-                from = unpacked[r];
+            for (int64_t at = 0; at < group_bytes; at += TILE_BYTES) {
+                __builtin_prefetch(from + at + FETCH_AHEAD, 0, 3);
+                uint8_t* to_line = unpacked[g % 2][BITS == 4 ? r : 0] + (BITS == 4 ? 2 * at : 0);
+                if constexpr (BITS == 4) unpack_line(from + at, to_line, to_line + TILE_BYTES);
             }
-            lines[r] = from;
-            scales[r] = lanes::load_bf16(scale[r] + g * LANES);
         }
+    };
+    const auto add = [&](int64_t g, int64_t first, const int32_t* of_group) {
+        F scales[NR];
+        for (int r = 0; r < NR; ++r) scales[r] = lanes::load_bf16(scale[r] + g * LANES);
+        for (int64_t t = 0; t < 2 * TILE_ROWS && first + t < count; ++t) {
+            const int64_t p = t / TILE_ROWS, inside = t % TILE_ROWS;
+            const int64_t of = (token + first + p * TILE_ROWS) * groups + g * TILE_ROWS + inside;
+            const F factor = lanes::set(x.scales[of]);
+            const I start = lanes::iset(-ZERO * x.sums[of]);
+            BTLM_UNROLL for (int r = 0; r < NR; ++r) {
+                const I sum = lanes::add(lanes::iload(of_group + ((p * NR + r) * TILE_ROWS + inside) * LANES), start);
+                float* at = total[first + t][r];
+                lanes::store(at, lanes::fma(lanes::to_float(sum), lanes::mul(scales[r], factor), lanes::load(at)));
+            }
+        }
+    };
+    int64_t step = 0, group_before = 0, first_before = 0;
+    prepare(0);
+    for (int64_t g = 0; g < groups; ++g) {
+        if (g + 1 < groups) prepare(g + 1);
+        const uint8_t* lines[2] = {};
+        for (int r = 0; r < NR; ++r) lines[r] = BITS == 4 ? unpacked[g % 2][BITS == 4 ? r : 0] : weight[r] + g * group_bytes;
         for (int64_t first = 0; first < count; first += 2 * TILE_ROWS) {
             const int64_t panels = count - first > TILE_ROWS ? 2 : 1;
             const int8_t* panel[2] = {};
             for (int64_t p = 0; p < panels; ++p)
                 panel[p] = x.values + (token + first + p * TILE_ROWS) * x.columns + g * x.group * TILE_ROWS;
-            (panels == 2 ? multiply_group<Tiles, 2, NR> : multiply_group<Tiles, 1, NR>)(panel, lines, tiles, sums);
-            for (int64_t t = 0; t < 2 * TILE_ROWS && first + t < count; ++t) {
-                const int64_t p = t / TILE_ROWS, inside = t % TILE_ROWS;
-                const int64_t of = (token + first + p * TILE_ROWS) * groups + g * TILE_ROWS + inside;
-                const F factor = lanes::set(x.scales[of]);
-                const I start = lanes::iset(-ZERO * x.sums[of]);
-                BTLM_UNROLL for (int r = 0; r < NR; ++r) {
-                    const I sum = lanes::add(lanes::iload(sums + ((p * NR + r) * TILE_ROWS + inside) * LANES), start);
-                    float* at = total[first + t][r];
-                    lanes::store(at, lanes::fma(lanes::to_float(sum), lanes::mul(scales[r], factor), lanes::load(at)));
-                }
-            }
+            const auto multiply = panels == 2 ? multiply_group<Tiles, 2, NR> : multiply_group<Tiles, 1, NR>;
+            multiply(panel, lines, tiles, sums[step % 2]);
+            if (step > 0) add(group_before, first_before, sums[(step - 1) % 2]);
+            group_before = g, first_before = first, ++step;
         }
     }
+    add(group_before, first_before, sums[(step - 1) % 2]);
     for (int64_t t = 0; t < count; ++t) {
         if (NR == 2 && gate != nullptr)
             put_gated(m, *gate, to, row, token + t, lanes::load(total[t][0]), lanes::load(total[t][NR - 1]));
@@ -135,7 +148,8 @@ void multiply_blocks(const Matrix& m, const Matrix* gate, const Activations& x, 
 
 template <class Tiles>
 void multiply_tiled(const Matrix& m, const Matrix* gate, const Activations& x, Output to, int64_t first, int64_t last) {
-    const Configured<Tiles> tiles(PRODUCT_TILES);
+    const int64_t rows = x.tokens < TILE_ROWS ? x.tokens : TILE_ROWS;
+    const Configured<Tiles> tiles(PRODUCT_TILES.of[rows - 1]);
     const bool four = m.dtype == Dtype::int4;
     for (int64_t token = 0; token < x.tokens; token += BLOCK_TOKENS) {
         const int64_t left = x.tokens - token, count = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
