@@ -23,6 +23,12 @@ inline uint16_t quantize_head(const float* x, int64_t n, float limit, int8_t* q)
     return scale;
 }
 
+inline uint32_t four_bytes(const int8_t* from) {
+    uint32_t bytes;
+    std::memcpy(&bytes, from, 4);
+    return bytes;
+}
+
 // Stores a number from -8 to 7 in one half of a byte.
 inline void put_nibble(uint8_t& byte, bool high, int value) {
     byte = static_cast<uint8_t>(high ? (byte & 15) | (value + 8) << 4 : (byte & 240) | (value + 8));
@@ -37,12 +43,11 @@ inline void append_packed(const Cache& cache, int64_t at, int64_t inside, const 
     const int64_t row = cache.width * BITS / 8;
     auto* keys = static_cast<uint8_t*>(cache.keys) + at * row + inside * 4;
     cache.key_scales[at + inside] = quantize_head(key, cache.head_dim, LIMIT, q);
-    for (int64_t d = 0; d < cache.width; ++d) {
-        uint8_t& byte = keys[d / STEP * KEY_BLOCK * 4 + d % 4];
+    for (int64_t d = 0; d < cache.width; d += STEP) {  // flipping the sign adds half of the range
+        uint32_t quad = four_bytes(q + d) ^ 0x80808080;
         if constexpr (BITS == 4)
-            put_nibble(byte, d % 8 >= 4, q[d]);
-        else
-            byte = static_cast<uint8_t>(q[d] + 128);
+            quad = ((four_bytes(q + d) & 0x0f0f0f0f) ^ 0x08080808) | ((four_bytes(q + d + 4) & 0x0f0f0f0f) ^ 0x08080808) << 4;
+        std::memcpy(keys + d / STEP * KEY_BLOCK * 4, &quad, 4);
     }
     auto* values = static_cast<uint8_t*>(cache.values) + (at + inside / STEP * STEP) * row + inside % 4;
     cache.value_scales[at + inside] = quantize_head(value, cache.head_dim, LIMIT, q);
