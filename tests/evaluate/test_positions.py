@@ -150,6 +150,6 @@ def test_what_cannot_be_used_is_told_in_one_line(model, text, arguments, message
 
 def test_learned_positions_end(tmp_path, text, capsys):
     folder = save_tiny(tmp_path / "model", n_positions=TRAINED, position_embedding_type="learned")
-    assert main(["eval-positions", str(folder), str(text), "--length", "64", "--scalings", "none"]) == 2
+    assert main(["eval-positions", str(folder), str(text), "--length", "65", "--scalings", "none"]) == 2
     assert "has learned positions, which end at 64" in capsys.readouterr().err
-    assert main(["eval-positions", str(folder), str(text), "--length", "63", "--scalings", "none"]) == 0
+    assert main(["eval-positions", str(folder), str(text), "--length", "64", "--scalings", "none"]) == 0

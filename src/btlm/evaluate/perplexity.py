@@ -274,6 +274,32 @@ def _score_window(engines: Sequence[Engine], window: Window, sums: Sequence[Sums
             engine.cache.end(0, 0)
 
 
+def token_nats(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood in nats of each token of a window but the first, fp64 ``[T]``.
+
+    A few rows of logits are held at a time, and the last token is not read, so that a window may have one token more
+    than the engine's context.
+
+    Args:
+        engine: An engine without requests.
+        ids: ``T + 1`` tokens, at most one more than the context.
+
+    Raises:
+        LogitsNotFinite: The model is damaged.
+    """
+    tokens, length = np.array(ids, np.int64), len(ids) - 1
+    nats = np.empty(length)
+    engine.cache.begin(0, length)
+    try:
+        for start, end in _pieces(0, length, LOGIT_ROWS):
+            segment = np.array([[0, 0, start, end - start]], np.int64)
+            logits = engine.network.forward(tokens[start:end], segment, engine.cache, np.arange(end - start))
+            nats[start:end] = -log_probabilities(logits, tokens[start + 1 : end + 1].tolist())
+    finally:
+        engine.cache.end(0, 0)
+    return nats
+
+
 def _pieces(first: int, length: int, most: int) -> Iterator[tuple[int, int]]:
     """Pieces of a window: large ones for what only is read, small ones where logits are wanted."""
     start = 0

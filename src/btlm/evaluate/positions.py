@@ -22,7 +22,7 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.engine.engine import Engine
 from btlm.errors import OptionError
 
-from .perplexity import Text
+from .perplexity import Text, token_nats
 from .results import Origin, Result
 
 _Vector = npt.NDArray[np.float64]
@@ -179,11 +179,10 @@ def measure(
     known: dict[float, _Matrix] = {}
     for scaling in scalings:
         if scaling.factor not in known:
-            opened = Engine.open(checkpoint, context=length + 1, factor=scaling.factor, **engine)
+            opened = Engine.open(checkpoint, context=length, factor=scaling.factor, **engine)
             rows = []
             for ids in windows.ids:
-                nats = -opened.score(ids).astype(np.float64)
-                rows.append(np.add.reduceat(nats, windows.edges[:-1]))
+                rows.append(np.add.reduceat(token_nats(opened, ids), windows.edges[:-1]))
                 on_tokens(length)
             known[scaling.factor] = np.array(rows)
         yield Curve(scaling, known[scaling.factor])

@@ -55,7 +55,7 @@ def run_positions(
     length = options.length or 4 * trained
     scalings = scalings_of(options.scalings, length, trained)
     if architecture.position_embedding_type == "learned" and (
-        length >= architecture.n_positions or any(s.factor > 1 for s in scalings)
+        length > architecture.n_positions or any(s.factor > 1 for s in scalings)
     ):
         raise OptionError(
             "{} has learned positions, which end at {} and have no interpolation; choose {length} and {scalings} so.",
