@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -153,3 +155,12 @@ def test_learned_positions_end(tmp_path, text, capsys):
     assert main(["eval-positions", str(folder), str(text), "--length", "65", "--scalings", "none"]) == 2
     assert "has learned positions, which end at 64" in capsys.readouterr().err
     assert main(["eval-positions", str(folder), str(text), "--length", "64", "--scalings", "none"]) == 0
+
+
+def test_the_command_needs_no_torch(model, text):
+    """It would take 400 MB of the memory that a small machine has for the model."""
+    command = f"eval-positions {model} {text} --length 64 --windows 1"
+    program = (
+        f"import sys; from btlm.cli.main import main; main({command.split()!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -22,8 +22,8 @@ def run(argv: list[str]) -> None:
     arguments = parser.parse(argv)
     options = options_of(Needle, arguments)
 
-    from btlm.console import plain_messages
+    from btlm.console import plain_warnings
     from btlm.evaluate.needle_command import run_needle
 
-    with plain_messages():
+    with plain_warnings():
         run_needle(arguments.model, options, **given(arguments, hints(Adapted)))

@@ -30,8 +30,8 @@ def run(argv: list[str]) -> None:
     arguments = parser.parse(argv)
     options = options_of(Positions, arguments)
 
-    from btlm.console import plain_messages
+    from btlm.console import plain_warnings
     from btlm.evaluate.positions_command import run_positions
 
-    with plain_messages():
+    with plain_warnings():
         run_positions(arguments.model, arguments.texts, options, **given(arguments, hints(Adapted)))

@@ -28,8 +28,8 @@ def run(argv: list[str]) -> None:
     arguments = parser.parse(argv)
     options = options_of(Perplexity, arguments)
 
-    from btlm.console import plain_messages
+    from btlm.console import plain_warnings
     from btlm.evaluate.perplexity_command import run_perplexity
 
-    with plain_messages():
+    with plain_warnings():
         run_perplexity(arguments.model, arguments.texts, options, **given(arguments, hints(Adapted)))

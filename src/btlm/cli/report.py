@@ -21,8 +21,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--output", metavar="FILE", default="report.html", help="page to write (default: report.html)")
     arguments = parser.parse(argv)
 
-    from btlm.console import plain_messages
+    from btlm.console import plain_warnings
     from btlm.evaluate.report_command import run_report
 
-    with plain_messages():
+    with plain_warnings():
         run_report(arguments.results, arguments.output)
