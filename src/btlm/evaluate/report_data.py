@@ -18,7 +18,7 @@ class Model:
 
     Args:
         label: Its name, which tells it from the others.
-        sha256: Digest of its configuration and weights; empty if it is not known.
+        sha256: Digest of its configuration and weights; empty if it is not known, and "random weights" for a shape.
         rows: Its results, the newest first.
     """
 
@@ -130,7 +130,7 @@ def _by_model(rows: Iterable[tuple[Path, Result]]) -> list[Model]:
                 "measured in the same way; leave one of them out."
             )
         known.setdefault(same, (path, row))
-    return [Model(name, key[0] if not key[1] else "", of) for (key, of), name in _named(models)]
+    return [Model(name, key[0], of) for (key, of), name in _named(models)]
 
 
 def _named(

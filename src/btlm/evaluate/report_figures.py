@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from btlm.console import three_digits
+
 from .reference import REFERENCES
 from .report_data import Evidence, Model
 from .report_svg import Bar, Series, bars, dots, heat, legend, lines
@@ -100,7 +102,7 @@ def speed_figure(evidence: Evidence, runs: Runs) -> Figure:
         lambda label, metrics: Bar(
             label,
             {"tokens per second": metrics["decode_tokens_per_s"].value},
-            f"{metrics['decode_tokens_per_s'].value:,.3g}",
+            three_digits(metrics["decode_tokens_per_s"].value),
         ),
     )
     if not rows:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from btlm.console import three_digits
+
 from .eval_command import shown_scale
 from .reference import REFERENCES
 from .report_data import Evidence, Model
@@ -194,7 +196,7 @@ def bench_table(evidence: Evidence, runs: Runs) -> Table:
 
 
 def _divided(unit: float) -> Callable[[Result, float], str]:
-    return lambda _, value: f"{value / unit:,.3g}"
+    return lambda _, value: three_digits(value / unit)
 
 
 # Text
