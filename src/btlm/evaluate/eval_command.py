@@ -195,9 +195,11 @@ def _evaluate(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str,
 def _progress() -> Iterator[Any]:
     with progress_bars() as progress:
         bars: dict[str, Any] = {}
+        prepare = progress.add_task("prepare questions", total=None)
 
         def tell(kind: str, tokens: int, total: int) -> None:
             if kind not in bars:
+                progress.update(prepare, visible=False)
                 bars[kind] = progress.add_task(_KINDS[kind], total=total)
             progress.advance(bars[kind], tokens)
 
