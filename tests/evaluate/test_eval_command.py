@@ -22,6 +22,7 @@ from tests.checkpoint.tiny import save_tiny
 from tests.evaluate.quiz import write_data, write_tasks
 
 QUESTIONS = 12
+DYNAMIC = {"type": "linear", "train_seq_len": 16}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,44 @@ def test_published_scores_stand_beside(model, capsys):
     assert REFERENCES["LLaMA-7B"]["lambada_openai", "perplexity"] == 3.49
     assert ("truthfulqa_mc2", "acc") not in REFERENCES["LLaMA-7B"]
     assert REFERENCES["StableLM-3B-4E1T"]["winogrande", "acc"] == 66.5
+
+
+def test_what_the_engine_does_not_run_is_asked_on_transformers(tasks, data, options, tmp_path, capsys):
+    """Dynamic interpolation: the factor of a pass follows from its length, which must not depend on other requests."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    folder = save_tiny(tmp_path / "model", n_positions=256, initializer_range=0.1, alibi_scaling=DYNAMIC)
+    chosen = options("quiz", "quizzes_all", output=str(tmp_path / "results.json"))
+    rows = run_eval(folder, chosen)
+    assert {row.settings["engine"] for row in rows} == {"transformers"}
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+    with quiet_harness(), load_tasks(["quiz", "quizzes_all"], data=data, include=tasks) as loaded:
+        found = evaluate(lm=theirs, task_dict=loaded.tasks, bootstrap_iters=10, log_samples=False)
+    for row in rows:
+        expected = {**found["results"], **found["groups"]}[row.name][f"{row.metric},none"]
+        assert row.value == pytest.approx(expected, abs=1e-9)
+    assert "Transformers answers instead, one request at a time." in capsys.readouterr().err
+
+
+def test_answers_of_transformers_are_kept(options, tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model", n_positions=256, initializer_range=0.1, alibi_scaling=DYNAMIC)
+    chosen = options("quiz", "writing", output=str(tmp_path / "results.json"))
+    asked: list[str] = []
+    put = Journal.__setitem__
+
+    def counting(journal, key, answer):
+        asked.append(key)
+        put(journal, key, answer)
+        if len(asked) == 35:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "__setitem__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(folder, chosen)
+    rows = run_eval(folder, chosen)
+    assert len(asked) == len(set(asked)) == 3 * QUESTIONS + 2
+    assert figures(rows) == figures(run_eval(folder, chosen))
 
 
 def test_local_files_need_no_network(model, options, monkeypatch):

@@ -13,8 +13,8 @@ from btlm.checkpoint import Checkpoint, load_model
 from btlm.cli.main import main
 from btlm.engine.network import LOGIT_ROWS, Network
 from btlm.evaluate.options import Positions
-from btlm.evaluate.perplexity import in_tokens, read_texts
-from btlm.evaluate.positions import cut_windows, measure, ratio, rows_of, scalings_of
+from btlm.evaluate.perplexity import in_tokens, ratio_of_totals, read_texts
+from btlm.evaluate.positions import cut_windows, measure, rows_of, scalings_of
 from btlm.evaluate.positions_command import run_positions
 from btlm.evaluate.results import Origin, read_results
 from tests.checkpoint.tiny import END, save_tiny
@@ -95,10 +95,10 @@ def test_interpolations_by_name():
 
 def test_a_ratio_of_totals_has_the_error_of_its_residuals():
     above, below = np.array([[2.0, 1.0], [4.0, 3.0]]), np.array([[1.0, 1.0], [1.0, 2.0]])
-    value, error = ratio(above, below)
+    value, error = ratio_of_totals(above, below)
     assert value.tolist() == [3.0, 4 / 3]
     assert error.tolist() == [1.0, pytest.approx(math.sqrt(2 * ((1 / 3) ** 2 + (1 / 3) ** 2)) / 3)]
-    assert np.isnan(ratio(above[:1], below[:1])[1]).all()
+    assert np.isnan(ratio_of_totals(above[:1], below[:1])[1]).all()
 
 
 def test_results_have_a_row_per_interpolation_bin_and_metric(model, text, tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_what_cannot_be_used_is_told_in_one_line(model, text, arguments, message
 def test_learned_positions_end(tmp_path, text, capsys):
     folder = save_tiny(tmp_path / "model", n_positions=TRAINED, position_embedding_type="learned")
     assert main(["eval-positions", str(folder), str(text), "--length", "65", "--scalings", "none"]) == 2
-    assert "has learned positions, which end at 64" in capsys.readouterr().err
+    assert "has 64 learned positions and no interpolation; give a --length of at most that" in capsys.readouterr().err
     assert main(["eval-positions", str(folder), str(text), "--length", "64", "--scalings", "none"]) == 0
 
 

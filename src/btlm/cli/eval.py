@@ -16,7 +16,7 @@ def run(argv: list[str]) -> None:
         """  btlm eval runs/mine/model --suite table1 --output results.json
   btlm eval runs/mine/model --suite piqa,mmlu --data questions --limit 100""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
+    parser.add_model()
     parser.add_options(Eval)
     parser.add_options(Adapted)
     arguments = parser.parse(argv)

@@ -16,7 +16,7 @@ def run(argv: list[str]) -> None:
         """  btlm eval-needle mine-4bit --plot needle.png --output results.json
   btlm eval-needle mine-4bit --lengths 2048,8192,16384 --depths 0,50,100 --text book.txt""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
+    parser.add_model()
     parser.add_options(Needle)
     parser.add_options(Adapted)
     arguments = parser.parse(argv)

@@ -18,13 +18,8 @@ def run(argv: list[str]) -> None:
         """  btlm eval-positions runs/mine/model books.jsonl.zst --plot positions.png
   btlm eval-positions mine-4bit book.txt --length 32768 --scalings none,dynamic --output results.json""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
-    parser.add_argument(
-        "texts",
-        nargs="+",
-        metavar="TEXT",
-        help="text file, which is one document, JSON lines, Parquet, or folder of such",
-    )
+    parser.add_model()
+    parser.add_texts()
     parser.add_options(Positions)
     parser.add_options(Adapted)
     arguments = parser.parse(argv)

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> None:
         "Write a model for llama.cpp, in its architecture `jais`.",
         """  btlm export-gguf cerebras/btlm-3b-8k-base btlm-3b.gguf --type Q4_0""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
+    parser.add_model()
     parser.add_argument("output", metavar="OUT.gguf", help="file that receives the model; must not exist")
     parser.add_options(GGUF)
     parser.add_options(Adapted)

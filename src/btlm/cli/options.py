@@ -41,6 +41,15 @@ class Parser(ArgumentParser):
             "btlm", usage, description, epilog, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
         )
 
+    def add_model(self) -> None:
+        """Add the argument ``model``."""
+        self.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
+
+    def add_texts(self) -> None:
+        """Add the argument ``texts``."""
+        kinds = "text file, which is one document, JSON lines, Parquet, or folder of such"
+        self.add_argument("texts", nargs="+", metavar="TEXT", help=kinds)
+
     def add_options(self, cls: type, title: str = "", prefix: str = "", flags: Mapping[str, str] | None = None) -> Any:
         """Add a flag for every field of a dataclass.
 

@@ -16,13 +16,8 @@ def run(argv: list[str]) -> None:
         """  btlm perplexity runs/mine/model book.txt
   btlm perplexity runs/mine/model test.jsonl.zst --compare mine-4bit,mine-8bit --output results.json""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
-    parser.add_argument(
-        "texts",
-        nargs="+",
-        metavar="TEXT",
-        help="text file, which is one document, JSON lines, Parquet, or folder of such",
-    )
+    parser.add_model()
+    parser.add_texts()
     parser.add_options(Perplexity)
     parser.add_options(Adapted)
     arguments = parser.parse(argv)

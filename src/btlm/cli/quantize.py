@@ -19,7 +19,7 @@ def run(argv: list[str]) -> None:
   btlm quantize runs/mine/model mine-4bit --calibrate some-text.txt
   btlm quantize runs/mine/model mine-8bit --bits 8""",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, folder of adapters, or Hugging Face id")
+    parser.add_model()
     parser.add_argument("output", metavar="OUT", help="folder that receives the copy; must not exist")
     parser.add_options(QuantizeOptions, flags=FLAGS)
     parser.add_options(Adapted)

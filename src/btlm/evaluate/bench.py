@@ -32,7 +32,7 @@ from btlm.model.architecture_btlm import Architecture
 
 from .options import Bench
 from .random_checkpoint import SHAPES, random_weight_bytes, shape_config, write_random_model
-from .results import Origin, Result, write_results
+from .results import RANDOM_WEIGHTS, Origin, Result, write_results
 
 _PROGRAM = 150_000_000  # bytes beside weights and cache: Python, numpy, activations
 _SPARE = 100_000_000  # bytes of the disk to leave free
@@ -170,7 +170,7 @@ class _Subject:
 
     def origin(self) -> Origin:
         """Model and machine for `results.json`; random weights have no digest."""
-        return Origin.of(self.checkpoint) if self.checkpoint is not None else Origin.here(self.name, "random weights")
+        return Origin.of(self.checkpoint) if self.checkpoint is not None else Origin.here(self.name, RANDOM_WEIGHTS)
 
     def check(self, context: int, cache_dtype: str) -> None:
         """Refuse what does not fit the memory or, for a shape, the disk."""

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
-from btlm.console import progress_bars
-from btlm.errors import OptionError
-from btlm.files import locked, naming_full_disk
+from btlm.console import progress_bars, warn
+from btlm.errors import NotSupported, OptionError
+from btlm.files import locked
 from btlm.settings import did_you_mean
 
 from .contamination import WORDS, Contamination, contamination
@@ -27,7 +27,7 @@ from .options import Eval
 from .reference import REFERENCES, SOURCE
 from .results import Origin, Result, write_results
 from .sandbox import need_sandbox
-from .suites import TASKS
+from .suites import TASKS, shown_scale
 
 _BOOTSTRAP = 1000  # samples, for the standard errors that have no formula
 _KINDS = {"score": "score answers", "write": "write answers"}
@@ -60,8 +60,7 @@ def run_eval(
     checkpoint = open_checkpoint(model, base)
     checkpoint.architecture  # noqa: B018  # a folder that is no model is told at once
 
-    from .harness_model import EngineLM  # these import lm_eval
-    from .harness_tasks import load_tasks, offline, quiet_harness
+    from .harness_tasks import load_tasks, offline, quiet_harness  # imports lm_eval
 
     output = None if options.output is None else Path(options.output)
     path = None if output is None else output.with_name(f"{output.name}.journal")
@@ -85,29 +84,40 @@ def run_eval(
         if options.shards is not None:
             overlaps = _look_for(loaded, options.shards, checkpoint.tokenizer)
         journal = stack.enter_context(Journal(path))
-        lm = EngineLM(
+        lm = _open(checkpoint, options, journal, stack.enter_context(_progress()))
+        found = _evaluate(lm, loaded.tasks, options.limit)
+        rows = list(harness_rows(found, origin, lm.settings(), loaded.data_sha256))
+        Console().print(eval_table(rows, loaded.leaves, options.reference))
+        if overlaps:
+            rows += contamination_rows(overlaps, origin, str(options.shards))
+            Console().print(contamination_table(overlaps))
+        if output is not None:
+            write_results(output, rows)
+            journal.close()
+            if path is not None:
+                path.unlink()
+    return rows
+
+
+def _open(checkpoint: Checkpoint, options: Eval, journal: Journal, tell: Any) -> Any:
+    """The model that answers: on the engine, or on Transformers if the engine does not run it."""
+    from .harness_model import EngineLM
+
+    try:
+        return EngineLM(
             checkpoint,
             max_length=options.context,
             cache_dtype=options.cache_dtype,
             kernels=options.kernels,
             threads=options.threads,
             journal=journal,
-            on_tokens=stack.enter_context(_progress()),
+            on_tokens=tell,
         )
-        found = _evaluate(lm, loaded.tasks, options.limit)
-        settings = {"context": lm.max_length, "cache_dtype": lm.engine.cache.dtype}
-        rows = list(harness_rows(found, origin, settings, loaded.data_sha256))
-        Console().print(eval_table(rows, loaded.leaves, options.reference))
-        if overlaps:
-            rows += contamination_rows(overlaps, origin, str(options.shards))
-            Console().print(contamination_table(overlaps))
-        if output is not None:
-            with naming_full_disk(output):
-                write_results(output, rows)
-            journal.close()
-            if path is not None:
-                path.unlink()
-    return rows
+    except NotSupported as reason:
+        warn(f"{reason} Transformers answers instead, one request at a time.")
+    from .transformers_model import TransformersLM
+
+    return TransformersLM(checkpoint, max_length=options.context, journal=journal, on_requests=tell)
 
 
 def _check_code(tasks: Mapping[str, Any], *, allowed: bool) -> None:
@@ -246,19 +256,14 @@ def _of(rows: Sequence[Result], name: str, below: Sequence[str]) -> list[Result]
     return found or [row for i, row in enumerate(of) if i == 0 or of[i - 1].name != row.name]
 
 
-def shown_scale(row: Result) -> float:
-    """What a score is multiplied by where it is shown: scores are in percent, perplexities are not."""
-    return 1.0 if "perplexity" in row.metric else 100.0
-
-
 def _shown(row: Result, value: float) -> str:
-    return f"{value * shown_scale(row):,.2f}"
+    return f"{value * shown_scale(row.metric):,.2f}"
 
 
 def _beside(row: Result, published: float | None) -> str:
     """A published score and the difference to it, with a star where it is beyond the standard error."""
     if published is None:
         return ""
-    difference = row.value * shown_scale(row) - published
-    beyond = row.standard_error is not None and abs(difference) > row.standard_error * shown_scale(row)
+    difference = row.value * shown_scale(row.metric) - published
+    beyond = row.standard_error is not None and abs(difference) > row.standard_error * shown_scale(row.metric)
     return f"{published:g} ({difference:+.1f}{'*' if beyond else ''})"

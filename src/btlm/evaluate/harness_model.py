@@ -117,6 +117,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hints
         """What the harness writes about the model beside its results."""
         return {"model_num_parameters": self.checkpoint.architecture.num_parameters(), "model_sha": self._sha256}
 
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on."""
+        return {"context": self.max_length, "cache_dtype": self.engine.cache.dtype}
+
     # What the harness asks
 
     def _loglikelihood_tokens(

@@ -1,6 +1,5 @@
 """What lm-evaluation-harness returns or writes, as rows of `results.json`."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -111,18 +110,6 @@ def read_harness_file(path: Path, content: Mapping[str, Any]) -> list[Result]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ResultsError(f"{path} is no whole file of lm-evaluation-harness ({one_line(error)}).") from error
     return [Result(**{**vars(row), "time": when}) for row in rows]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ResultsError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ResultsError(f"{path} cannot be read as JSON ({one_line(error)}).") from error
 
 
 def _processor(info: str) -> str:

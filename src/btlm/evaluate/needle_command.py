@@ -11,7 +11,6 @@ from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
 from btlm.console import progress_bars
 from btlm.errors import OptionError
-from btlm.files import naming_full_disk
 from btlm.plots import need_matplotlib, pyplot, save_figure
 
 from .needle import FILLER, KINDS, Cell, ask, rows_of
@@ -81,11 +80,9 @@ def run_needle(
     rows = rows_of(cells, Origin.of(checkpoint), settings)
     Console().print(needle_table(cells, options.answers))
     if options.plot is not None:
-        with naming_full_disk(Path(options.plot)):
-            plot_needle(cells, options.answers, checkpoint.title, Path(options.plot))
+        plot_needle(cells, options.answers, checkpoint.title, Path(options.plot))
     if options.output is not None:
-        with naming_full_disk(Path(options.output)):
-            write_results(Path(options.output), rows)
+        write_results(Path(options.output), rows)
     return rows
 
 

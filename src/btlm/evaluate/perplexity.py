@@ -145,14 +145,28 @@ def ratio(sums: Sequence[Sums], above: str, below: str) -> tuple[float, float | 
 
     Documents are what varies independently, not tokens.
     """
-    numbers = np.array([[getattr(one, above), getattr(one, below)] for one in sums], np.float64)
-    total = numbers.sum(axis=0)
-    value = float(total[0] / total[1])
-    if len(sums) < 2:
-        return value, None
-    residuals = numbers[:, 0] - value * numbers[:, 1]
-    variance = len(sums) / (len(sums) - 1) * float((residuals**2).sum())
-    return value, math.sqrt(variance) / float(total[1])
+    over, under = (np.array([[getattr(one, name)] for one in sums], np.float64) for name in (above, below))
+    (value,), (error,) = ratio_of_totals(over, under)
+    return float(value), None if math.isnan(error) else float(error)
+
+
+def ratio_of_totals(
+    above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Ratios of two totals over observations and their standard errors by linearization, NaN for one observation.
+
+    Args:
+        above, below: What is added up, fp64 ``[observations, ratios]``.
+
+    Returns:
+        Both ``[ratios]``.
+    """
+    number, total = len(above), below.sum(axis=0)
+    value = above.sum(axis=0) / total
+    if number < 2:
+        return value, np.full_like(value, math.nan)
+    variance = number / (number - 1) * ((above - value * below) ** 2).sum(axis=0)
+    return value, np.sqrt(variance) / total
 
 
 def read_texts(texts: Iterable[Path | str], text_field: str) -> Iterator[Document]:

@@ -12,7 +12,6 @@ from rich.text import Text
 from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
 from btlm.console import plural, progress_bars
-from btlm.files import naming_full_disk
 
 from .options import Perplexity
 from .perplexity import Scored, in_tokens, read_texts, score, texts_digest
@@ -75,8 +74,7 @@ def run_perplexity(
     ]
     Console().print(perplexity_table(scored, rows))
     if options.output is not None:
-        with naming_full_disk(Path(options.output)):
-            write_results(Path(options.output), rows)
+        write_results(Path(options.output), rows)
     return rows
 
 

@@ -22,10 +22,9 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.engine.engine import Engine
 from btlm.errors import OptionError
 
-from .perplexity import Text, token_nats
+from .perplexity import Text, ratio_of_totals, token_nats
 from .results import Origin, Result
 
-_Vector = npt.NDArray[np.float64]
 _Matrix = npt.NDArray[np.float64]
 
 
@@ -188,23 +187,6 @@ def measure(
         yield Curve(scaling, known[scaling.factor])
 
 
-def ratio(above: _Matrix, below: _Matrix) -> tuple[_Vector, _Vector]:
-    """Ratio of two totals over windows for each bin, and its standard error by linearization; NaN for one window.
-
-    Args:
-        above, below: What is added up, ``[W, bins]``, fp64.
-
-    Returns:
-        Both ``[bins]``.
-    """
-    number, total = len(above), below.sum(axis=0)
-    value = above.sum(axis=0) / total
-    if number < 2:
-        return value, np.full_like(value, math.nan)
-    variance = number / (number - 1) * ((above - value * below) ** 2).sum(axis=0)
-    return value, np.sqrt(variance) / total
-
-
 def rows_of(curves: Sequence[Curve], windows: Windows, origin: Origin, settings: dict[str, Any]) -> list[Result]:
     """Rows for `results.json`: per interpolation and bin the loss per token and per byte, and the change by it.
 
@@ -219,11 +201,11 @@ def rows_of(curves: Sequence[Curve], windows: Windows, origin: Origin, settings:
     for curve in curves:
         scaling = {"scaling": curve.scaling.name, "factor": curve.scaling.factor}
         figures = {
-            "nats_per_token": ("nats", *ratio(curve.nats, windows.tokens)),
-            "bits_per_byte": ("bits", *ratio(curve.nats / math.log(2), windows.bytes)),
+            "nats_per_token": ("nats", *ratio_of_totals(curve.nats, windows.tokens)),
+            "bits_per_byte": ("bits", *ratio_of_totals(curve.nats / math.log(2), windows.bytes)),
         }
         if plain is not None and curve is not plain:
-            figures["nats_per_token_change"] = ("nats", *ratio(curve.nats - plain.nats, windows.tokens))
+            figures["nats_per_token_change"] = ("nats", *ratio_of_totals(curve.nats - plain.nats, windows.tokens))
         for metric, (unit, values, errors) in figures.items():
             for (first, last), value, error in zip(windows.bins, values, errors, strict=True):
                 rows.append(

@@ -13,12 +13,11 @@ from btlm.checkpoint.open import Checkpoint
 from btlm.console import note, plural, progress_bars
 from btlm.engine.memory import peak_memory
 from btlm.errors import OptionError
-from btlm.files import naming_full_disk
 from btlm.plots import need_matplotlib, pyplot, save_figure
 
 from .options import Positions
-from .perplexity import begin_of_text, in_tokens, read_texts, texts_digest
-from .positions import Curve, Windows, cut_windows, measure, ratio, rows_of, scalings_of
+from .perplexity import begin_of_text, in_tokens, ratio_of_totals, read_texts, texts_digest
+from .positions import Curve, Windows, cut_windows, measure, rows_of, scalings_of
 from .results import Origin, Result, write_results
 
 _BINS = 16  # where their width is not given
@@ -58,7 +57,7 @@ def run_positions(
         length > architecture.n_positions or any(s.factor > 1 for s in scalings)
     ):
         raise OptionError(
-            "{} has learned positions, which end at {} and have no interpolation; choose {length} and {scalings} so.",
+            "{} has {} learned positions and no interpolation; give a {length} of at most that, and {scalings} none.",
             checkpoint.name,
             architecture.n_positions,
         )
@@ -95,11 +94,9 @@ def run_positions(
     Console().print(positions_table(curves, windows))
     note(f"peak memory {peak_memory() / 1e9:.2f} GB")
     if options.plot is not None:
-        with naming_full_disk(Path(options.plot)):
-            plot_positions(curves, windows, trained, checkpoint.title, Path(options.plot))
+        plot_positions(curves, windows, trained, checkpoint.title, Path(options.plot))
     if options.output is not None:
-        with naming_full_disk(Path(options.output)):
-            write_results(Path(options.output), rows)
+        write_results(Path(options.output), rows)
     return rows
 
 
@@ -117,9 +114,9 @@ def positions_table(curves: Sequence[Curve], windows: Windows) -> Table:
         below = "nats per token" if curve is curves[0] else f"less {curves[0].scaling}"
         table.add_column(f"{curve.scaling}\n{below}", justify="right", no_wrap=True)
         if curve is curves[0]:
-            columns.append(_cells(*ratio(curve.nats, windows.tokens), ".4f"))
+            columns.append(_cells(*ratio_of_totals(curve.nats, windows.tokens), ".4f"))
         else:
-            columns.append(_cells(*ratio(curve.nats - curves[0].nats, windows.tokens), "+.4f"))
+            columns.append(_cells(*ratio_of_totals(curve.nats - curves[0].nats, windows.tokens), "+.4f"))
     for i, (first, last) in enumerate(windows.bins):
         table.add_row(f"{first:,} to {last:,}", *(column[i] for column in columns))
     return table
@@ -146,7 +143,7 @@ def plot_positions(curves: Sequence[Curve], windows: Windows, trained: int, titl
     figure, axis = pyplot().subplots(figsize=(7.5, 4.2), layout="constrained")
     middles = [(first + last + 1) / 2 for first, last in windows.bins]
     for number, curve in enumerate(curves):
-        values, errors = ratio(curve.nats, windows.tokens)
+        values, errors = ratio_of_totals(curve.nats, windows.tokens)
         width = _CONFIDENCE * errors
         style = ("-", "--", ":", "-.")[number % 4]
         axis.plot(middles, values, style, marker=".", color=f"C{number}", label=str(curve.scaling))

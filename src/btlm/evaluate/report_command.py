@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from btlm.console import note, plural
-from btlm.files import naming_full_disk, whole_file
+from btlm.files import write_text
 
 from .report_data import read_evidence
 from .report_page import page
@@ -30,8 +30,7 @@ def run_report(results: Sequence[Path | str], output: Path | str = "report.html"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("btlm.evaluate").joinpath("templates/report.html.j2").read_text("utf-8"))
     text = template.render(page(evidence))
-    with naming_full_disk(Path(output)), whole_file(Path(output)) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(Path(output), text)
     note(
         f"wrote {output}: {plural(len(evidence.rows), 'result')} of {plural(len(evidence.models), 'model')}, "
         f"{len(text.encode()) / 1e3:,.0f} kB"

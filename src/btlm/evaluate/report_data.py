@@ -8,8 +8,8 @@ from typing import Any
 
 from btlm.errors import ResultsError
 
-from .harness_results import read_harness_file, read_json
-from .results import FORMAT, Result, read_results
+from .harness_results import read_harness_file
+from .results import FORMAT, Result, read_json, rows_in
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Model:
 
     Args:
         label: Its name, which tells it from the others.
-        sha256: Digest of its configuration and weights; empty if it is not known, and "random weights" for a shape.
+        sha256: Digest of its configuration and weights; empty if it is not known, and
+            :data:`btlm.evaluate.results.RANDOM_WEIGHTS` for a shape.
         rows: Its results, the newest first.
     """
 
@@ -102,7 +103,7 @@ def _read(path: Path) -> list[Result]:
         raise ResultsError(
             f"{path} holds no results; it needs the keys format ({FORMAT}) and rows, or those of lm-evaluation-harness."
         )
-    return read_results(path)
+    return rows_in(path, content)
 
 
 def _training(folder: Path) -> Training:

@@ -90,7 +90,7 @@ def memory_figure(evidence: Evidence, runs: Runs) -> Figure:
     mark = _PHONE if max(sum(row.parts.values()) for row in rows) > 1 else None
     drawing = bars(rows, title=title, x="peak resident memory (GB)", mark=mark)
     table = bench_table(evidence, runs)
-    keys = list(legend(["weights", "cache", "all else"]))
+    keys = list(legend(["weights", "cache", "all else"], of_bars=True))
     return Figure(title, drawing, keys, "Resident memory of the whole process, at its peak.", table)
 
 

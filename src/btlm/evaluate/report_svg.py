@@ -272,10 +272,14 @@ def heat(columns: Sequence[str], rows: Sequence[str], shares: Sequence[Sequence[
     return str(drawing)
 
 
-def legend(labels: Sequence[str], kinds: Sequence[int] | None = None) -> Iterator[tuple[str, str]]:
-    """Labels with the drawing that stands for each: a mark, or with ``kinds`` a line of that kind."""
+def legend(
+    labels: Sequence[str], kinds: Sequence[int] | None = None, *, of_bars: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Labels with the drawing that stands for each: a mark, a part of a bar, or with ``kinds`` a line."""
     for i, label in enumerate(labels):
-        if kinds is None:
+        if of_bars:
+            mark = f'<rect x="1" y="2" width="12" height="12" class="c{i}"></rect>'
+        elif kinds is None:
             mark = shape(i, 8, 8)
         else:
             mark = f'<line x1="0" x2="28" y1="8" y2="8" class="line c{i % 8} d{kinds[i] % 3}"></line>'

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from btlm.checkpoint.open import Checkpoint
 from btlm.console import three_digits
+from btlm.engine.network import weight_dtype
+from btlm.model.architecture_btlm import Architecture
 
-from .eval_command import shown_scale
+from .random_checkpoint import SHAPES, shape_config
 from .reference import REFERENCES
 from .report_data import Evidence, Model
-from .results import Result
-from .suites import TASKS
+from .results import RANDOM_WEIGHTS, Result, model_digest
+from .suites import TASKS, shown_scale
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,36 @@ class Runs:
 
 
 def model_table(evidence: Evidence) -> Table:
-    """What the models are."""
-    rows: list[list[str | Cell | None]] = [
-        [
-            model.label,
-            model.rows[0].model,
-            model.sha256[:16] or "not known",
-            ", ".join(sorted({row.machine for row in model.rows})),
-            f"{len(model.rows):,}",
-        ]
-        for model in evidence.models
-    ]
-    return Table("Models", ["model", "given as", "SHA-256", "measured on", "results"], 5, rows)
+    """What the models are; their shapes where they are still there to be read."""
+    rows: list[list[str | Cell | None]] = []
+    for model in evidence.models:
+        machines = ", ".join(sorted({row.machine for row in model.rows}))
+        facts = [model.label, model.rows[0].model, *_shape(model), model.sha256[:16] or "not known", machines]
+        rows.append([*facts, f"{len(model.rows):,}"])
+    shape = ["parameters", "layers x width x heads", "context", "weights"]
+    return Table("Models", ["model", "given as", *shape, "SHA-256", "measured on", "results"], 9, rows)
+
+
+def _shape(model: Model) -> list[str]:
+    """Parameters, layers, context and dtype of a model, if its folder is there and is still the same."""
+    given = model.rows[0].model
+    try:
+        if model.sha256 == RANDOM_WEIGHTS:
+            dtypes = dict.fromkeys(str(row.settings["dtype"]) for row in model.rows)
+            architecture, weights = Architecture.from_config(shape_config(SHAPES[given], "bfloat16")), ", ".join(dtypes)
+        else:
+            checkpoint = Checkpoint.open(Path(given)) if Path(given).is_dir() else None
+            if checkpoint is None or model_digest(checkpoint) != model.sha256:
+                return [""] * 4
+            architecture, weights = checkpoint.architecture, ""
+            if few := architecture.quantization:
+                weights = f"{few.bits} bits in groups of {few.group_size}, tables in {few.table_bits}"
+            else:
+                weights = weight_dtype(architecture, checkpoint.tensors)
+    except (ValueError, KeyError):
+        return [""] * 4
+    sizes = f"{architecture.n_layer} x {architecture.n_embd} x {architecture.n_head}"
+    return [f"{architecture.num_parameters():,}", sizes, f"{architecture.n_positions:,}", weights]
 
 
 # Benchmarks
@@ -106,7 +128,7 @@ def _plain(value: object) -> str:
 
 def percent(row: Result, value: float) -> str:
     """A score as it is shown, without its unit."""
-    return f"{value * shown_scale(row):,.2f}"
+    return f"{value * shown_scale(row.metric):,.2f}"
 
 
 def benchmark_table(
@@ -141,8 +163,8 @@ def _difference(rows: Sequence[Result], published: float | None) -> Cell | None:
     if not rows or published is None:
         return None
     row = rows[0]
-    difference = row.value * shown_scale(row) - published
-    beyond = row.standard_error is not None and abs(difference) > row.standard_error * shown_scale(row)
+    difference = row.value * shown_scale(row.metric) - published
+    beyond = row.standard_error is not None and abs(difference) > row.standard_error * shown_scale(row.metric)
     return Cell(f"{difference:+.1f}", difference, "beyond the standard error" if beyond else "")
 
 

@@ -23,6 +23,7 @@ from btlm.errors import ResultsError
 from btlm.files import file_sha256, write_json
 
 FORMAT = 1
+RANDOM_WEIGHTS = "random weights"  # instead of a digest
 
 _PACKAGES = ("btlm", "torch", "transformers", "lm_eval")
 
@@ -124,10 +125,31 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         ResultsError: The file is not one of results, of another format, or a row is damaged; the message says which.
     """
+    return rows_in(path, read_json(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ResultsError: It cannot be read.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ResultsError(f"{path} cannot be read as JSON ({one_line(error)}).") from error
+
+
+def rows_in(path: Path, content: Any) -> list[Result]:
+    """The rows of a file, each of them checked.
+
+    Args:
+        path: The file, for messages.
+        content: Its content.
+
+    Raises:
+        ResultsError: See :func:`read_results`.
+    """
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise ResultsError(f"{path} holds no results; it needs the keys format and rows.")
     if content.get("format") != FORMAT:

@@ -63,3 +63,8 @@ SUITES = {
     "long": ("qmsum", "gov_report"),
     "other": ("lambada_openai", "truthfulqa_mc2", "sciq", "crows_pairs_english"),
 }
+
+
+def shown_scale(metric: str) -> float:
+    """What a score is multiplied by where it is shown: scores are in percent, perplexities are not."""
+    return 1.0 if "perplexity" in metric else 100.0

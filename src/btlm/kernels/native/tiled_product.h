@@ -100,8 +100,8 @@ void multiply_blocks(const Matrix& m, const Matrix* gate, const Activations& x, 
             const uint8_t* from = weight[r] + g * group_bytes;
             for (int64_t at = 0; at < group_bytes; at += TILE_BYTES) {
                 __builtin_prefetch(from + at + FETCH_AHEAD, 0, 3);
-                uint8_t* to_line = unpacked[g % 2][BITS == 4 ? r : 0] + (BITS == 4 ? 2 * at : 0);
-                if constexpr (BITS == 4) unpack_line(from + at, to_line, to_line + TILE_BYTES);
+                if constexpr (BITS == 4)
+                    unpack_line(from + at, unpacked[g % 2][r] + 2 * at, unpacked[g % 2][r] + 2 * at + TILE_BYTES);
             }
         }
     };
