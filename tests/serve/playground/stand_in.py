@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "src/btlm/serve/playground.html"
+PAGE = Path(__file__).parents[3] / "src/btlm/serve/playground.html"
 
 # Tokens with their probabilities and those of the alternatives. The third character is written by three tokens.
 TEXT: list[tuple[str, float, dict[str, float]]] = [
@@ -114,11 +114,13 @@ def serve(state: StandIn) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             pass
 
-        def answer(self, content: bytes | dict[str, Any], status: int = 200, **headers: str) -> None:
+        def answer(
+            self, content: bytes | dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+        ) -> None:
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -135,8 +137,8 @@ def serve(state: StandIn) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             if self.path == "/":
                 page = PAGE.read_text()
-                headers = {"Content_Type": "text/html; charset=utf-8", "Content_Security_Policy": _policy(page)}
-                self.answer(page.encode(), **headers)
+                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _policy(page)}
+                self.answer(page.encode(), headers=headers)
             elif self.path == "/ready":
                 self.answer({}, 200 if state.ready else 503)
             elif self.path == "/v1/models" and self.is_let_in():
