@@ -371,6 +371,11 @@ class Engine:
                 raise ValueError(f"Token {token} is not in the vocabulary of {self.architecture.vocab_size:,}.")
         if options is not None and options.num_beams > 1:
             raise NotSupported("The engine has no beams.")
+        for token in (options and options.logit_bias) or ():
+            if not 0 <= token < self.architecture.vocab_size:
+                raise ValueError(
+                    f"Token {token} of logit_bias is not in the vocabulary of {self.architecture.vocab_size:,}."
+                )
         length = len(ids) + max_new_tokens - 1  # the last token is not read again
         if length > self.context:
             raise TooLong(
