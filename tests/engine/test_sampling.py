@@ -61,7 +61,7 @@ def logits():
         ),
         (
             {"temperature": 1.0, "logit_bias": {3: 2.0, 4: -1.5}, "repetition_penalty": 1.5},
-            [SequenceBiasLogitsProcessor({(3,): 2.0, (4,): -1.5}), RepetitionPenaltyLogitsProcessor(1.5)],
+            [SequenceBiasLogitsProcessor([[[3], 2.0], [[4], -1.5]]), RepetitionPenaltyLogitsProcessor(1.5)],
         ),
     ],
 )

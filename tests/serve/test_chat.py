@@ -1,12 +1,14 @@
 """`/v1/chat/completions` by the official client."""
 
+from typing import Any
+
 import httpx
 import pytest
 
 from btlm.serve.chat import STOP, WARNING, conversation
 from btlm.serve.schema import Message
 
-MESSAGES = [
+MESSAGES: list[Any] = [
     {"role": "system", "content": "A talk about science."},
     {"role": "user", "content": "Who was Einstein?"},
     {"role": "assistant", "content": "A physicist."},

@@ -156,5 +156,6 @@ async def _drain(service: Service, server: uvicorn.Server) -> None:
         left -= 0.05
     if worker.num_running or worker.num_waiting:
         warn(f"{plural(worker.num_running + worker.num_waiting, 'text')} did not finish in time")
+        await worker.stop()  # which tells their clients
     await asyncio.sleep(0.1)  # the last answers are on their way
     server.should_exit = True

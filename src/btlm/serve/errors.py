@@ -25,8 +25,10 @@ class ApiError(Exception):
         reason: str = "invalid",
         retry_after: int | None = None,
     ) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # it may quote what is no Unicode
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.reason = status, message, param, code, reason
+        self.status, self.message, self.code, self.reason = status, message, code, reason
+        self.param = None if param is None else param.encode(errors="backslashreplace").decode()
         self.retry_after = retry_after
 
     @property

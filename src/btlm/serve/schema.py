@@ -10,7 +10,18 @@ _MOST_STOPS = 16
 _LARGEST_SEED = 2**63 - 1
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold halves of surrogate pairs
+        raise ValueError(f"is no Unicode text (character {error.start})") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 Bias = dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -73,8 +84,8 @@ class Sampling(BaseModel):
     ignore_eos: bool | None = Field(None, description="Write on after the end of the text.")
     return_token_ids: bool | None = Field(None, description="Tell the ids of tokens, too, as vLLM does.")
     response_format: ResponseFormat | None = None
-    guided_regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="The text has to match this.")
-    guided_choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = Field(
+    guided_regex: Annotated[Text, Field(min_length=1)] | None = Field(None, description="The text has to match this.")
+    guided_choice: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1)] | None = Field(
         None, description="The text has to be one of these."
     )
     user: str | None = Field(None, description="Not used.")
@@ -95,9 +106,9 @@ class CompletionRequest(Sampling):
     """A request for `/v1/completions`."""
 
     prompt: (
-        str
+        Text
         | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
         | None
     ) = Field(None, description="A text, its token ids, or several of either; an empty one is the beginning of a text.")
@@ -118,7 +129,7 @@ class ContentPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -127,7 +138,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: Text | list[ContentPart]
 
     @property
     def text(self) -> str:
@@ -154,7 +165,7 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    prompt: str
+    prompt: Text
     add_special_tokens: bool = True
 
 
