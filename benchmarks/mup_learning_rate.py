@@ -8,11 +8,11 @@ Trains models of two layers and one head size on bytes (``byte_stream.py``), in 
 the head dimension). Both have an initialization, an embedding multiplier and an output multiplier, tuned for each at
 the narrowest width by the same random search of ``--trials`` trials (learning rates are drawn too); the narrowest width
 is the base width of muP. ``--values`` replaces the search: it gives both parametrizations their initialization,
-embedding multiplier and output multiplier, found at ``--base-width``. With ``--trials 0``, muP has BTLM's values at base
-width 256, and the standard parametrization GPT-2's. Then each is trained at every width with learning rates at powers of
-two, first on the grid of ``--grid``, then on until both neighbours of the best learning rate are worse, so that no
-optimum lies on an edge. Further seeds are run at the best learning rate of each width, at its neighbours, and at the
-learning rate that was best at the narrowest width. A seed changes the weights and the order of the data.
+embedding multiplier and output multiplier, found at ``--base-width``. With ``--trials 0``, muP has BTLM's values at
+base width 256, and the standard parametrization GPT-2's. Then each is trained at every width with learning rates at
+powers of two, first on the grid of ``--grid``, then on until both neighbours of the best learning rate are worse, so
+that no optimum lies on an edge. Further seeds are run at the best learning rate of each width, at its neighbours, and
+at the learning rate that was best at the narrowest width. A seed changes the weights and the order of the data.
 
 All runs of a seed read the same batches, and the held-out loss is of the same text, every source counting the same. A
 run that diverges counts as worse than any. On a GPU, runs of one width are trained side by side

@@ -49,7 +49,7 @@ def test_the_learning_rates_of_given_values_need_no_search(
     given = {"initializer_range": 0.2, "mup_embeddings_scale": 7.5, "mup_output_alpha": 0.7}
     assert all({**run["values"], "lr": 1} == {**given, "lr": 1} for run in trained)
     by_rate = {-9: [9.0], -8: [4.0], -7: [1.0, 1.0], -6: [0.0, 0.0], -5: [1.0, 1.0]}
-    assert results == {name: {width: by_rate for width in (128, 256)} for name in ("muP", "standard")}
+    assert results == {name: dict.fromkeys((128, 256), by_rate) for name in ("muP", "standard")}
 
 
 def test_models_trained_together_are_those_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
