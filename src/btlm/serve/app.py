@@ -153,6 +153,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return _model(service)
 
+    @app.get("/tokenizer_info", responses=_PROBLEMS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """Tell the special tokens, which lm-evaluation-harness asks for."""
+        ends = [service.vocabulary.name(token) for token in sorted(service.worker.engine.end_ids)]
+        end = ends[0] if ends else None
+        return {"tokenizer_class": "GPT2Tokenizer", "bos_token": end, "eos_token": end, "pad_token": end}
+
     @app.get("/health", responses=_PROBLEMS)
     async def health() -> dict[str, str]:
         """Tell whether the server can ever answer again; start it anew if not."""

@@ -21,7 +21,8 @@ def _is_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
-StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+SomeText = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_is_unicode)]
 Bias = dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
@@ -84,8 +85,8 @@ class Sampling(BaseModel):
     ignore_eos: bool | None = Field(None, description="Write on after the end of the text.")
     return_token_ids: bool | None = Field(None, description="Tell the ids of tokens, too, as vLLM does.")
     response_format: ResponseFormat | None = None
-    guided_regex: Annotated[Text, Field(min_length=1)] | None = Field(None, description="The text has to match this.")
-    guided_choice: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1)] | None = Field(
+    guided_regex: SomeText | None = Field(None, description="The text has to match this.")
+    guided_choice: Annotated[list[SomeText], Field(min_length=1)] | None = Field(
         None, description="The text has to be one of these."
     )
     user: str | None = Field(None, description="Not used.")
