@@ -16,9 +16,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import torch
 from tiny_inputs import add_smoke, write_model
 
 from btlm.checkpoint import BUNDLED_MODEL, Checkpoint, load_model
+from btlm.console import quiet_transformers
 from btlm.evaluate.harness_tasks import load_tasks, offline, quiet_harness
 from btlm.evaluate.suites import TASKS
 
@@ -108,13 +106,12 @@ def measure(args: argparse.Namespace) -> None:
     )
     print(f"|---{'|---' * 13}|")
     quantized = Checkpoint.open(args.model).architecture.quantization is not None
-    with tempfile.TemporaryDirectory() as folder, quiet_harness(), offline():
+    with tempfile.TemporaryDirectory() as folder, quiet_harness(), quiet_transformers(), offline():
         plain = Path(folder) / "fp32"
-        with redirect_stdout(StringIO()):
-            model, tokenizer = load_model(args.model, dtype="float32", device="cpu")
-            model.save_pretrained(plain)
-            tokenizer.save_pretrained(plain)
-            del model
+        model, tokenizer = load_model(args.model, dtype="float32", device="cpu")
+        model.save_pretrained(plain)
+        tokenizer.save_pretrained(plain)
+        del model
         for task in args.tasks:
             runs: dict[str, list[Run]] = {"fp32": [], "hf": [], "stored": []}
             for _ in range(args.turns):
@@ -138,7 +135,7 @@ def ask(kind: str, model: Path, task: str, args: argparse.Namespace, batch_size:
     from lm_eval.evaluator import evaluate
 
     include = None if args.include is None else Path(args.include)
-    with load_tasks([task], data=Path(args.data), include=include) as loaded, silent():
+    with load_tasks([task], data=Path(args.data), include=include) as loaded:
         if kind == "btlm":
             from btlm.evaluate.harness_model import EngineLM
 
@@ -151,13 +148,6 @@ def ask(kind: str, model: Path, task: str, args: argparse.Namespace, batch_size:
         start = time.perf_counter()
         found = evaluate(lm=lm, task_dict=loaded.tasks, limit=args.limit, bootstrap_iters=0, log_samples=True)
         return Run(found, task, time.perf_counter() - start)
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Without what the harness prints."""
-    with redirect_stdout(StringIO()):
-        yield
 
 
 def report(task: str, runs: dict[str, list[Run]]) -> None:

@@ -1,17 +1,18 @@
 """Does the best learning rate stay where it is as the model gets wider? Loss against learning rate, on real text.
 
     python benchmarks/mup_learning_rate.py --input corpus/ --output runs/mup [--widths 64 128 256 512] [--steps 600]
-        [--trials 24] [--seeds 3] [--device cuda] [--together 16]
+        [--trials 24 | --values INIT EMB OUT --base-width 64] [--seeds 3] [--device cuda] [--together 16]
 
 Trains models of two layers and one head size on bytes (``byte_stream.py``), in muP and in standard parametrization
 (GPT-2's: the same standard deviation and learning rate for the matrices of every width, scores over the square root of
 the head dimension). Both have an initialization, an embedding multiplier and an output multiplier, tuned for each at
 the narrowest width by the same random search of ``--trials`` trials (learning rates are drawn too); the narrowest width
-is the base width of muP. With ``--trials 0``, muP has BTLM's values at base width 256, and the standard parametrization
-GPT-2's. Then each is trained at every width with learning rates at powers of two, first on the grid of ``--grid``, then
-on until both neighbours of the best learning rate are worse, so that no optimum lies on an edge. Further seeds are run
-at the best learning rate of each width, at its neighbours, and at the learning rate that was best at the narrowest
-width. A seed changes the weights and the order of the data.
+is the base width of muP. ``--values`` replaces the search: it gives both parametrizations their initialization,
+embedding multiplier and output multiplier, found at ``--base-width``. With ``--trials 0``, muP has BTLM's values at
+base width 256, and the standard parametrization GPT-2's. Then each is trained at every width with learning rates at
+powers of two, first on the grid of ``--grid``, then on until both neighbours of the best learning rate are worse, so
+that no optimum lies on an edge. Further seeds are run at the best learning rate of each width, at its neighbours, and
+at the learning rate that was best at the narrowest width. A seed changes the weights and the order of the data.
 
 All runs of a seed read the same batches, and the held-out loss is of the same text, every source counting the same. A
 run that diverges counts as worse than any. On a GPU, runs of one width are trained side by side
@@ -167,11 +168,17 @@ def tune(runs: Runs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return best
 
 
+def values_and_base_width(runs: Runs, args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int]:
+    """The values of each parametrization, without the learning rate, and the base width of muP."""
+    if args.values:
+        given = {name: dict(zip(defaults, args.values, strict=True)) for name, defaults in VALUES.items()}
+        return given, args.base_width or args.widths[0]
+    return (tune(runs, args), args.widths[0]) if args.trials else (VALUES, BASE_WIDTH)
+
+
 def sweep(runs: Runs, args: argparse.Namespace) -> dict[str, Losses]:
     """Losses by parametrization, width and log2 of the learning rate."""
-
-    values_of = tune(runs, args) if args.trials else VALUES
-    base_width = args.widths[0] if args.trials else BASE_WIDTH
+    values_of, base_width = values_and_base_width(runs, args)
 
     def run(name: str, width: int, log2_lr: int, seed: int) -> Run:
         values = {**values_of[name], "lr": 2.0**log2_lr}
@@ -318,6 +325,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--grid", type=int, nargs=2, default=[-11, -5], help="log2 of the learning rates at first")
     parser.add_argument("--trials", type=int, default=24, help="trials of the search, for each parametrization")
+    values = "initialization, embedding and output multiplier of both parametrizations; nothing is searched"
+    parser.add_argument("--values", type=float, nargs=3, metavar=("INIT", "EMB", "OUT"), help=values)
+    parser.add_argument("--base-width", type=int, help="width at which --values were found (default: the narrowest)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds near the optimum")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--warmup-steps", type=int, default=30)
@@ -329,6 +339,8 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=16, help="models that a GPU trains side by side")
     add_smoke(parser)
     args = parser.parse_args()
+    if args.base_width and not args.values:
+        parser.error("--base-width belongs to --values, which are missing.")
     if args.smoke:
         args.widths, args.grid, args.seeds, args.trials = [32, 64], [-7, -7], 1, 1
         args.steps, args.warmup_steps, args.batch_tokens, args.eval_tokens, args.dtype = 2, 1, 256, 512, "float32"

@@ -1,10 +1,12 @@
 """Every script of benchmarks/ runs from end to end."""
 
+import argparse
 import importlib
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,28 @@ def test_a_benchmark_runs(script: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "|---|" in done.stdout or "without llama.cpp" in done.stdout
     assert "| nan" not in done.stdout
+
+
+@pytest.mark.parametrize(("base_width", "expected"), [(64, 64), (None, 128)])
+def test_the_learning_rates_of_given_values_need_no_search(
+    monkeypatch: pytest.MonkeyPatch, base_width: int | None, expected: int
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script = importlib.import_module("mup_learning_rate")
+    trained: list[dict[str, Any]] = []
+
+    class Parabola:
+        def losses(self, runs: list[dict[str, Any]]) -> list[float]:
+            trained.extend(runs := list(runs))
+            return [(math.log2(run["values"]["lr"]) + 6) ** 2 for run in runs]
+
+    args = argparse.Namespace(values=[0.2, 7.5, 0.7], base_width=base_width, widths=[128, 256], grid=[-8, -8], seeds=2)
+    results = script.sweep(Parabola(), args)
+    assert {run["base_width"] for run in trained} == {expected}
+    given = {"initializer_range": 0.2, "mup_embeddings_scale": 7.5, "mup_output_alpha": 0.7}
+    assert all({**run["values"], "lr": 1} == {**given, "lr": 1} for run in trained)
+    by_rate = {-9: [9.0], -8: [4.0], -7: [1.0, 1.0], -6: [0.0, 0.0], -5: [1.0, 1.0]}
+    assert results == {name: dict.fromkeys((128, 256), by_rate) for name in ("muP", "standard")}
 
 
 def test_models_trained_together_are_those_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

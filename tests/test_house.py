@@ -27,7 +27,7 @@ GRAPH: dict[str, set[str]] = {
     "engine": {"kernels", "checkpoint"},
     "convert": {"engine", "checkpoint"},
     "generate": {"engine", "checkpoint"},
-    "serve": {"engine", "checkpoint"},
+    "serve": {"generate", "engine", "checkpoint"},
     "evaluate": {"engine", "checkpoint", "train", "data"},
 }
 # Files beside the rooms, for every room except `model`; they import one another and `model`.

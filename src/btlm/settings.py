@@ -77,7 +77,10 @@ def misfits(hint: Any, value: Any) -> list[str]:
     """What keeps a value from fitting a type, as ends of sentences that begin with its key; nothing where it fits."""
     kind, arguments, *_ = parts_of(hint)
     if kind is dict and isinstance(value, dict):
-        return [f" of {key}{problem}" for key, item in value.items() for problem in misfits(arguments[1], item)]
+        keys = []
+        if arguments[0] is not str:  # any key can be read as a text
+            keys = [f" has the key {key!r}, not {wanted(arguments[0])}" for key in value if not fits(arguments[0], key)]
+        return keys + [f" of {key}{problem}" for key, item in value.items() for problem in misfits(arguments[1], item)]
     return [] if fits(hint, value) else [f" is {value!r}, not {wanted(hint)}"]
 
 

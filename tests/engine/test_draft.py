@@ -21,6 +21,7 @@ RULES: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 3},
     {"temperature": 0.7, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.2},
     {"no_repeat_ngram_size": 2},
+    {"frequency_penalty": 0.2, "presence_penalty": 0.3, "temperature": 0.8, "seed": 6},
 ]
 N = 24
 

@@ -248,6 +248,7 @@ RULES = [
     {"no_repeat_ngram_size": 3},
     {"repetition_penalty": 0.8},
     {"top_k": 3, "seed": 5, "no_repeat_ngram_size": 4},
+    {"frequency_penalty": 0.2, "presence_penalty": -0.1, "logit_bias": {7: 0.5}},
 ]
 
 

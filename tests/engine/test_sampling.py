@@ -4,6 +4,7 @@ import torch
 from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -58,6 +59,10 @@ def logits():
             {"temperature": 1.0, "no_repeat_ngram_size": 2, "top_k": 5},
             [NoRepeatNGramLogitsProcessor(2), TopKLogitsWarper(5)],
         ),
+        (
+            {"temperature": 1.0, "logit_bias": {3: 2.0, 4: -1.5}, "repetition_penalty": 1.5},
+            [SequenceBiasLogitsProcessor([[[3], 2.0], [[4], -1.5]]), RepetitionPenaltyLogitsProcessor(1.5)],
+        ),
     ],
 )
 def test_draws_follow_the_distribution_of_transformers(given, processors, logits):
@@ -70,6 +75,21 @@ def test_draws_follow_the_distribution_of_transformers(given, processors, logits
     chi_square = ((counts - expected * draws)[likely] ** 2 / (expected * draws)[likely]).sum()
     # There are at most twelve cells. With 11 degrees of freedom, chi-square exceeds 31.3 once in a thousand.
     assert chi_square < 31.3
+
+
+@pytest.mark.parametrize("presence", [0.0, 0.7, -2.0])
+@pytest.mark.parametrize("frequency", [0.0, 0.4, -1.0])
+def test_penalties_are_those_of_the_openai_interface(presence, frequency, logits):
+    """logit - count * frequency_penalty - (count > 0) * presence_penalty, where only written tokens are counted."""
+    prompt, written = [1, 1, 1, 2], [5, 6, 5, 5, 1]
+    expected = [
+        logit - written.count(token) * frequency - (token in written) * presence for token, logit in enumerate(logits)
+    ]
+    options = GenerationOptions(presence_penalty=presence, frequency_penalty=frequency)
+    for token in range(VOCAB):  # the largest one after the others were forbidden
+        allowed = np.arange(VOCAB) <= token
+        choice = Sampler(options, len(prompt)).choose(logits, [*prompt, *written], allowed)
+        assert choice == max(range(token + 1), key=expected.__getitem__)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7, 0.5])

@@ -43,6 +43,7 @@ RULES: list[dict[str, Any]] = [
     {"top_p": 0.6, "temperature": 1.2, "seed": 2},
     {"top_k": 4, "seed": 3, "repetition_penalty": 1.3},
     {"no_repeat_ngram_size": 2},
+    {"presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {3: -2.0, 98: 1.5}},
 ]
 
 
@@ -63,7 +64,7 @@ class Alone:
     def tokens(self, prompt, options):
         key = (tuple(prompt), repr(options))
         if key not in self.known:
-            ids, sampler, written = list(prompt), Sampler(options), []
+            ids, sampler, written = list(prompt), Sampler(options, len(prompt)), []
             for _ in range(options.max_new_tokens):
                 row = self.logits(ids, [len(ids) - 1])[0]
                 ids.append(sampler.choose(row, ids))

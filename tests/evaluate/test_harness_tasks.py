@@ -24,6 +24,13 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
+def test_no_progress_bars_even_if_asked_for(capsys):
+    from tqdm import tqdm
+
+    list(tqdm(range(2), disable=False))
+    assert capsys.readouterr().err == ""
+
+
 def documents(loaded, task):
     return list(loaded.tasks["tasks"][task].eval_docs)
 

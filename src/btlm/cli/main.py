@@ -14,6 +14,7 @@ from .options import choose, flag_of
 # A command is a module of this package, imported when it is asked for.
 COMMANDS = {
     "generate": "continue a prompt",
+    "serve": "answer HTTP requests of OpenAI's clients",
     "info": "show the shape, muP and cost of a model or a recipe",
     "merge": "write a model with its adapters merged in",
     "quantize": "write a copy of a model in four or eight bits",

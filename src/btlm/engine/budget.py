@@ -1,6 +1,6 @@
 """What an engine needs of the memory, and whether there is enough."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from btlm.checkpoint.tensor_file import MappedTensor, resident_bytes
 from btlm.console import gigabytes
@@ -31,6 +31,26 @@ def cache_places(context: int, num_requests: int, cache_tokens: int | None) -> i
             "context."
         )
     return num_requests * num_pages(context) * PAGE_TOKENS if cache_tokens is None else cache_tokens
+
+
+def fitting_places(
+    architecture: Architecture, context: int, num_requests: int, bytes_of: Callable[[int], int], free: int | None
+) -> int:
+    """Tokens of a cache that takes at most half of the memory that weights leave.
+
+    Args:
+        architecture: Architecture of the network.
+        context: Tokens per request, which always have a place.
+        num_requests: Number of requests; more than all of them can use is not given.
+        bytes_of: Bytes of a cache, by its number of tokens.
+        free: Bytes that are left beside the weights; ``None`` if that is not known.
+    """
+    least, most = cache_places(context, 1, None), cache_places(context, num_requests, None)
+    if free is None:
+        return most
+    page = bytes_of(PAGE_TOKENS)
+    room = (free - activation_bytes(architecture) - _SPARE) // 2 // page * PAGE_TOKENS
+    return min(max(least, room), most)
 
 
 def weight_bytes(architecture: Architecture, tensors: Mapping[str, MappedTensor], kernels: Kernels) -> int:

@@ -75,6 +75,11 @@ class KVCache(Layers):
         return other
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all texts together."""
+        return self.num_pages * PAGE_TOKENS
+
+    @property
     def free_pages(self) -> int:
         """Number of pages that nobody holds."""
         return len(self._free)

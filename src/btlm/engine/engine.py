@@ -7,7 +7,7 @@ nor chunks, nor reused prefixes, nor guesses change what is written.
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from btlm.errors import EngineFull, LogitsNotFinite, NotSupported, TooLong
 from btlm.kernels import load_kernels
 from btlm.model.config_keys_btlm import end_ids
 
-from .budget import cache_places, check_memory, weight_bytes
+from .budget import cache_places, check_memory, fitting_places, weight_bytes
 from .cache import KVCache, cache_bytes, cache_dtype_of
 from .draft import Draft, check_draft, check_tokens
 from .memory import available_memory
@@ -85,7 +85,7 @@ class Engine:
         cache_dtype: str = "auto",
         context: int | None = None,
         num_requests: int = 1,
-        cache_tokens: int | None = None,
+        cache_tokens: int | Literal["fit"] | None = None,
         patience: float | None = None,
         draft: Checkpoint | Path | str | None = None,
         kernels: str = "auto",
@@ -97,7 +97,9 @@ class Engine:
         Args:
             checkpoint: An open checkpoint, its folder, or its id on the Hugging Face Hub; plain (bf16, fp16, fp32) or
                 quantized, in safetensors or pickled by `torch.save`.
-            cache_dtype, context, num_requests, cache_tokens, patience: See the class.
+            cache_dtype, context, num_requests, patience: See the class.
+            cache_tokens: See the class; ``"fit"`` for what half of the memory holds that the weights leave, at least
+                ``context``, at most what all requests can use.
             draft: A small checkpoint with the same vocabulary, which guesses tokens; see the class.
             kernels, threads: See :func:`btlm.kernels.load_kernels`.
             factor: Factor of position interpolation, instead of the stored one.
@@ -116,9 +118,8 @@ class Engine:
         weights = weight_bytes(architecture, tensors, used)
         context = architecture.n_positions if context is None else context
         check_positions(architecture, context)
-        dtype = cache_dtype_of(cache_dtype, stored)
-        places = cache_places(context, num_requests, cache_tokens)
-        guessing = None
+        dtype, small_dtype = cache_dtype_of(cache_dtype, stored), ""
+        guessing = small = None
         if draft is not None:
             draft = Checkpoint.open(draft)
             small = supported(draft.architecture)
@@ -126,9 +127,22 @@ class Engine:
             check_tokens(checkpoint, draft)
             small_dtype = cache_dtype_of("auto", weight_dtype(small, draft.tensors))
             weights += weight_bytes(small, draft.tensors, used) + activation_bytes(small)
-            weights += cache_bytes(small, small_dtype, places)
+
+        def drafted(places: int) -> int:
+            return 0 if small is None else cache_bytes(small, small_dtype, places)
+
+        if cache_tokens == "fit":
+            cache_tokens = fitting_places(
+                architecture,
+                context,
+                num_requests,
+                lambda places: cache_bytes(architecture, dtype, places) + drafted(places),
+                None if available is None else available - weights,
+            )
+        places = cache_places(context, num_requests, cache_tokens)
+        weights += drafted(places)
         check_memory(architecture, weights, dtype, places, available)
-        if draft is not None:
+        if draft is not None and small is not None:
             guessing = Network(used, small, draft.tensors)
         return cls(
             Network(used, architecture, tensors),
@@ -188,7 +202,7 @@ class Engine:
         """
         each = list(options) if isinstance(options, Sequence) else [options or GenerationOptions()] * len(prompts)
         for ids, choice in zip(prompts, each, strict=True):
-            self._check(ids, choice.max_new_tokens, choice)
+            self.check(ids, choice.max_new_tokens, choice)
         waiting = list(enumerate(zip(prompts, each, strict=True)))[::-1]
         running: dict[Request, int] = {}
         given: dict[Request, int] = {}  # tokens yielded; steps that others take write for these requests too
@@ -304,7 +318,7 @@ class Engine:
         num_alternatives: int,
         mask: Mask | None = None,
     ) -> Request:
-        self._check(ids, max_new_tokens, options)
+        self.check(ids, max_new_tokens, options)
         if score_from is not None and not 0 < score_from < max(2, len(ids)):
             raise ValueError(
                 f"Scores from token {score_from} on are not possible: a score needs a token before it, and the prompt "
@@ -361,7 +375,17 @@ class Engine:
             return []  # the next step computes the others
         return self._scheduler.record(step, logits, time.perf_counter() - start)
 
-    def _check(self, ids: Sequence[int], max_new_tokens: int, options: GenerationOptions | None = None) -> None:
+    def check(self, ids: Sequence[int], max_new_tokens: int, options: GenerationOptions | None = None) -> None:
+        """Check that a request is possible, apart from room for it; this can be called from any thread.
+
+        Args:
+            ids: Prompt.
+            max_new_tokens: Number of tokens to write at most; 0 for a score.
+            options: How to continue.
+
+        Raises:
+            NotSupported, TooLong, TypeError, ValueError: See :meth:`generate`.
+        """
         if isinstance(ids, str):
             raise TypeError("The engine takes token ids, not text; btlm.generate.TextGenerator takes text.")
         if not len(ids):
@@ -371,6 +395,11 @@ class Engine:
                 raise ValueError(f"Token {token} is not in the vocabulary of {self.architecture.vocab_size:,}.")
         if options is not None and options.num_beams > 1:
             raise NotSupported("The engine has no beams.")
+        for token in (options and options.logit_bias) or ():
+            if not 0 <= token < self.architecture.vocab_size:
+                raise ValueError(
+                    f"Token {token} of logit_bias is not in the vocabulary of {self.architecture.vocab_size:,}."
+                )
         length = len(ids) + max_new_tokens - 1  # the last token is not read again
         if length > self.context:
             raise TooLong(

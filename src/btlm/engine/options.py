@@ -25,6 +25,10 @@ class GenerationOptions:
         repetition_penalty: Penalty on tokens that the text has: positive logits are divided by it, negative ones
             multiplied (arXiv 1909.05858); above 1 the text repeats itself less.
         no_repeat_ngram_size: Length of n-grams of tokens that are never written twice.
+        presence_penalty: Number that is taken from the logits of tokens that were written, prompt left aside.
+        frequency_penalty: Number that is taken from the logit of a token each time it was written, prompt left aside.
+        logit_bias: Numbers that are added to the logits of tokens, by id: -100 forbids a token in practice, and 100
+            makes it certain.
         seed: Seed of the samples (default: a random one, which is reported).
         lookup_tokens: Most tokens to guess at a time, by looking for the last words earlier in the text, and to check
             together: the same text, faster where it repeats itself; 0 turns it off.
@@ -42,6 +46,9 @@ class GenerationOptions:
     top_k: Count | None = None
     repetition_penalty: Positive | None = None
     no_repeat_ngram_size: Count | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     seed: Annotated[int, Range(0, 2**63 - 1)] | None = None
     lookup_tokens: Annotated[int, Range(0, 16)] = 3
     draft_tokens: Annotated[int, Range(0, 16)] = 8
@@ -58,6 +65,11 @@ class GenerationOptions:
             problems.append("{seed} needs sampling; add {temperature}, {top_p} or {top_k}")
         if problems:
             raise OptionError(f"{'; '.join(problems)}.")
+
+    @property
+    def penalizes_written(self) -> bool:
+        """Whether the tokens that were written change the logits, prompt left aside."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
     @property
     def samples(self) -> bool:

@@ -76,7 +76,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
-        self.sampler = Sampler(self.options)
+        self.sampler = Sampler(self.options, self.prompt_tokens)
         self.lookup = PromptLookup(self.options.lookup_tokens)
         self.draft = DraftGuesses(self.options.draft_tokens if self.max_new_tokens else 0)
 

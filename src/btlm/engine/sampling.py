@@ -1,6 +1,7 @@
 """Logits to the next token.
 
-The order of the rules is that of Transformers' ``generate``: repetition, n-grams, temperature, top-k, top-p.
+The order of the rules is that of Transformers' ``generate``: bias, repetition, n-grams, temperature, top-k, top-p. The
+penalties that OpenAI's interface has, for what was written, follow the one for repetition, as in vLLM.
 """
 
 import math
@@ -33,13 +34,15 @@ class Sampler:
 
     Args:
         options: How to choose.
+        prompt_tokens: Number of tokens that were not written, which only the penalty for repetition counts.
 
     Attributes:
         seed: Seed of the draws, to repeat them; ``None`` if nothing is drawn.
     """
 
-    def __init__(self, options: GenerationOptions) -> None:
+    def __init__(self, options: GenerationOptions, prompt_tokens: int = 0) -> None:
         self.options = options
+        self.prompt_tokens = prompt_tokens
         self.seed = options.seed
         if options.samples and self.seed is None:
             self.seed = secrets.randbelow(2**31)
@@ -58,11 +61,19 @@ class Sampler:
         """
         options = self.options
         scores = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+        if options.logit_bias:
+            scores = scores.copy()
+            scores[list(options.logit_bias)] += np.fromiter(options.logit_bias.values(), np.float32)
         if options.repetition_penalty is not None and options.repetition_penalty != 1:
             scores = scores.copy()
             seen = np.unique(np.asarray(ids))
             penalty = np.float32(options.repetition_penalty)
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        if options.penalizes_written:
+            scores = scores.copy()
+            written, times = np.unique(np.asarray(ids[self.prompt_tokens :], np.int64), return_counts=True)
+            scores[written] -= times.astype(np.float32) * np.float32(options.frequency_penalty or 0)
+            scores[written] -= np.float32(options.presence_penalty or 0)
         if options.no_repeat_ngram_size is not None:
             banned = repeated(ids, options.no_repeat_ngram_size)
             if len(banned):

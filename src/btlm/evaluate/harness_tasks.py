@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partialmethod
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,11 @@ def quiet_harness() -> Iterator[None]:
     bars = datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    tqdm.__init__ = partialmethod(init, disable=True)
+
+    def hidden(bar: Any, *args: Any, **options: Any) -> None:
+        init(bar, *args, **{**options, "disable": True})  # the harness often asks for a bar explicitly
+
+    tqdm.__init__ = hidden
     datasets.disable_progress_bars()
     try:
         yield

@@ -18,7 +18,7 @@ from btlm.checkpoint.to_transformers import end_ids, load_model
 from btlm.console import note, one_line, plain_messages, warn
 from btlm.devices import has_cuda
 from btlm.engine.options import GenerationOptions
-from btlm.errors import DoesNotFit, LogitsNotFinite, TooLong
+from btlm.errors import DoesNotFit, LogitsNotFinite, OptionError, TooLong
 from btlm.model import BTLMConfig, BTLMLMHeadModel
 
 from .options import Run
@@ -28,6 +28,8 @@ from .text import TextPieces, encode, longer_than_trained, write_text
 
 def run_transformers(text: str, checkpoint: Checkpoint, options: GenerationOptions, run: Run) -> None:
     """Write a prompt and its continuation to standard output; arguments as of ``run_generate``."""
+    if options.penalizes_written:
+        raise OptionError("Only the engine has {presence_penalty} and {frequency_penalty}; use {repetition_penalty}.")
     with plain_messages():
         dtype, group_size = run.dtype, None
         if run.dtype == "auto" and run.device != "cpu" and has_cuda():
@@ -199,6 +201,7 @@ def _generation_config(model: BTLMLMHeadModel, options: GenerationOptions) -> Ge
         num_beams=options.num_beams,
         repetition_penalty=1.0 if options.repetition_penalty is None else options.repetition_penalty,
         no_repeat_ngram_size=options.no_repeat_ngram_size or 0,
+        sequence_bias={(token,): bias for token, bias in (options.logit_bias or {}).items()} or None,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else None,
         **sampling,
