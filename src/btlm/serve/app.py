@@ -21,7 +21,8 @@ from btlm.settings import did_you_mean
 from . import chat, completions, schema
 from .errors import ApiError, EngineDead, Stopping, invalid
 from .guard import Guard
-from .service import Run, Service
+from .run import Run
+from .service import Service
 from .stream import EventStream
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

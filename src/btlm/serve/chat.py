@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from .errors import invalid
+from .run import Job, Piece, Run
 from .schema import ChatRequest, Message
-from .service import Job, Piece, Run, Service, options_of
+from .service import Service, options_of
 from .text import Placed
 from .vocabulary import Vocabulary
 

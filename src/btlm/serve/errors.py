@@ -54,6 +54,17 @@ def invalid(param: str | None, message: str) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+def too_long(message: str) -> ApiError:
+    """The error of a request that exceeds the context."""
+    return ApiError(
+        400,
+        f"{message} Shorten the prompt or write less.",
+        param="prompt",
+        code="context_length_exceeded",
+        reason="too long",
+    )
+
+
 class TooManyTexts(ApiError):
     """More texts would wait than may."""
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError
-from .service import Run
+from .run import Run
 
 _log = logging.getLogger("btlm.serve")
 _QUIET_S = 15.0  # seconds without an event after which a comment shows that the server lives
