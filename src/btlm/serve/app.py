@@ -25,6 +25,7 @@ from .run import Run
 from .service import Service
 from .stream import EventStream
 
+NOTE = "This is a base model: it continues texts, and was not trained to answer or to follow instructions."
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -81,7 +82,7 @@ def make_app(service: Service, keys: Sequence[str] = ()) -> ASGIApp:
 
 
 def _add_texts(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", responses=_answers(schema.CompletionAnswer))
+    @app.post("/v1/completions", responses=_answers(schema.CompletionAnswer, stream=True))
     async def complete(asked: schema.CompletionRequest, request: Request) -> Response:
         """Continue texts, tell how probable they are, or both."""
         run = await completions.begin_completion(service, asked)
@@ -89,7 +90,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         events = completions.completion_events(run, usage=stream.include_usage, usages=stream.continuous_usage_stats)
         return await _answer(request, run, completions.completion(run), events if asked.stream else None)
 
-    @app.post("/v1/chat/completions", responses=_answers(schema.ChatAnswer))
+    @app.post("/v1/chat/completions", responses=_answers(schema.ChatAnswer, stream=True))
     async def talk(asked: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation, which is written as a text; this is a base model."""
         run = await chat.begin_chat(service, asked)
@@ -113,9 +114,10 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         return {"prompt": service.vocabulary.text(asked.tokens)}
 
 
-def _answers(answer: type) -> dict[int | str, dict[str, Any]]:
+def _answers(answer: type, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """What an endpoint may answer, for the description of the API."""
-    return {200: {"model": answer}, **_PROBLEMS}
+    events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+    return {200: {"model": answer, **events}, **_PROBLEMS}
 
 
 async def _answer(request: Request, run: Run, whole: Any, events: Any) -> Response:
@@ -192,7 +194,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "btlm",
         "max_model_len": service.context,
-        "warning": chat.WARNING,
+        "warning": NOTE,
     }
 
 

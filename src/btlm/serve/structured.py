@@ -50,6 +50,8 @@ class Grammars:
             raise invalid(given[1], f"{' and '.join(given)} exclude each other; give one of them.")
         if not given:
             return None
+        if not self._end_ids:
+            raise invalid(given[0], f"{given[0]} needs a token that ends a text, and this model has none.")
         if asked.guided_regex is not None:
             matcher = self._compile(LLMatcher.grammar_from_regex(asked.guided_regex), "guided_regex")
         elif asked.guided_choice is not None:
