@@ -111,29 +111,50 @@ class Sampler:
         return int(tokens[draws.argmax()])
 
 
-def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
-    """Log-probabilities in nats, ``[R]``, of one token per row of logits ``[R, V]``.
+def log_totals(logits: Floats) -> list[float]:
+    """Logarithms of the sum of ``exp(logits)``, one per row of logits ``[R, V]``.
 
     A row's result has the same bits whatever the other rows are.
     """
-    scores = np.empty(len(logits), np.float32)
+    totals = []
     powers = np.empty(logits.shape[1], np.float32)  # of one row, which stays in a core's cache
-    for i, (row, token) in enumerate(zip(logits, tokens, strict=True)):
+    for row in logits:
         most = row.max()
         np.exp(np.subtract(row, most, out=powers), out=powers)
-        scores[i] = float(row[token]) - (math.log(powers.sum()) + float(most))
-    return scores
+        totals.append(math.log(powers.sum()) + float(most))
+    return totals
 
 
-def best_tokens(logits: Floats, number: int) -> list[tuple[tuple[int, float], ...]]:
-    """The most probable tokens of each row of logits ``[R, V]``, with their log-probabilities in nats, best first."""
+def log_probabilities(logits: Floats, tokens: Sequence[int], totals: Sequence[float] | None = None) -> Floats:
+    """Log-probabilities in nats, ``[R]``, of one token per row of logits ``[R, V]``.
+
+    Args:
+        logits: Logits.
+        tokens: One per row.
+        totals: Results of :func:`log_totals`, if they are known.
+    """
+    totals = log_totals(logits) if totals is None else totals
+    rows = zip(logits, tokens, totals, strict=True)
+    return np.array([float(row[token]) - total for row, token, total in rows], np.float32)
+
+
+def best_tokens(
+    logits: Floats, number: int, totals: Sequence[float] | None = None
+) -> list[tuple[tuple[int, float], ...]]:
+    """The most probable tokens of each row of logits ``[R, V]``, with their log-probabilities in nats, best first.
+
+    Args:
+        logits: Logits.
+        number: Number of tokens, at least 1.
+        totals: Results of :func:`log_totals`, if they are known.
+    """
     found = []
-    for row in logits:
+    for row, total in zip(logits, log_totals(logits) if totals is None else totals, strict=True):
         number = min(number, len(row))
-        smallest = np.partition(row, -number)[-number]
+        smallest = row.max() if number == 1 else np.partition(row, -number)[-number]
         near = np.flatnonzero(row >= smallest)
         ids = near[np.lexsort((near, -row[near]))][:number].tolist()
-        scores = log_probabilities(np.broadcast_to(row, (len(ids), len(row))), ids)
+        scores = np.array([float(row[token]) - total for token in ids], np.float32)
         found.append(tuple(zip(ids, scores.tolist(), strict=True)))
     return found
 

@@ -21,7 +21,7 @@ from .cache import KVCache, common_prefix
 from .draft import Draft, DraftGuesses, Wanted
 from .pace import Pace
 from .request import Request, Token
-from .sampling import best_tokens, log_probabilities
+from .sampling import best_tokens, log_probabilities, log_totals
 from .speculation import PromptLookup
 
 _MOST_GUESSING = 2  # requests; with more of them a step's extra tokens are no longer free
@@ -348,7 +348,8 @@ def _write(request: Request, guess: list[int], logits: npt.NDArray[np.float32]) 
 
 def _tokens(request: Request, logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[Token]:
     """Tokens with what the model says of them, by one row of logits each."""
-    scores = log_probabilities(logits, ids).tolist()
+    totals = log_totals(logits)
+    scores = log_probabilities(logits, ids, totals).tolist()
     best = logits[np.arange(len(ids)), ids] == logits.max(axis=1)
-    others = best_tokens(logits, request.num_alternatives) if request.num_alternatives else [()] * len(ids)
+    others = best_tokens(logits, request.num_alternatives, totals) if request.num_alternatives else [()] * len(ids)
     return [Token(*each) for each in zip(ids, scores, best.tolist(), others, strict=True)]

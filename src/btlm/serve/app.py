@@ -116,7 +116,8 @@ def _add_texts(app: FastAPI, service: Service) -> None:
 
 def _answers(answer: type, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """What an endpoint may answer, for the description of the API."""
-    events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    events = {"content": {"text/event-stream": {"schema": event}}} if stream else {}
     return {200: {"model": answer, **events}, **_PROBLEMS}
 
 
