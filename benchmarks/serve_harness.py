@@ -73,7 +73,8 @@ def ask_server(url: str, task: str, args: argparse.Namespace) -> Run:
         lm: Any = LocalCompletionsAPI(
             base_url=f"{url}/v1/completions",
             model=_NAME,
-            tokenizer_backend="remote",
+            tokenizer=str(args.model),
+            tokenizer_backend="huggingface",  # "remote" asks the server, one text at a time
             num_concurrent=args.concurrent,
             max_length=args.context,
         )
