@@ -563,3 +563,19 @@ def test_the_bundled_model_is_read_as_transformers_reads_it():
     ids = [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]
     expected = scores_of(BTLMLMHeadModel.from_pretrained(BUNDLED_MODEL).float().eval(), ids)
     assert np.abs(Engine.open(BUNDLED_MODEL, context=64).score(ids) - expected).mean() < 0.1
+
+
+def test_a_cache_that_fits_takes_half_of_what_is_free(checkpoint, monkeypatch):
+    def tokens(free):
+        monkeypatch.setattr("btlm.engine.engine.available_memory", lambda: free)
+        engine = Engine.open(checkpoint, context=640, num_requests=10, cache_tokens="fit", cache_dtype="float32")
+        return engine.cache.num_tokens
+
+    assert tokens(None) == tokens(10**12) == 6400  # more cannot be used
+    per_token = 1024  # bytes, see above
+    some = tokens(20_000_000)
+    assert 640 < some < 6400
+    assert 16_000_000 < 20_000_000 - 2 * some * per_token < 20_000_000  # for weights, activations and Python
+    assert tokens(20_000_000 + 2 * 640 * per_token) == some + 640
+    with pytest.raises(DoesNotFit):  # one request always has its places
+        tokens(16_100_000)

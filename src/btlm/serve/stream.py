@@ -39,8 +39,8 @@ class EventStream(Response):
             async with asyncio.timeout(_SLOWEST_S):
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 async with self._run.watched(receive):
                     async for event in _with_pauses(self._events):
