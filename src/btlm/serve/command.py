@@ -80,21 +80,21 @@ def open_service(checkpoint: Checkpoint, settings: Serve, draft: Checkpoint | No
     if engine.context > trained:
         warn(f"the model is made for {trained:,.0f} tokens; texts longer than that may get worse")
     weights = Weights([*checkpoint.weight_files, *(draft.weight_files if draft is not None else ())])
-    told: list[Metrics] = []
+    metrics = Metrics()
     worker = Worker(
         engine,
         max_waiting=settings.max_waiting,
         unchanged=weights.check,
-        on_step=lambda tokens, seconds: told[0].stepped(tokens, seconds),
-        on_end=lambda text, request: told[0].ended(text, request),
+        on_step=metrics.stepped,
+        on_end=metrics.ended,
     )
-    told.append(Metrics(worker))
+    metrics.watch(worker)
     about = [__version__, kernels.name, cache.dtype, engine.context, weights.marks, checkpoint.folder.name]
     return Service(
         settings,
         worker,
         Vocabulary(checkpoint.tokenizer, architecture.vocab_size),
-        told[0],
+        metrics,
         settings.served_name or checkpoint.title,
         f"btlm-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}",
     )

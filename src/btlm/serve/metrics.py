@@ -15,13 +15,9 @@ _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """Counts what the server does.
+    """Counts what the server does."""
 
-    Args:
-        worker: Who writes texts.
-    """
-
-    def __init__(self, worker: "Worker") -> None:
+    def __init__(self) -> None:
         disable_created_metrics()  # a second series for each, which nobody asks for
         self.registry = registry = CollectorRegistry()
 
@@ -44,16 +40,18 @@ class Metrics:
         self.token_s = histogram("token_seconds", "Mean time per token of a text after its first one.", _STEPS)
         self.step_s = histogram("step_seconds", "Time of a step of the engine.", _STEPS)
 
-        engine = worker.engine
+    def watch(self, worker: "Worker") -> None:
+        """Tell what a worker has to do, too."""
+        cache = worker.engine.cache
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"btlm_{name}", text, registry=registry)
+            return Gauge(f"btlm_{name}", text, registry=self.registry)
 
         gauge("texts_waiting", "Texts that wait.").set_function(lambda: worker.num_waiting)
         gauge("texts_running", "Texts that are being written.").set_function(lambda: worker.num_running)
-        gauge("cache_pages", "Pages of the cache of keys and values.").set(engine.cache.num_pages)
+        gauge("cache_pages", "Pages of the cache of keys and values.").set(cache.num_pages)
         gauge("cache_pages_used", "Pages that hold texts, those of ended ones included.").set_function(
-            lambda: engine.cache.num_pages - engine.cache.free_pages
+            lambda: cache.num_pages - cache.free_pages
         )
         gauge("engine_alive", "1 while the engine can write, else 0.").set_function(lambda: worker.alive)
 

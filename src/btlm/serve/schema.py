@@ -93,6 +93,17 @@ class Sampling(BaseModel):
     metadata: dict[str, Any] | None = Field(None, description="Not used.")
 
     @property
+    def forms(self) -> list[str]:
+        """Names of the fields that say what the text has to be."""
+        form = self.response_format is not None and self.response_format.type != "text"
+        given = {
+            "response_format": form,
+            "guided_regex": self.guided_regex is not None,
+            "guided_choice": self.guided_choice is not None,
+        }
+        return [name for name, wanted in given.items() if wanted]
+
+    @property
     def stops(self) -> list[str]:
         """The texts that end a continuation."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []

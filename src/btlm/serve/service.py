@@ -85,8 +85,7 @@ class Service:
 
     async def mask(self, asked: Sampling) -> Callable[[], Mask] | None:
         """See :meth:`btlm.serve.structured.Grammars.mask`."""
-        form = asked.response_format
-        if asked.guided_regex is None and asked.guided_choice is None and (form is None or form.type == "text"):
+        if not asked.forms:
             return None
         made: Callable[[], Mask] | None = await asyncio.to_thread(lambda: self.grammars.mask(asked))
         return made

@@ -39,13 +39,7 @@ class Grammars:
         Raises:
             ApiError: Two forms are asked for, or one that cannot be compiled; the message says where.
         """
-        form = asked.response_format
-        kinds = {
-            "response_format": form is not None and form.type != "text",
-            "guided_regex": asked.guided_regex is not None,
-            "guided_choice": asked.guided_choice is not None,
-        }
-        given = [name for name, wanted in kinds.items() if wanted]
+        given, form = asked.forms, asked.response_format
         if len(given) > 1:
             raise invalid(given[1], f"{' and '.join(given)} exclude each other; give one of them.")
         if not given:
