@@ -23,6 +23,7 @@ from tiny_inputs import add_smoke, write_model
 from btlm.checkpoint import BUNDLED_MODEL
 
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+_FLAGS = ["--context", "128", "--max-requests", "4", "--max-waiting", "4"]
 _OPERATIONS = 10  # that share the requests
 
 
@@ -48,7 +49,7 @@ def measure(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(args.model, "--context", "128", "--max-requests", "4", "--max-waiting", "4") as (url, pid),
+        serving(args.model, *_FLAGS, log=Path(folder) / "log") as (url, pid),
     ):
         for part in range(10):
             run = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", _CHECKS]
@@ -56,7 +57,8 @@ def measure(args: argparse.Namespace) -> None:
             run += ["--seed", str(args.seed + part), "--no-color", "--warnings", "off", "--request-timeout", "60"]
             done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise SystemExit(done.stdout[-5000:] + done.stderr[-1000:])
+                told = [line for line in (Path(folder) / "log").read_text().splitlines() if not line.startswith("{")]
+                raise SystemExit("\n".join([done.stdout[-5000:], done.stderr[-1000:], *told]))
             report(url, pid)
 
 

@@ -46,5 +46,5 @@ def _drain(lines: IO[str], log: Path | None) -> None:
         for _ in lines:
             pass
         return
-    with log.open("w") as file:
+    with log.open("w", buffering=1) as file:
         file.writelines(lines)

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 
 from btlm.engine.options import GenerationOptions
 from btlm.engine.sampling import Sampler, best_tokens, log_probabilities, nucleus, repeated, softmax
-from btlm.errors import NothingAllowed
+from btlm.errors import NothingAllowed, OptionError
 
 VOCAB = 12
 
@@ -247,6 +247,37 @@ def test_top_p_draws_the_tokens_of_sorting_all(given, monkeypatch):
     monkeypatch.setattr("btlm.engine.sampling.nucleus", sort_all)
     assert fast == drawn()
     assert len(set(fast)) > 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 0.001, "top_p": 0.5},
+        {"repetition_penalty": 1000.0, "top_p": 1e-320},
+        {"logit_bias": {3: 100.0, 4: -100.0}, "temperature": 1e-320, "top_p": 0.5},
+        {"presence_penalty": -100.0, "frequency_penalty": 100.0, "temperature": 1e300},
+        {"temperature": 5e-324, "top_k": 2**62},
+    ],
+)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_the_most_extreme_options_choose_a_token(options, scale, logits):
+    sampler = Sampler(GenerationOptions(seed=1, **options), 1)
+    with np.errstate(all="ignore"):
+        assert all(0 <= sampler.choose(logits * np.float32(scale), [0, 3, 3, 4]) < VOCAB for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e5},
+        {"logit_bias": {1: 1e39}},
+        {"presence_penalty": 1e39},
+    ],
+)
+def test_options_that_no_logit_survives_are_refused(options):
+    with pytest.raises(OptionError, match="from"):
+        GenerationOptions(**options)
 
 
 def test_best_tokens(logits):

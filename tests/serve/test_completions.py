@@ -206,6 +206,7 @@ def test_the_end_of_a_text_ends_it_unless_it_is_ignored(client):
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", '"hot"'),
         ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "0.001"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 3, "best_of": 2}, "best_of", "best_of 2 is less than n 3"),
         ({"best_of": 2, "stream": True}, "best_of", "known only at the end"),

@@ -8,6 +8,9 @@ from btlm.settings import Count, Number, Range, check
 
 Threads = Annotated[int, Range(1, 1024)]
 Positive = Annotated[float, Range(above=0)]
+# Changes of logits stay within what 32-bit numbers can hold beside any logit.
+Penalty = Annotated[float, Range(0.001, 1000)]
+Bias = Annotated[float, Range(-100, 100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,11 @@ class GenerationOptions:
     temperature: Number | None = None
     top_p: Annotated[float, Range(above=0, most=1)] | None = None
     top_k: Count | None = None
-    repetition_penalty: Positive | None = None
+    repetition_penalty: Penalty | None = None
     no_repeat_ngram_size: Count | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    presence_penalty: Bias | None = None
+    frequency_penalty: Bias | None = None
+    logit_bias: dict[int, Bias] | None = None
     seed: Annotated[int, Range(0, 2**63 - 1)] | None = None
     lookup_tokens: Annotated[int, Range(0, 16)] = 3
     draft_tokens: Annotated[int, Range(0, 16)] = 8

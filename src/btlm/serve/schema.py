@@ -76,7 +76,7 @@ class Sampling(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), le=_LARGEST_SEED, description="Choice number i is drawn with seed + i.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     logit_bias: Bias | None = Field(None, description="Numbers that are added to logits, by token id.")
     stop: StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)

@@ -124,9 +124,13 @@ class GrammarMask:
             self._matcher.rollback(len(self._read) - kept)
         self._matcher.consume_tokens(list(written[kept:]))
         self._read = list(written)
-        if self._matcher.is_error():  # a limit was reached; the request ends with an error
+        try:
+            mask = self._matcher.compute_bitmask()
+        except ValueError:  # a limit of the library was reached
+            mask = b""
+        if self._matcher.is_error() or not mask:  # nothing is allowed, so that the request ends with an error
             return np.zeros(self._vocab_size, bool)
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
         return bits[: self._vocab_size].view(bool)
 
 
