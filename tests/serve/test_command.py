@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +82,23 @@ def test_running_texts_are_finished_before_it_stops(name):
         assert one.end() == 0
         assert "did not finish" not in one.text
         assert "Traceback" not in one.text
+
+
+def test_stopping_under_load_loses_no_text():
+    def whole(url, i):
+        with stream(url, max_tokens=200, prompt=str(i)) as answer:
+            return [line for line in answer.iter_lines() if line]
+
+    with process("--max-requests", "3") as one, ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(whole, one.url, i) for i in range(9)]
+        while "btlm_texts_waiting 6.0" not in httpx.get(f"{one.url}/metrics").text:
+            time.sleep(0.01)
+        one.process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            lines = answer.result()
+            assert lines[-1] == "data: [DONE]"
+            assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert one.end() == 0
 
 
 def test_texts_that_take_too_long_are_told_so():

@@ -175,9 +175,9 @@ def test_more_clients_than_places_all_get_an_answer(checkpoint):
         return await client.post(url, json=body)
 
     async def ask_all(url):
-        limits = httpx.Limits(max_connections=200)
+        limits = httpx.Limits(max_connections=500)
         async with httpx.AsyncClient(limits=limits, timeout=60) as client:
-            return await asyncio.gather(*(ask(client, url, i) for i in range(200)))
+            return await asyncio.gather(*(ask(client, url, i) for i in range(500)))
 
     with running(checkpoint, max_requests=4, max_waiting=30) as one:
         answers = asyncio.run(ask_all(f"{one.url}/v1/completions"))
