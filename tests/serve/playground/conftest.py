@@ -6,6 +6,7 @@ import pytest
 
 from tests.serve.playground.stand_in import StandIn, serve
 
+PATIENCE = 20_000  # milliseconds
 DESKTOP = {"width": 1440, "height": 900}
 
 
@@ -13,6 +14,7 @@ DESKTOP = {"width": 1440, "height": 900}
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or pytest.skip("needs chromium")
+    playwright.expect.set_options(timeout=PATIENCE)
     with playwright.sync_playwright() as start:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = start.chromium.launch(executable_path=chromium, args=arguments)
@@ -39,7 +41,7 @@ def open_page(browser, server):
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: addresses.append(request.url))
         # Chromium reports every refused request, which the page answers for itself.

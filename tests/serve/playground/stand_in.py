@@ -46,7 +46,7 @@ class StandIn:
     refusal: str | None = None  # message of a 400
     fails_after: int | None = None  # tokens before an error in the stream
     breaks_after: int | None = None  # tokens before the connection ends
-    kept_text: int | None = None  # tokens whose text is sent; the rest is cut off, as at a stop text
+    kept_text: int | None = None  # characters of the text that are sent; the rest is cut off, as at a stop text
     warning: str = "btlm-tiny writes grammatical sentences without sense. Do not use its text for anything."
     requests: list[dict[str, Any]] = field(default_factory=list)
     aborted: threading.Event = field(default_factory=threading.Event)
@@ -75,8 +75,8 @@ class StandIn:
                 text, pending = pending.decode(), b""
             except UnicodeDecodeError:
                 text = ""
-            if self.kept_text is not None and i >= self.kept_text:
-                text = ""
+            if self.kept_text is not None:
+                text = text[: max(0, self.kept_text - written)]
             logprobs = {
                 "tokens": [name],
                 "token_logprobs": [math.log(p)],
@@ -131,7 +131,7 @@ def serve(state: StandIn) -> ThreadingHTTPServer:
         def is_let_in(self) -> bool:
             if state.key is None or self.headers["Authorization"] == f"Bearer {state.key}":
                 return True
-            self.refuse(401, "This server needs an API key.")
+            self.refuse(401, "The key is missing or wrong.")
             return False
 
         def do_GET(self) -> None:

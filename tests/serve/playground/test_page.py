@@ -64,6 +64,9 @@ def test_an_api_key_is_asked_for_and_kept_in_the_tab(open_page, server):
     page = open_page()
     expect(page.locator("#error")).to_have_text("This server needs an API key.")
     expect(page.locator("#key")).to_be_focused()
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#error")).to_have_text("The server does not accept this API key.")
     page.fill("#key", "s3cret")
     page.keyboard.press("Enter")
     expect(page.locator("#key-form")).to_be_hidden()
@@ -158,14 +161,16 @@ def test_eight_thousand_tokens_stay_quick(page, server):
     server.text = [(f" w{i}", 0.5, {" a": 0.2, " b": 0.1}) for i in range(8000)]
     page.fill("#max_tokens", "8192")
     page.click("#generate")
-    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
     assert page.locator(".token").count() == 8000
     append = "tokens.push({...tokens[9]}); draw(); $('pane').scrollHeight;"
-    one = f"() => {{ const start = performance.now(); {append} return performance.now() - start; }}"
-    assert sorted(page.evaluate(one) for _ in range(9))[4] < 50  # milliseconds; 300 if all were laid out
+    timed = f"() => {{ const start = performance.now(); {append} return performance.now() - start; }}"
+    divided_time = min(page.evaluate(timed) for _ in range(5))
     # For this, the text is divided into blocks. That must not show.
     places = "() => tokens.map(({node}) => { const {left, top} = node.getBoundingClientRect(); return [left, top]; })"
     divided = page.evaluate(places)
     page.evaluate("joinBlocks()")
     assert page.locator("#tokens > div").count() == 1
     assert page.evaluate(places) == divided
+    whole = f"() => {{ {append} joinBlocks(); const start = performance.now(); {append} return performance.now() - start; }}"
+    assert divided_time < min(page.evaluate(whole) for _ in range(3)) / 5

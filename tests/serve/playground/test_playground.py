@@ -98,12 +98,12 @@ def test_escape_and_stop_end_a_request(page, server):
     expect(page.locator(".token").first).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#figures")).to_contain_text("Stopped.")
-    assert server.aborted.wait(5)
+    assert server.aborted.wait(20)
     server.aborted.clear()
     page.click("#generate")
     page.click("#stop")
     expect(page.locator("#generate")).to_be_visible()
-    assert server.aborted.wait(5)
+    assert server.aborted.wait(20)
 
 
 # Tokens
@@ -214,15 +214,15 @@ def test_a_character_is_completed_after_its_kept_part(page, server):
 
 
 def test_tokens_of_a_stop_text_are_struck_out(page, server):
-    server.kept_text = 4
+    server.kept_text = len(" the theory of rel")
     generate(page)
-    assert page.locator(".token.unused").count() == len(TEXT) - 4
+    assert page.locator(".token.unused").count() == len(TEXT) - 3
     page.click("#copy-text")
     expect(page.locator("#status")).to_have_text("Copied the text")
-    assert page.evaluate("navigator.clipboard.readText()") == " the theory of relativity"
+    assert page.evaluate("navigator.clipboard.readText()") == " the theory of rel"
     page.click("#continue")
     finished(page)
-    assert server.requests[-1]["prompt"][5:] == [server.names[name] for name in NAMES[:4]]
+    assert server.requests[-1]["prompt"][5:] == [server.names[name] for name in NAMES[:3]]
 
 
 def test_what_the_model_writes_stays_text(page):
