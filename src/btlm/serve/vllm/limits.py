@@ -19,13 +19,11 @@ def check_config(config: BTLMConfig) -> None:
     Raises:
         NotSupported: The interpolation is dynamic, or the weights are in the format of ``btlm quantize``.
     """
-    stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if method == QUANT_METHOD:
-        bits = stored.get("bits") if isinstance(stored, dict) else getattr(stored, "bits", None)
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") == QUANT_METHOD:
         raise NotSupported(
-            f"The weights have {bits} bits in the format of `btlm quantize` (quant_method {QUANT_METHOD!r}), which vLLM "
-            "does not read; serve the folder they were made from, or write a plain one: "
+            f"The weights have {stored.get('bits')} bits in the format of `btlm quantize`, which vLLM does not read; "
+            "serve the folder they were made from, or write a plain one: "
             "btlm.BTLMLMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
         )
     if train_seq_len(config.alibi_scaling) is not None:

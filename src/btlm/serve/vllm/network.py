@@ -145,9 +145,7 @@ class BTLMModel(nn.Module):
         )
         norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon) if group.is_last_rank else PPMissingLayer()
         self.ln_f = norm
-        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
-            ["hidden_states"], config.n_embd
-        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(["hidden_states"], config.n_embd)
 
     def forward(
         self,
