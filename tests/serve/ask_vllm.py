@@ -1,8 +1,9 @@
 """Asks vLLM about checkpoints, in a process of its own: ``python ask_vllm.py QUESTIONS.json ANSWERS.json``.
 
 A question has a ``folder``, a ``dtype``, ``devices`` of tensor parallelism and of ``pipeline`` parallelism, and
-``prompts`` of token ids. Its answer has for each prompt the greedy continuation (``texts``) and the log-probability of
-each token of the prompt but the first (``scores``); or the ``error``.
+``prompts`` of token ids. With ``compile``, vLLM compiles the model; on CPUs its pipelines need that. The answer has for
+each prompt the greedy continuation (``texts``) and the log-probability of each token of the prompt but the first
+(``scores``); or the ``error``.
 """
 
 import json
@@ -31,7 +32,7 @@ def ask(question: dict[str, Any]) -> dict[str, Any]:
             tensor_parallel_size=devices,
             pipeline_parallel_size=stages,
             max_model_len=question.get("max_model_len", 64),
-            enforce_eager=True,
+            enforce_eager=not question.get("compile", False),
         )
     except ValueError as error:
         return {"error": str(error)}

@@ -1,4 +1,4 @@
-"""The files for clusters fit their schemas. A validator that is not installed is skipped; `make vllm` installs both."""
+"""The files for clusters fit their schemas. `make vllm` installs the validator of Kubernetes, `make test` has Ray's."""
 
 import json
 from pathlib import Path

@@ -110,11 +110,14 @@ def test_scaling_changes_the_answers(asked):
 
 
 @pytest.mark.slow
-def test_log_probabilities_in_bf16_are_near_those_of_the_model(asked):
+def test_bf16_rounds_no_more_than_the_model_in_bf16(asked):
     models, answers, _ = asked
-    for i, prompt in enumerate(PROMPTS):
-        difference = torch.tensor(answers["bfloat16"]["scores"][i]) - expected(models["bfloat16"], prompt)[1]
-        assert difference.abs().mean() < 1e-2
+    model = models["bfloat16"]
+    rounded = torch.cat([expected(model, prompt)[1] for prompt in PROMPTS])
+    model.float()  # the same weights
+    exact = torch.cat([expected(model, prompt)[1] for prompt in PROMPTS])
+    found = torch.cat([torch.tensor(scores) for scores in answers["bfloat16"]["scores"]])
+    assert (found - exact).abs().mean() < 1.5 * (rounded - exact).abs().mean()
 
 
 @pytest.mark.slow
@@ -134,7 +137,13 @@ def test_what_vllm_cannot_run_is_refused(asked, name, told):
 @pytest.mark.parametrize("split", ["devices", "pipeline"])
 def test_two_devices_give_the_same_answers(asked, tmp_path, split):
     _, answers, root = asked
-    question = {"folder": str(root / "scaled"), "dtype": "float32", "prompts": PROMPTS, split: 2}
+    question = {
+        "folder": str(root / "scaled"),
+        "dtype": "float32",
+        "prompts": PROMPTS,
+        split: 2,
+        "compile": split == "pipeline",
+    }
     (answer,) = ask([question], tmp_path)
     assert answer["texts"] == answers["scaled"]["texts"]
     for one, two in zip(answer["scores"], answers["scaled"]["scores"], strict=True):
