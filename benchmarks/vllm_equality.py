@@ -87,13 +87,13 @@ def measure(args: argparse.Namespace, work: Path) -> None:
     print("\n".join(rows))
 
 
-def ours(model: BTLMLMHeadModel, prompts: list[list[int]], text: list[int], new: int) -> Found:
+def ours(model: Any, prompts: list[list[int]], text: list[int], new: int) -> Found:
     """Greedy continuations, and the log-probability of each token of a text but the first."""
     texts = []
     with torch.inference_mode():
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            made: Any = model.generate(
+            made = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
             )
             texts.append(made[0, len(prompt) :].tolist())
