@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
-            args.model, args.tokens, args.new = str(write_model(Path(folder) / "tiny")), 32, 2
+            args.model, args.tokens, args.new = str(write_model(Path(folder))), 32, 2
             args.dtypes, args.devices = ["float32"], [1]
         measure(args, Path(folder))
 
