@@ -67,8 +67,9 @@ def measure(args: argparse.Namespace, work: Path) -> None:
         if dtype == "float32" and engine(work / dtype, prompts, args.new) != expected[dtype][0]:
             raise SystemExit("The engine and Transformers write different texts.")
     del model
+    installed = (found := find_spec("vllm")) is not None and found.origin is not None  # not just a folder of that name
     rows = []
-    for dtype, devices in product(args.dtypes, args.devices if find_spec("vllm") else []):
+    for dtype, devices in product(args.dtypes, args.devices if installed else []):
         texts, scores = vllm(work / dtype, prompts, text, args.new, dtype, devices, not args.compile)
         theirs, reference = torch.tensor(scores), torch.tensor(expected[dtype][1])
         same = sum(one == other for one, other in zip(texts, expected[dtype][0], strict=True))

@@ -13,7 +13,7 @@ from btlm.checkpoint import BUNDLED_MODEL
 from tests.model.tiny import tiny_model, tokens
 from tests.serve.ask_vllm import NEW
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version")
 
 PROMPTS = [tokens(1, length, seed)[0].tolist() for seed, length in enumerate((5, 17, 40))]
 # Six heads, which are no power of two, of a size that vLLM has CPU kernels for; three of them on each of two devices.
