@@ -199,3 +199,12 @@ def test_keys_are_read(tmp_path):
     assert read_keys(Serve(api_key_file=str(path), api_key=("zero",))) == ("zero", "one", "two")
     with pytest.raises(OptionError, match="letters and digits"):
         read_keys(Serve(api_key=("a b",)))
+
+
+def test_the_page_may_run_only_its_own_script(server):
+    answer = httpx.get(server.url)
+    policy = answer.headers["content-security-policy"]
+    assert answer.text.count("<script>") == answer.text.count("<style>") == 1
+    assert policy.count("'sha256-") == 2
+    assert "unsafe" not in policy
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"

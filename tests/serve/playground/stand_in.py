@@ -1,7 +1,5 @@
 """A stand-in for the server: it speaks the interface that the playground uses, and says what a test tells it to."""
 
-import base64
-import hashlib
 import json
 import math
 import re
@@ -12,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from btlm.serve.app import page_policy
 
 PAGE = Path(__file__).parents[3] / "src/btlm/serve/playground.html"
 
@@ -95,18 +95,6 @@ class StandIn:
         yield {**common, "choices": [], "usage": {**usage, "total_tokens": sum(usage.values())}}
 
 
-def _policy(page: str) -> str:
-    """A strict policy that allows the page's one script and one style, and no other source."""
-    sources = {}
-    for tag in ("script", "style"):
-        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        sources[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-    return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 def serve(state: StandIn) -> ThreadingHTTPServer:
     """Start a server at a free port; ``shutdown()`` and ``server_close()`` end it."""
 
@@ -137,7 +125,7 @@ def serve(state: StandIn) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             if self.path == "/":
                 page = PAGE.read_text()
-                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _policy(page)}
+                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": page_policy(page)}
                 self.answer(page.encode(), headers=headers)
             elif self.path == "/ready":
                 self.answer({}, 200 if state.ready else 503)
