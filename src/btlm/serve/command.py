@@ -47,17 +47,17 @@ def run_serve(model: Checkpoint | Path | str, settings: Serve, base: Path | str 
     faulthandler.enable()  # a file of weights that is cut off ends the process; this tells where
     keys = read_keys(settings)
     checkpoint = open_checkpoint(model, base)
-    draft = None if settings.draft is None else Checkpoint.open(settings.draft)
-    service = open_service(checkpoint, settings, draft)
+    service = open_service(checkpoint, settings)
     asyncio.run(_serve(service, keys))
 
 
-def open_service(checkpoint: Checkpoint, settings: Serve, draft: Checkpoint | None = None) -> Service:
+def open_service(checkpoint: Checkpoint, settings: Serve) -> Service:
     """Open the engine, and tell what it takes.
 
     Raises:
         DoesNotFit, NotSupported, ValueError: See :meth:`btlm.engine.Engine.open`.
     """
+    draft = None if settings.draft is None else Checkpoint.open(settings.draft)
     engine = Engine.open(
         checkpoint,
         cache_dtype=settings.cache_dtype,
