@@ -61,13 +61,7 @@ def _numbers(answer: Any) -> tuple[float, ...]:
 
 def main() -> None:
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", metavar="MODEL", default=str(BUNDLED_MODEL))
-    parser.add_argument("--data", help="folder of questions, as of btlm eval")
-    parser.add_argument("--include", help="folder of further tasks, as of btlm eval")
-    parser.add_argument("--tasks", nargs="+", default=["piqa", "openbookqa"])
-    parser.add_argument("--limit", type=int, help="questions per task, at most")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a request, at most")
+    parser = question_parser(__doc__)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8], help="of hf")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--output", type=Path, help="file that receives all figures, as JSON")
@@ -83,6 +77,18 @@ def main() -> None:
         print("Nothing is measured without questions: give --data.")
         return
     measure(args)
+
+
+def question_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that say which model is asked what."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", metavar="MODEL", default=str(BUNDLED_MODEL))
+    parser.add_argument("--data", help="folder of questions, as of btlm eval")
+    parser.add_argument("--include", help="folder of further tasks, as of btlm eval")
+    parser.add_argument("--tasks", nargs="+", default=["piqa", "openbookqa"])
+    parser.add_argument("--limit", type=int, help="questions per task, at most")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a request, at most")
+    return parser
 
 
 def write_quiz(folder: Path) -> Path:

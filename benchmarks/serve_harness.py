@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness_equality import Run, ask, compared, write_quiz
+from harness_equality import Run, ask, compared, question_parser, write_quiz
 from served import serving
 from tiny_inputs import add_smoke, write_model
 
-from btlm.checkpoint import BUNDLED_MODEL
 from btlm.console import quiet_transformers
 from btlm.evaluate.harness_tasks import load_tasks, offline, quiet_harness
 
@@ -26,13 +25,7 @@ _NAME = "served"
 
 def main() -> None:
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", metavar="MODEL", default=str(BUNDLED_MODEL))
-    parser.add_argument("--data", help="folder of questions, as of btlm eval")
-    parser.add_argument("--include", help="folder of further tasks, as of btlm eval")
-    parser.add_argument("--tasks", nargs="+", default=["piqa", "lambada_openai"])
-    parser.add_argument("--limit", type=int, help="questions per task, at most")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a request, at most")
+    parser = question_parser(__doc__)
     parser.add_argument("--concurrent", type=int, default=16, help="requests at a time")
     add_smoke(parser)
     args = parser.parse_args()

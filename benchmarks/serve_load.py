@@ -28,41 +28,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from served import serving
+from served import WORDS, serving
 from tiny_inputs import add_smoke, write_model
 
 from btlm.engine.memory import read_rate
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "was",
-    "that",
-    "his",
-    "he",
-    "it",
-    "with",
-    "is",
-    "for",
-    "as",
-    "had",
-    "you",
-    "not",
-    "be",
-    "her",
-    "on",
-    "at",
-    "by",
-    "which",
-    "have",
-    "or",
-    "from",
-    "this",
-    "him",
-]
 _PEER_PORT = 8790
 
 

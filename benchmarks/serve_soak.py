@@ -18,43 +18,13 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from served import serving
+from served import WORDS, serving
 from tiny_inputs import add_smoke
 
 from btlm.checkpoint import BUNDLED_MODEL
 from btlm.engine import GenerationOptions
 from btlm.generate import TextGenerator
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "was",
-    "that",
-    "his",
-    "he",
-    "it",
-    "with",
-    "is",
-    "for",
-    "as",
-    "had",
-    "you",
-    "not",
-    "be",
-    "her",
-    "on",
-    "at",
-    "by",
-    "which",
-    "have",
-    "or",
-    "from",
-    "this",
-    "him",
-]
 _KINDS = 40  # of requests, which are asked again and again
 
 

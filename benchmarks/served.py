@@ -1,4 +1,4 @@
-"""A server for the benchmarks: `btlm serve` in a process of its own."""
+"""A server for the benchmarks: `btlm serve` in a process of its own, and words to ask it with."""
 
 import re
 import subprocess
@@ -8,6 +8,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+# Each is one token with a blank before it.
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "was",
+    "that",
+    "his",
+    "he",
+    "it",
+    "with",
+    "is",
+    "for",
+    "as",
+    "had",
+    "you",
+    "not",
+    "be",
+    "her",
+    "on",
+    "at",
+    "by",
+    "which",
+    "have",
+    "or",
+    "from",
+    "this",
+]
 
 
 @contextmanager
