@@ -24,7 +24,7 @@ from btlm.checkpoint import BUNDLED_MODEL
 
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 _FLAGS = ["--context", "128", "--max-requests", "4", "--max-waiting", "4"]
-_OPERATIONS = 10  # that share the requests
+_OPERATIONS = 5  # that take something, and share the requests
 
 
 def main() -> None:
