@@ -61,6 +61,11 @@ def python_of(words):
     return words[words.index("-c") + 1]
 
 
+def asked_path(program):
+    (path,) = re.findall(r"'GET', '(.*?)'", program)
+    return path
+
+
 def status_of(program, url):
     """Exit status of a program that asks port 8000, with the port of a server instead."""
     assert program.count(PORT) == 1
@@ -135,7 +140,7 @@ def test_the_build_copies_what_exists_and_is_not_ignored():
 
 def test_the_health_check_of_the_image(server):
     program = python_of(health_check())
-    assert re.search(r"'GET', '(.*?)'", program).group(1) in OPEN_PATHS
+    assert asked_path(program) in OPEN_PATHS
     assert status_of(program, server.url) == 0
     server.service.draining = True
     try:
@@ -150,7 +155,7 @@ def test_the_health_check_of_the_image(server):
 
 def test_the_service_has_time_to_finish_requests():
     unit = Unit("btlm-serve.service")
-    assert unit["Service"].getfloat("TimeoutStopSec") > float(option(unit.words("ExecStart"), "--drain"))
+    assert float(unit["Service"]["TimeoutStopSec"]) > float(option(unit.words("ExecStart"), "--drain"))
     assert unit["Service"]["KillSignal"] == "SIGTERM"
     assert unit["Service"]["LoadCredential"].partition(":")[0] in option(unit.words("ExecStart"), "--api-key-file")
 
@@ -159,7 +164,7 @@ def test_the_service_is_restarted_only_if_its_engine_has_stopped(server, monkeyp
     unit = Unit("btlm-serve-health.service")
     assert unit.words("ExecStart")[1:] == ["try-restart", "btlm-serve.service"]
     program = python_of(unit.words("ExecCondition"))
-    assert re.search(r"'GET', '(.*?)'", program).group(1) in OPEN_PATHS
+    assert asked_path(program) in OPEN_PATHS
     assert 1 <= status_of(program, server.url) <= 254  # the range in which systemd skips the rest
     monkeypatch.setattr(type(server.service.worker), "alive", False)
     assert httpx.get(f"{server.url}/health").status_code == 503
