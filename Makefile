@@ -49,7 +49,7 @@ bench: .venv/.dev  ## run every script in benchmarks/
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script"; done
 
 vllm: .venv-vllm/.built  ## install vLLM's CPU build into .venv-vllm and test the plug-in with it
-	.venv-vllm/bin/python -m pytest tests/serve/test_vllm.py tests/serve/test_vllm_files.py tests/serve/test_deploy.py $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/serve/test_vllm.py tests/serve/test_vllm_files.py tests/serve/test_deploy_vllm.py $(ARGS)
 
 clean:  ## remove .venv, caches and built packages
 	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache build dist

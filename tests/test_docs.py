@@ -19,7 +19,7 @@ DOCUMENTS = [
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.MULTILINE | re.DOTALL)
-PATH = re.compile(r"(?<![\w./-])(?:src|tests|docs|benchmarks|examples|recipes)/[\w./-]*\w")
+PATH = re.compile(r"(?<![\w./-])(?:src|tests|docs|deploy|benchmarks|examples|recipes)/[\w./-]*\w")
 NAME = re.compile(r"\bbtlm(?:\.[a-zA-Z_]\w*)+(?=\W|$)")
 COMMAND = re.compile(r"(?:^|\s)(btlm|python (?:benchmarks|examples)/\w+\.py) +([^#|<>]*)")
 

@@ -63,6 +63,8 @@ def test_without_a_limit_the_answer_may_fill_the_context(server):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type"),
         ({"top_logprobs": 3}, "top_logprobs need logprobs"),
         ({"tools": [{"type": "function"}]}, "not supported"),
+        ({"tool_choice": "required"}, "tool_choice is not known here; leave it out."),
+        ({"top_logprob": 2}, "leave it out: did you mean top_logprobs?"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
         ({"messages": [{"role": "user", "content": "a " * 300}]}, "exceed the context"),
     ],
@@ -71,4 +73,6 @@ def test_what_cannot_be_used_is_told(server, given, words):
     body = {"messages": [{"role": "user", "content": "a"}], **given}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert words in answer.json()["error"]["message"]
+    message = answer.json()["error"]["message"]
+    assert words in message
+    assert not message.endswith("?.")

@@ -258,9 +258,8 @@ def _validation_error(problems: Sequence[Any]) -> ApiError:
     place = [str(part) for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS]
     if kind == "extra_forbidden":
         last = str(problem["loc"][-1])[:100]
-        return invalid(
-            last, f"{'.'.join([*place, last])} is not known here; leave it out{did_you_mean(last, _FIELDS)}."
-        )
+        near = did_you_mean(last, _FIELDS) or "."
+        return invalid(last, f"{'.'.join([*place, last])} is not known here; leave it out{near}")
     if kind == "missing":
         return invalid(field, f"The request lacks {place[-1] if place else 'a body'}.")
     shown = json.dumps(problem.get("input"), default=str)
