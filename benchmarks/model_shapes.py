@@ -1,12 +1,12 @@
 """Which shape makes the best small model in a given training time? Trains shapes equally long; prints held-out loss.
 
     python benchmarks/model_shapes.py recipes/btlm-tiny.yaml --data data/shards --output runs/shapes --seconds 1800
-        --shapes 256x6x4 256x12x8 256x18x8 [--together] [--device cuda]
+        --shapes 256x6x4 256x12x4 384x4x6 [--seeds 2] [--together] [--device cuda]
 
-A shape is WIDTHxLAYERSxHEADS; the inner width of the feed-forward network is 8/3 of the width. Each shape first runs a
-few steps to measure its speed, then trains by the recipe with as many tokens as that speed makes in ``--seconds``, so
-that its learning-rate schedule comes to its end. With ``--together`` all shapes train at the same time and share the
-machine equally, which is what a GPU that waits for its processor allows; otherwise one after the other.
+A shape is WIDTHxLAYERSxHEADS; the inner width of the feed-forward network is 8/3 of the width. Each shape first trains
+for some seconds to measure its speed, then trains by the recipe with as many tokens as that speed makes in
+``--seconds``, so that its learning-rate schedule comes to its end. With ``--together`` all shapes and seeds train at
+the same time and share the machine; otherwise one after the other, which is as fast on one GPU.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -66,42 +67,51 @@ def _share(barrier: Any) -> None:
     _barrier = barrier
 
 
-def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Probe the speed of a shape, train it, and return its held-out loss."""
-    logging.disable_progress_bar()
-    recipe, shards = load_recipe(args.recipe), TokenShards(args.data, verify=False)
-    bytes_of = token_bytes()
-    wanted = [stage.tokens for stage in recipe.stages]
-    speeds = []
-    for i, stage in enumerate(recipe.stages):
-        probe = [0 if j != i else args.probe_steps * stage.batch_tokens for j in range(len(wanted))]
-        probing = shaped(recipe, shape, probe)
-        few = Evaluation(every_tokens=10**12, tokens_per_source=2)  # A run ends with an evaluation.
-        probing = replace(probing, stages=[probing.stages[i]], evaluation=few)
-        if _barrier is not None:
-            _barrier.wait()
-        records = list(train(probing, shards, args.output / f"probe-{shape}-{i}", bytes_of, args.device))
-        speeds.append(statistics.median(record["tokens_per_s"] for record in records[args.probe_steps // 3 :]))
-    # As many tokens as take the time, in the proportions of the recipe's stages.
-    seconds = sum(tokens / speed for tokens, speed in zip(wanted, speeds, strict=True))
-    run = shaped(recipe, shape, [round(tokens * args.seconds / seconds) for tokens in wanted])
+def speed_of(recipe: Recipe, stage: int, shards: TokenShards, folder: Path, args: argparse.Namespace) -> float:
+    """Tokens per second in the rows of one stage; runs that share the machine measure it at the same time."""
+    probing = replace(recipe, stages=[replace(recipe.stages[stage], tokens=10**9 * recipe.stages[stage].batch_tokens)])
     if _barrier is not None:
         _barrier.wait()
-    records = list(train(run, shards, args.output / shape, bytes_of, args.device))
+    started, speeds = time.perf_counter(), []
+    for record in train(probing, shards, folder, token_bytes(), args.device):
+        speeds.append(record["tokens_per_s"])
+        if time.perf_counter() - started > args.probe_seconds and len(speeds) >= 4:
+            break
+    return statistics.median(speeds[len(speeds) // 2 :])
+
+
+def measure(run: tuple[str, int], args: argparse.Namespace) -> dict[str, Any]:
+    """Probe the speed of a shape, train it with a seed, and return its held-out loss."""
+    logging.disable_progress_bar()
+    shape, seed = run
+    name = f"{shape}-{seed}"
+    recipe, shards = replace(load_recipe(args.recipe), seed=seed), TokenShards(args.data, verify=False)
+    wanted = [stage.tokens for stage in recipe.stages]
+    probing = replace(shaped(recipe, shape, wanted), evaluation=Evaluation(every_tokens=10**18))
+    speeds = [speed_of(probing, i, shards, args.output / f"probe-{name}-{i}", args) for i in range(len(wanted))]
+    # As many tokens as take the time, in the proportions of the recipe's stages.
+    seconds = sum(tokens / speed for tokens, speed in zip(wanted, speeds, strict=True))
+    recipe = shaped(recipe, shape, [round(tokens * args.seconds / seconds) for tokens in wanted])
+    if _barrier is not None:
+        _barrier.wait()
+    records = list(train(recipe, shards, args.output / name, token_bytes(), args.device))
     spent, before = 0.0, 0
     for record in records:
         spent += (record["tokens"] - before) / record["tokens_per_s"]
         before = record["tokens"]
     result = {
         "shape": shape,
-        "parameters": run.config.num_parameters(),
+        "seed": seed,
+        "parameters": recipe.config.num_parameters(),
         "tokens": records[-1]["tokens"],
         "seconds": spent,
+        "tokens_per_s": speeds,
         "bits_per_byte": records[-1]["bits_per_byte"],
     }
-    (args.output / f"{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{shape}: {result['bits_per_byte']['mean']:.4f} bits per byte after {before:,} tokens in {spent:.0f} s",
+        f"{shape}, seed {seed}: {result['bits_per_byte']['mean']:.4f} bits per byte after {before:,} tokens "
+        f"in {spent:.0f} s",
         flush=True,
     )
     return result
@@ -113,15 +123,16 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="recipe that all shapes are trained by")
     parser.add_argument("--data", help="folder of token shards")
     parser.add_argument("--output", type=Path, default=Path("runs/shapes"), help="folder of the results")
-    parser.add_argument("--shapes", nargs="+", default=["256x6x4", "256x12x8", "256x18x8"])
+    parser.add_argument("--shapes", nargs="+", default=["256x6x4", "256x12x4", "384x4x6"])
     parser.add_argument("--seconds", type=float, default=1800, help="time of training of each shape")
-    parser.add_argument("--probe-steps", type=int, default=24, help="steps that measure the speed; a third warms up")
-    parser.add_argument("--together", action="store_true", help="train all shapes at the same time")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each shape")
+    parser.add_argument("--probe-seconds", type=float, default=60, help="time that measures the speed in each stage")
+    parser.add_argument("--together", action="store_true", help="train all shapes and seeds at the same time")
     parser.add_argument("--device", default="cpu", help="torch device")
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:
-        args.shapes, args.seconds, args.probe_steps = ["32x1x1", "32x2x2"], 0.2, 2
+        args.shapes, args.seconds, args.probe_seconds = ["32x1x1", "32x2x2"], 0.2, 0.1
         with tempfile.TemporaryDirectory() as folder:
             args.recipe, args.output = Path(folder) / "recipe.yaml", Path(folder) / "output"
             args.recipe.write_text(SMOKE_RECIPE)
@@ -137,23 +148,25 @@ def main() -> None:
 def measure_all(args: argparse.Namespace) -> None:
     """Train the shapes, and print the table."""
     args.output.mkdir(parents=True, exist_ok=True)
+    runs = [(shape, seed) for shape in args.shapes for seed in range(1, args.seeds + 1)]
     if args.together:
         context = multiprocessing.get_context("spawn")
-        barrier = context.Barrier(len(args.shapes))
-        with ProcessPoolExecutor(len(args.shapes), context, initializer=_share, initargs=(barrier,)) as pool:
-            results = list(pool.map(measure, args.shapes, [args] * len(args.shapes)))
+        barrier = context.Barrier(len(runs))
+        with ProcessPoolExecutor(len(runs), context, initializer=_share, initargs=(barrier,)) as pool:
+            results = list(pool.map(measure, runs, [args] * len(runs)))
     else:
-        results = [measure(shape, args) for shape in args.shapes]
+        results = [measure(run, args) for run in runs]
     print(f"\ntorch {torch.__version__}, {args.device}, {args.seconds:g} s of training each\n")
     sources = list(results[0]["bits_per_byte"])
     print(
-        f"| shape | parameters | tokens | seconds | {' | '.join(sources)} |\n|---|---|---|---{'|---' * len(sources)}|"
+        f"| shape | seed | parameters | tokens | seconds | {' | '.join(sources)} |\n"
+        f"|---|---|---|---|---{'|---' * len(sources)}|"
     )
     for result in results:
         losses = " | ".join(f"{value:.4f}" for value in result["bits_per_byte"].values())
         print(
-            f"| {result['shape']} | {result['parameters'] / 1e6:.1f} M | {result['tokens'] / 1e6:.1f} M "
-            f"| {result['seconds']:.0f} | {losses} |"
+            f"| {result['shape']} | {result['seed']} | {result['parameters'] / 1e6:.1f} M "
+            f"| {result['tokens'] / 1e6:.1f} M | {result['seconds']:.0f} | {losses} |"
         )
 
 

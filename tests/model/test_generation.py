@@ -258,6 +258,22 @@ def test_generation_with_and_without_a_cache(scaling: dict[str, Any] | None, opt
     assert cached.shape == (3, 21)
 
 
+@torch.no_grad()
+def test_steps_with_a_static_cache_have_one_shape() -> None:
+    model, prompt = tiny_model(), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # Transformers drops a mask without padding.
+    shapes = []
+
+    def note(module: object, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        shapes.append([kwargs[name].shape for name in ("input_ids", "position_ids", "attention_mask")])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0}
+    model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
+    assert len(shapes) == 6
+    assert all(step == shapes[1] for step in shapes[1:])
+
+
 # Without dynamic interpolation: there, speculation scores several tokens with the slopes of the last (docs/context.md).
 @pytest.mark.parametrize("scaling", [None, FIXED], ids=["plain", "fixed"])
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -131,9 +132,17 @@ class BTLMPreTrainedModel(PreTrainedModel):
             load_tokenizer().save_pretrained(save_directory)
 
     @staticmethod
-    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """Keep the two-dimensional padding mask: causality and ALiBi need no mask tensor here."""
-        return attention_mask
+    def create_masks_for_generate(
+        *, attention_mask: Tensor | None, past_key_values: Cache | None = None, **_: Any
+    ) -> Tensor | None:
+        """Keep the two-dimensional padding mask: causality and ALiBi need no mask tensor here.
+
+        It gets the length of the static cache for which this is called, so that every step of decoding has the same
+        shapes: on a GPU, each new shape would record another CUDA graph.
+        """
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        return F.pad(attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[-1])))
 
 
 class BTLMModel(BTLMPreTrainedModel):
