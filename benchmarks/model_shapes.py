@@ -6,7 +6,7 @@
 A shape is WIDTHxLAYERSxHEADS; the inner width of the feed-forward network is 8/3 of the width. Each shape first trains
 for some seconds to measure its speed, then trains by the recipe with as many tokens as that speed makes in
 ``--seconds``, so that its learning-rate schedule comes to its end. With ``--together`` all shapes and seeds train at
-the same time and share the machine; otherwise one after the other, which is as fast on one GPU.
+the same time and share the machine; otherwise one after the other, which is about as fast on a GPU.
 """
 
 import argparse
