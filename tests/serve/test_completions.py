@@ -217,6 +217,7 @@ def test_the_end_of_a_text_ends_it_unless_it_is_ignored(client):
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"suffix": "the end"}, "suffix", "not supported"),
+        ({"min_p": 0.1}, "min_p", "not supported"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only matter to streams"),
         ({"temprature": 1}, "temprature", "did you mean temperature?"),
         ({"n": 128, "prompt": ["a", "b", "c"]}, "prompt", "asks for 384 texts, and at most 260"),
@@ -238,3 +239,9 @@ def test_the_client_raises_the_errors_that_it_knows(client):
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError, match="this server has 'btlm-tiny'"):
         client.completions.create(model="gpt-5", prompt="a")
+
+
+def test_what_clients_send_without_meaning_anything_is_taken(server):
+    given = {"user": "me", "metadata": {"a": 1}, "service_tier": "auto", "min_p": 0, "prediction": None, "stop": None}
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 1, **given})
+    assert answer.status_code == 200

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_ALTERNATIVES = 20
 MOST_CHOICES = 128
@@ -89,8 +89,18 @@ class Sampling(BaseModel):
     guided_choice: Annotated[list[SomeText], Field(min_length=1)] | None = Field(
         None, description="The text has to be one of these."
     )
-    user: str | None = Field(None, description="Not used.")
-    metadata: dict[str, Any] | None = Field(None, description="Not used.")
+    min_p: Off = Field(None, description="Not supported.")
+    user: Any = Field(None, description="Not used.")
+    metadata: Any = Field(None, description="Not used.")
+    prompt_cache_key: Any = Field(None, description="Not used.")
+    safety_identifier: Any = Field(None, description="Not used.")
+    service_tier: Any = Field(None, description="Not used.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Some clients send null for what they do not use, also where the server does not know it."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @property
     def forms(self) -> list[str]:
@@ -167,6 +177,8 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     tools: Off = Field(None, description="Not supported.")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="Without effect, since there are no tools.")
+    parallel_tool_calls: Any = Field(None, description="Not used.")
     functions: Off = Field(None, description="Not supported.")
     store: Off = Field(None, description="Not supported.")
 
