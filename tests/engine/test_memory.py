@@ -1,6 +1,5 @@
 import resource
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,15 +37,35 @@ def test_the_smallest_limit_counts(monkeypatch):
             4300,
         ),
         ({}, None),
+        (
+            {
+                "own": "1:cpu:/elsewhere\n0::/system.slice/btlm.service",
+                "system.slice/memory.max": "9000",
+                "system.slice/memory.current": "7000",
+                "system.slice/memory.stat": "inactive_file 0",
+                "system.slice/btlm.service/memory.max": "5000",
+                "system.slice/btlm.service/memory.current": "1000",
+                "system.slice/btlm.service/memory.stat": "inactive_file 0",
+            },
+            2000,
+        ),
+        (
+            {
+                "own": "4:cpu,memory:/user/1",
+                "memory/user/1/memory.limit_in_bytes": "5000",
+                "memory/user/1/memory.usage_in_bytes": "1000",
+                "memory/user/1/memory.stat": "total_inactive_file 1",
+            },
+            4001,
+        ),
     ],
 )
 def test_a_control_group_leaves_what_it_can_drop_too(monkeypatch, tmp_path, files, left):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(
-        memory, "Path", lambda folder, name: tmp_path / Path(folder).relative_to("/sys/fs/cgroup") / name
-    )
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
     assert memory._control_group() == left
 
 

@@ -3,6 +3,7 @@
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from btlm.kernels import load_kernels
 
 _READ_BYTES = 512 * 2**20  # far more than a processor's caches hold
 _READS = 5
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_memory() -> int | None:
@@ -69,20 +71,40 @@ def _free() -> int | None:
 
 
 def _control_group() -> int | None:
-    """Bytes that the control group, of version 2 or 1, leaves."""
-    for folder, limit, used, idle in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
+    """Bytes that the control groups of this process leave: the least of its own and of those above it."""
+    left = []
+    for folder, (limit, used, idle) in _control_groups():
         try:
-            most = Path(folder, limit).read_text().strip()
-            taken = int(Path(folder, used).read_text())
-            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            most = (folder / limit).read_text().strip()
+            taken = int((folder / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             if most != "max":
-                return int(most) - taken + int(statistics.get(idle, 0))
+                left.append(int(most) - taken + int(statistics.get(idle, 0)))
         except (OSError, ValueError):
             continue
-    return None
+    return min(left, default=None)
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders of the control groups of this process, of version 2 or 1, and the names of what they tell."""
+    second, first = _CGROUPS, _CGROUPS / "memory"
+    files = {
+        second: ("memory.max", "memory.current", "inactive_file"),
+        first: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    found = dict.fromkeys((second, first))  # in a container they are those of the container
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        root = second if not controllers else first if "memory" in controllers.split(",") else None
+        if root is not None:
+            inside = Path(path.strip("/"))
+            found |= dict.fromkeys(root / part for part in (inside, *inside.parents))
+    for folder in found:
+        yield folder, files[first if folder.is_relative_to(first) else second]
 
 
 def _address_space() -> int | None:
