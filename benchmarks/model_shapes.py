@@ -77,7 +77,8 @@ def speed_of(recipe: Recipe, stage: int, shards: TokenShards, folder: Path, args
         speeds.append(record["tokens_per_s"])
         if time.perf_counter() - started > args.probe_seconds and len(speeds) >= 4:
             break
-    return statistics.median(speeds[len(speeds) // 2 :])
+    median: float = statistics.median(speeds[len(speeds) // 2 :])
+    return median
 
 
 def measure(run: tuple[str, int], args: argparse.Namespace) -> dict[str, Any]:
