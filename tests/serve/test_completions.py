@@ -1,5 +1,6 @@
 """`/v1/completions` by the official client, against the engine without a server."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -212,6 +213,7 @@ def test_the_end_of_a_text_ends_it_unless_it_is_ignored(client):
         ({"best_of": 2, "stream": True}, "best_of", "known only at the end"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "pattern"),
+        ({"logit_bias": {"\U00010d40": 1}}, "logit_bias", "pattern"),
         ({"logit_bias": {"50257": 1}}, "logit_bias", "Token 50257 of logit_bias"),
         ({"logit_bias": {"7": 101}}, "logit_bias", "101"),
         ({"stop": [""]}, "stop", "at least 1 character"),
@@ -245,3 +247,21 @@ def test_what_clients_send_without_meaning_anything_is_taken(server):
     given = {"user": "me", "metadata": {"a": 1}, "service_tier": "auto", "min_p": 0, "prediction": None, "stop": None}
     answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 1, **given})
     assert answer.status_code == 200
+
+
+def test_events_are_lines_however_a_client_ends_them(server):
+    """U+2028 and U+0085 end lines for some clients."""
+    prompt = "a\u2028b\x85c\u2029"
+    body = {"prompt": prompt, "echo": True, "max_tokens": 2, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(prompt)
+
+
+def test_more_log_probabilities_than_an_answer_can_tell_are_refused(server):
+    body = {"prompt": [[5] * 250] * 2, "n": 128, "echo": True, "logprobs": 20, "max_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "at most 1,000,000 are told" in answer.json()["error"]["message"]

@@ -81,7 +81,7 @@ def test_a_name_that_was_made_to_lead_here_is_refused(server, host):
     assert answer.status_code == 403
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:1234", "127.0.0.1:80", "[::1]:80"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.:1234", "127.0.0.1:80", "[::1]:80", "[::1]"])
 def test_names_of_this_machine_are_not(server, host):
     assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == 200
 
@@ -208,3 +208,47 @@ def test_the_page_may_run_only_its_own_script(server):
     assert policy.count("'sha256-") == 2
     assert "unsafe" not in policy
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
+
+
+def test_requests_whose_bodies_arrive_late_count_too(locked):
+    """The last byte of each is held back, so that all have passed the check before one is answered."""
+    content = b'{"prompt": "a", "max_tokens": 1}'
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS[0]}", "Connection: close"]
+    head += ["Content-Type: application/json", f"Content-Length: {len(content)}", "", ""]
+    lines = [socket.create_connection(("127.0.0.1", int(locked.url.rpartition(":")[2]))) for _ in range(5)]
+    for line in lines:
+        line.sendall("\r\n".join(head).encode() + content[:-1])
+    first = [line.recv(12) for line in lines[2:]]
+    assert first == [b"HTTP/1.1 429"] * 3
+    for line in lines[:2]:
+        line.sendall(content[-1:])
+        assert line.recv(12) == b"HTTP/1.1 200"
+    for line in lines:
+        line.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [{}] * 200_000},
+        {"prompt": [[]] * 200_000},
+        {"prompt": [""] * 200_000},
+        {"prompt": [[1]] * 200_000},
+        {"prompt": [[1, {}]] * 1000},
+        {"prompt": "a", "stop": [{}] * 200_000},
+        {"prompt": "a", "guided_choice": ["a"] * 200_000},
+        {"prompt": "a", "logit_bias": {str(token): 0.1 for token in range(50_000)}},
+    ],
+)
+def test_a_long_list_is_refused_before_it_is_read_to_its_end(server, body):
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert len(answer.content) < 1000
+
+
+def test_the_log_has_no_control_characters(server, caplog):
+    with caplog.at_level("INFO", "btlm.serve.access"):
+        httpx.get(f"{server.url}/%c2%9b31m%e2%80%ae")
+        while not (lines := [one.message for one in caplog.records if one.name == "btlm.serve.access"]):
+            time.sleep(0.01)  # it is written after the answer
+    assert all(line.isascii() and line.isprintable() for line in lines)

@@ -111,3 +111,10 @@ def test_a_mask_follows_guesses_back():
         np.testing.assert_array_equal(one(text), make()(text))
     assert np.flatnonzero(one([397, 67])).tolist() == [50256]
     assert not one([397, 67])[397]
+
+
+def test_a_form_that_costs_too_much_ends_only_its_own_text(server):
+    answer = complete(server, guided_regex="(a{1000}){1000}", max_tokens=3)
+    assert answer.status_code == 400
+    assert "too complex" in answer.json()["error"]["message"]
+    assert complete(server, guided_regex="[ab]", max_tokens=3).status_code == 200

@@ -35,12 +35,12 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A value cannot be used.",
         401: "The key is missing or wrong.",
-        403: "The request comes from elsewhere.",
+        403: "The header Host does not name this server.",
         404: "There is no such model.",
         408: "The body did not arrive.",
         413: "The body is too large.",
         415: "The body is no JSON.",
-        429: "Too much is under way.",
+        429: "Too many requests are running.",
         500: "The server has failed.",
         503: "The server is being stopped, or its engine has stopped.",
         504: "The request takes too long.",
@@ -69,6 +69,7 @@ def make_app(service: Service, keys: Sequence[str] = ()) -> ASGIApp:
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from the network
         redoc_url=None,
+        redirect_slashes=False,
         separate_input_output_schemas=False,
     )
     _handle_errors(app, service)
@@ -98,19 +99,19 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         return await _answer(request, run, chat.chat_completion(run), events if asked.stream else None)
 
     @app.post("/tokenize", responses=_answers(schema.TokenizeAnswer))
-    async def tokenize(asked: schema.TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(asked: schema.TokenizeRequest) -> Response:
         """Tell the token ids of a text."""
         service.check_model(asked.model)
         (ids,) = await service.encode([asked.prompt], add_special_tokens=asked.add_special_tokens)
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.context})
 
     @app.post("/detokenize", responses=_answers(schema.DetokenizeAnswer))
-    async def detokenize(asked: schema.DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(asked: schema.DetokenizeRequest) -> Response:
         """Tell the text of token ids."""
         service.check_model(asked.model)
         if asked.tokens and (largest := max(asked.tokens)) >= service.vocabulary.size:
             raise invalid("tokens", f"Token {largest} is not in the vocabulary of {service.vocabulary.size:,}.")
-        return {"prompt": service.vocabulary.text(asked.tokens)}
+        return JSONResponse({"prompt": await asyncio.to_thread(service.vocabulary.text, asked.tokens)})
 
 
 def _answers(answer: type, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -262,13 +263,21 @@ def _validation_error(problems: Sequence[Any]) -> ApiError:
         return invalid(last, f"{'.'.join([*place, last])} is not known here; leave it out{near}")
     if kind == "missing":
         return invalid(field, f"The request lacks {place[-1] if place else 'a body'}.")
-    shown = json.dumps(problem.get("input"), default=str)
-    shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+    shown = _shown(problem.get("input"))
     name = ".".join(place) or "The body"
     if kind.endswith("_type") and str(problem["loc"][-1]) not in place and len(tried) > 1:
         return invalid(field, f"{name} is {shown}, which is of none of the types that it may have; see /openapi.json.")
     message = problem["msg"].removeprefix("Value error, ")
     return invalid(field, f"{name} is {shown}: {message[:1].lower()}{message[1:]}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, which may be megabytes long."""
+    if isinstance(value, (list, dict)) and value:
+        return f"a list of {len(value):,}" if isinstance(value, list) else f"an object of {len(value):,}"
+    if isinstance(value, str) and len(value) > 100:
+        return f"{json.dumps(value[:100])}..."
+    return json.dumps(value, default=str)
 
 
 _FIELDS = {

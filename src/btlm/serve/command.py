@@ -6,6 +6,7 @@ import hashlib
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 import uvicorn
@@ -151,9 +152,9 @@ async def _drain(service: Service, server: uvicorn.Server) -> None:
     note(
         f"stopping: {plural(worker.num_running, 'running text')} and {worker.num_waiting} waiting have {left:g} seconds"
     )
-    while (worker.num_running or worker.num_waiting) and worker.alive and left > 0:
+    end = time.monotonic() + left
+    while (worker.num_running or worker.num_waiting) and worker.alive and time.monotonic() < end:
         await asyncio.sleep(0.05)
-        left -= 0.05
     if worker.num_running or worker.num_waiting:
         warn(f"{plural(worker.num_running + worker.num_waiting, 'text')} did not finish in time")
         await worker.stop()  # which tells their clients

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from .errors import invalid
-from .run import Job, Piece, Run
+from .run import Job, Piece, Run, check_number
 from .schema import CompletionRequest
 from .service import Service, options_of
 from .text import Placed
@@ -94,6 +94,7 @@ async def _prompts(service: Service, asked: CompletionRequest) -> tuple[list[lis
     """Token ids and texts of the prompts. An empty one is the beginning of a text, which a special token stands for."""
     given = asked.prompt if asked.prompt is not None else ""
     many: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    check_number(service, len(many) * (asked.best_of or asked.n or 1))
     if isinstance(many[0], str):
         prompts, texts = await service.encode(many), list(many)
     else:

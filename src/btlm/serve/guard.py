@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from collections import Counter
@@ -66,8 +67,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+        if scope["type"] != "http":
             return
         start, status = time.perf_counter(), 0
         headers, request_id = Headers(scope=scope), secrets.token_hex(8)
@@ -81,31 +83,32 @@ class Guard:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        key = ""
+        key, counted = "", False
         try:
             try:
                 key = self._check(scope["path"], headers)
-                receive = await self._whole_body(scope["method"], headers, receive)
+                self._under_way[key] += 1
+                counted = True
+                if scope["path"] not in OPEN_PATHS:
+                    receive = await self._whole_body(scope["method"], headers, receive)
             except ApiError as error:
                 self.service.metrics.refusals.labels(error.reason).inc()
                 close = {"Connection": "close"}  # what is left of the body is not read
                 await JSONResponse(error.body, error.status, {**error.headers, **close})(scope, receive, tell)
                 return
-            self._under_way[key] += 1
-            try:
-                await self.app(scope, receive, tell)
-            finally:
+            await self.app(scope, receive, tell)
+        finally:
+            if counted:
                 self._under_way[key] -= 1
                 if not self._under_way[key]:
                     del self._under_way[key]
-        finally:
             self.service.metrics.answers.labels(_path(scope), status).inc()
             client = scope.get("client") or ("", 0)
             entry |= {"client": client[0], "key": key, "status": status}
             if (run := line.get("run")) is not None:
                 entry |= run.facts()
             entry["seconds"] = round(time.perf_counter() - start, 4)
-            log.info(json.dumps({"time": round(time.time(), 3), **entry}, ensure_ascii=False))
+            log.info(json.dumps({"time": round(time.time(), 3), **entry}))
 
     def _check(self, path: str, headers: Headers) -> str:
         """The name of the key of a request.
@@ -116,7 +119,7 @@ class Guard:
         settings = self.service.settings
         if settings.is_local and not self._keys:
             # A page of the web that the user reads could ask a name of its own that leads to this machine.
-            host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+            host = re.sub(r":\d*$", "", headers.get("host", "")).lower().rstrip(".")
             if host not in {*_LOCAL_NAMES, settings.host}:
                 raise ApiError(403, f"The host {host[:100]!r} is not this server.", reason="host")
         if path in OPEN_PATHS:

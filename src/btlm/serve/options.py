@@ -25,7 +25,7 @@ class Serve:
             the dtype of the weights.
         draft: Small checkpoint with the same vocabulary, folder or id, whose guesses the model checks several at a
             time: the same text, faster where they are right.
-        patience: Longest step, in usual ones, for which running texts wait while prompts of others are read.
+        patience: How many times longer than usual a step may take while prompts of others are read.
         threads: Number of threads (default: one per core).
         kernels: Kernels to use: native, torch, an instruction set, or auto, which is the fastest here.
         api_key: Keys, of which a client has to give one; other users of the machine can see them in the list of
@@ -38,7 +38,7 @@ class Serve:
         timeout: Longest time of a request, in seconds, with the time that it waits.
         drain: Time in seconds that running requests get to finish when the server is told to stop.
         cors_origins: Origins of web pages on other servers that may use this one, such as https://example.org.
-        log_prompts: Write prompts and texts to the log, too.
+        log_prompts: Write prompts, and the texts of whole answers, to the log, too.
     """
 
     host: Annotated[str, "ADDRESS"] = "127.0.0.1"

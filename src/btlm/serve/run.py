@@ -18,6 +18,8 @@ from .service import Service
 from .text import Continuation, Placed, placed_prompt
 from .worker import Text, Ticket, Update
 
+_MOST_TOLD = 1_000_000  # log-probabilities of prompts in an answer, of some 30 bytes each
+
 
 @dataclass
 class Job:
@@ -111,11 +113,13 @@ class Run:
         self.id, self.created = f"{kind}-{secrets.token_hex(12)}", int(time.time())
         engine = service.worker.engine
         number = len(job.prompts) * job.candidates
-        if number > service.worker.capacity:
+        check_number(service, number)
+        told = sum(map(len, job.prompts)) * job.candidates * (1 + (job.alternatives or 0))
+        if job.echo is not None and job.alternatives is not None and told > _MOST_TOLD:
             raise invalid(
-                "prompt",
-                f"The request asks for {number:,} texts, and at most {service.worker.capacity:,} can be under way; "
-                "make several requests.",
+                "logprobs",
+                f"The answer would tell {told:,} log-probabilities of prompts, and at most {_MOST_TOLD:,} are told; "
+                "ask for fewer alternatives or choices, or make several requests.",
             )
         for ids in job.prompts:
             try:
@@ -156,9 +160,11 @@ class Run:
 
         watching = asyncio.create_task(watch())
         try:
-            async with asyncio.timeout(self.service.settings.timeout):
+            async with asyncio.timeout(self.service.settings.timeout) as limit:
                 yield
         except TimeoutError:
+            if not limit.expired():
+                raise  # of something else
             raise ApiError(
                 504,
                 f"The request took more than {self.service.settings.timeout:g} seconds; ask for less.",
@@ -270,6 +276,20 @@ class Run:
         return None
 
 
+def check_number(service: Service, number: int) -> None:
+    """Check that so many texts can be under way.
+
+    Raises:
+        ApiError: They cannot.
+    """
+    if number > service.worker.capacity:
+        raise invalid(
+            "prompt",
+            f"The request asks for {number:,} texts, and at most {service.worker.capacity:,} can be under way; "
+            "make several requests.",
+        )
+
+
 def _api_error(error: ValueError) -> ApiError:
     """What a client is told of an error of the engine."""
     if isinstance(error, ApiError):
@@ -277,7 +297,9 @@ def _api_error(error: ValueError) -> ApiError:
     if isinstance(error, RequestCancelled):
         return ApiError(499, "The client has hung up.", code="cancelled", reason="cancelled")
     if isinstance(error, NothingAllowed):
-        return ApiError(400, "No token fits what the text has to be; change the form or the other rules.")
+        return ApiError(
+            400, "No token fits what the text has to be, or that is too complex; change the form or the other rules."
+        )
     if isinstance(error, LogitsNotFinite):
         return ApiError(500, str(error), code="not_finite", reason="not finite")
     return invalid(None, str(error))

@@ -7,6 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 MOST_ALTERNATIVES = 20
 MOST_CHOICES = 128
 _MOST_STOPS = 16
+_MOST_ITEMS = 1024  # of lists that a person could write
+_MOST_IDS = 2**18
 _LARGEST_SEED = 2**63 - 1
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -22,8 +24,13 @@ def _is_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
 SomeText = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
+# Validation stops at the first mistake, since a body of megabytes can hold a million.
+Ids = Annotated[list[Id], Field(min_length=1, max_length=_MOST_IDS, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_is_unicode)]
-Bias = dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
 
 
 def _off(value: Any) -> Any:
@@ -78,16 +85,16 @@ class Sampling(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     logit_bias: Bias | None = Field(None, description="Numbers that are added to logits, by token id.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(None, description="Write on after the end of the text.")
     return_token_ids: bool | None = Field(None, description="Tell the ids of tokens, too, as vLLM does.")
     response_format: ResponseFormat | None = None
-    guided_regex: SomeText | None = Field(None, description="The text has to match this.")
-    guided_choice: Annotated[list[SomeText], Field(min_length=1)] | None = Field(
-        None, description="The text has to be one of these."
+    guided_regex: SomeText | None = Field(None, max_length=10_000, description="The text has to match this.")
+    guided_choice: Annotated[list[SomeText], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)] | None = (
+        Field(None, description="The text has to be one of these.")
     )
     min_p: Off = Field(None, description="Not supported.")
     user: Any = Field(None, description="Not used.")
@@ -129,9 +136,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         Text
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)]
         | None
     ) = Field(None, description="A text, its token ids, or several of either; an empty one is the beginning of a text.")
     max_tokens: int | None = Field(None, ge=0, le=_LARGEST_SEED, description="16 by default; 0 writes nothing.")
@@ -160,7 +167,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart]
+    content: Text | Annotated[list[ContentPart], Field(max_length=_MOST_ITEMS, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -171,7 +178,7 @@ class Message(BaseModel):
 class ChatRequest(Sampling):
     """A request for `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_ITEMS, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, le=_LARGEST_SEED, description="What the context leaves by default.")
     max_completion_tokens: int | None = Field(None, ge=1, le=_LARGEST_SEED, description="Another name of max_tokens.")
     logprobs: bool | None = None
@@ -199,7 +206,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    tokens: list[Id]
+    tokens: Annotated[list[Id], Field(max_length=_MOST_IDS, fail_fast=True)]
 
 
 # Answers, for the description of the API

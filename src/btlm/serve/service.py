@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from btlm.engine.options import GenerationOptions
@@ -39,6 +40,7 @@ class Service:
     fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    compiler: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "btlm-grammars"))
 
     @property
     def context(self) -> int:
@@ -78,16 +80,16 @@ class Service:
             if not self.vocabulary.can_fit(text, self.context):
                 raise too_long(f"A prompt of {len(text):,} characters exceeds the context of {self.context:,} tokens.")
 
-        def encode() -> list[list[int]]:
-            return [self.vocabulary.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-
+        encode = partial(self.vocabulary.encode, texts, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(encode) if sum(map(len, texts)) > 10_000 else encode()
 
     async def mask(self, asked: Sampling) -> Callable[[], Mask] | None:
         """See :meth:`btlm.serve.structured.Grammars.mask`."""
         if not asked.forms:
             return None
-        made: Callable[[], Mask] | None = await asyncio.to_thread(lambda: self.grammars.mask(asked))
+        made: Callable[[], Mask] | None = await asyncio.get_running_loop().run_in_executor(
+            self.compiler, lambda: self.grammars.mask(asked)
+        )
         return made
 
 

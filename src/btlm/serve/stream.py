@@ -62,8 +62,8 @@ class EventStream(Response):
 
 
 def as_event(value: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """A server-sent event; everything beyond ASCII is escaped, since some clients end lines at U+2028."""
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
 async def _with_pauses(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any] | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from btlm.engine.cache import common_prefix
@@ -18,6 +18,9 @@ from .schema import Sampling
 
 # Between two parts of JSON. Without a limit, a model that likes blanks could write them for ever.
 _WHITESPACE = " ?"
+# What a grammar may cost, so that one of them cannot stop the texts of others for seconds.
+_LIMITS = LLParserLimits(initial_lexer_fuel=50_000, step_lexer_fuel=10_000)
+_MOST_TRIES = 64  # parts of a schema that are compiled to find the one that cannot be
 
 
 class Grammars:
@@ -30,7 +33,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
-        self._vocab_size, self._end_ids = vocab_size, end_ids
+        self._vocab_size, self._end_ids, self._tries = vocab_size, end_ids, 0
         self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=list(end_ids))
 
     def mask(self, asked: Sampling) -> Callable[[], Mask] | None:
@@ -61,10 +64,13 @@ class Grammars:
                     )
                 schema = form.json_schema.json_schema
             matcher = self._compile_schema(schema)
+        first = GrammarMask(matcher.deep_copy(), self._vocab_size, self._end_ids)
+        if not first([]).any():
+            raise invalid(given[0], f"{given[0]} is too complex, or fits no text.")
         return lambda: GrammarMask(matcher.deep_copy(), self._vocab_size, self._end_ids)
 
     def _compile(self, grammar: str, param: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise invalid(param, f"{param} cannot be used: {_first_lines(matcher.get_error())}.")
         return matcher
@@ -72,6 +78,7 @@ class Grammars:
     def _compile_schema(self, schema: dict[str, Any]) -> LLMatcher:
         matcher, problem = self._try_schema(schema)
         if problem:
+            self._tries = _MOST_TRIES
             place, problem = self._where(schema, problem, schema)
             raise invalid(
                 "response_format.json_schema.schema", f"The schema cannot be used: at {place or 'its root'}, {problem}."
@@ -86,13 +93,16 @@ class Grammars:
             )
         except (ValueError, RecursionError) as error:
             return None, str(error)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         return matcher, _first_lines(matcher.get_error())
 
     def _where(self, schema: dict[str, Any], problem: str, root: dict[str, Any]) -> tuple[str, str]:
         """The JSON pointer of the innermost schema that cannot be used, and why it cannot."""
         shared: dict[str, Any] = {key: root[key] for key in ("$defs", "definitions") if key in root}
         for place, inner in _parts(schema):
+            self._tries -= 1
+            if self._tries < 0:
+                break
             _, inner_problem = self._try_schema({**shared, **inner} if inner is not root else inner)
             if inner_problem:
                 rest, found = self._where(inner, inner_problem, root)
