@@ -105,6 +105,7 @@ def test_generate_needs_no_network_the_second_time(user, repository):
     assert len(user.hub.asked) == before
 
 
+@pytest.mark.slow
 def test_a_broken_download_goes_on_where_it_was(user, repository):
     index = json.loads((repository / "pytorch_model.bin.index.json").read_text())["weight_map"]
     name = index["transformer.wte.weight"]  # 26 MB; the library keeps what it has in parts of 10 MB

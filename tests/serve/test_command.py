@@ -64,7 +64,7 @@ def stream(url, **given):
     return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60)
 
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_running_texts_are_finished_before_it_stops(name):
     with process() as one, stream(one.url) as answer:
         lines = answer.iter_lines()
@@ -84,6 +84,7 @@ def test_running_texts_are_finished_before_it_stops(name):
         assert "Traceback" not in one.text
 
 
+@pytest.mark.slow
 def test_stopping_under_load_loses_no_text():
     def whole(url, i):
         with stream(url, max_tokens=200, prompt=str(i)) as answer:
@@ -113,6 +114,7 @@ def test_texts_that_take_too_long_are_told_so():
         assert "Traceback" not in one.text
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once():
     with process() as one, stream(one.url, max_tokens=8000) as answer:
         lines = answer.iter_lines()

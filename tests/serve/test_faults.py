@@ -169,6 +169,7 @@ def test_nothing_is_sent_once_weights_were_written_into(copy, caplog):
     assert "model.safetensors was written to while it was in use" in caplog.text
 
 
+@pytest.mark.slow
 def test_more_clients_than_places_all_get_an_answer(checkpoint):
     async def ask(client, url, i):
         body = {"prompt": f"text {i}", "max_tokens": 5, "ignore_eos": True}
