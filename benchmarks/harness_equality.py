@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8], help="of hf")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--output", type=Path, help="file that receives all figures, as JSON")
+    measure_questions(parser, measure)
+
+
+def measure_questions(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None]) -> None:
+    """Read the command line, and measure with the questions that it names, or with a quiz for ``--smoke``."""
     add_smoke(parser)
     args = parser.parse_args()
     if args.smoke:

@@ -8,14 +8,12 @@ number of answers of which only one is right, the scores of both, and their requ
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness_equality import Run, ask, compared, question_parser, write_quiz
+from harness_equality import Run, ask, compared, measure_questions, question_parser
 from served import serving
-from tiny_inputs import add_smoke, write_model
 
 from btlm.console import quiet_transformers
 from btlm.evaluate.harness_tasks import load_tasks, offline, quiet_harness
@@ -27,18 +25,7 @@ def main() -> None:
     """Print a Markdown table."""
     parser = question_parser(__doc__)
     parser.add_argument("--concurrent", type=int, default=16, help="requests at a time")
-    add_smoke(parser)
-    args = parser.parse_args()
-    if args.smoke:
-        with tempfile.TemporaryDirectory() as folder:
-            args.model, args.tasks, args.context = str(write_model(Path(folder))), ["quiz"], 64
-            args.data = args.include = str(write_quiz(Path(folder)))
-            measure(args)
-        return
-    if not args.data:
-        print("Nothing is measured without questions: give --data.")
-        return
-    measure(args)
+    measure_questions(parser, measure)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from btlm.cli.main import main
+from btlm.errors import OptionError
 from btlm.evaluate.eval_command import eval_table, run_eval
 from btlm.evaluate.harness_tasks import load_tasks, quiet_harness
 from btlm.evaluate.journal import Journal
@@ -133,6 +134,13 @@ def test_what_the_engine_does_not_run_is_asked_on_transformers(tasks, data, opti
         expected = {**found["results"], **found["groups"]}[row.name][f"{row.metric},none"]
         assert row.value == pytest.approx(expected, abs=1e-9)
     assert "Transformers answers instead, one request at a time." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{"threads": 1}, {"kernels": "torch"}, {"cache_dtype": "float32"}])
+def test_options_of_the_engine_are_refused_where_transformers_answers(options, tmp_path, given):
+    folder = save_tiny(tmp_path / "model", n_positions=256, alibi_scaling=DYNAMIC)
+    with pytest.raises(OptionError, match=f"{next(iter(given))} only matter to the engine"):
+        run_eval(folder, options("quiz", **given))
 
 
 def test_answers_of_transformers_are_kept(options, tmp_path, monkeypatch):

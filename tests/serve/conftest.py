@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 import openai
@@ -13,6 +14,14 @@ from btlm.serve.options import Serve
 from tests.checkpoint.fixtures import checkpoint, copy, torch_state
 
 __all__ = ["checkpoint", "copy", "torch_state"]
+
+
+def wait(condition, seconds=60):
+    """Wait until something is so; a test fails where it never is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 class Running:

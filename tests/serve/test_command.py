@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.checkpoint.tiny import set_config
+from tests.serve.conftest import wait
 
 
 class Process:
@@ -86,17 +87,23 @@ def test_running_texts_are_finished_before_it_stops(name):
 
 @pytest.mark.slow
 def test_stopping_under_load_loses_no_text():
+    def waiting(url):
+        (found,) = re.findall(r"^btlm_texts_waiting (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+        return float(found)
+
     def whole(url, i):
         with stream(url, max_tokens=200, prompt=str(i)) as answer:
+            if answer.status_code == 503:  # it came after the signal
+                return None
             return [line for line in answer.iter_lines() if line]
 
     with process("--max-requests", "3") as one, ThreadPoolExecutor(9) as pool:
         answers = [pool.submit(whole, one.url, i) for i in range(9)]
-        while "btlm_texts_waiting 6.0" not in httpx.get(f"{one.url}/metrics").text:
-            time.sleep(0.01)
+        wait(lambda: waiting(one.url) >= 3)
         one.process.send_signal(signal.SIGTERM)
         for answer in answers:
-            lines = answer.result()
+            if (lines := answer.result()) is None:
+                continue
             assert lines[-1] == "data: [DONE]"
             assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert one.end() == 0
@@ -142,7 +149,7 @@ def test_what_it_tells_at_the_start():
         (["--api-key-file", "nowhere.txt"], "--api-key-file nowhere.txt cannot be read"),
         (["--patience", "1"], "--patience is 1.0, not a number above 1"),
         (["--cors-origins", "example.org"], "give the scheme, too"),
-        (["--context", "100000000"], "exceed"),
+        (["--context", "100000000"], "of memory are free; use a shorter context"),
         (["--context", "512", "--cache-tokens", "100"], "too small for one request of 512"),
         (["nowhere"], "nowhere"),
     ],
@@ -152,7 +159,7 @@ def test_what_cannot_be_used_is_told_in_one_line(arguments, words):
     assert one.end() == 2
     last = one.text.splitlines()[-1]
     assert last.startswith("btlm: error: ")
-    assert words in last or words == "exceed"
+    assert words in last
     assert "Traceback" not in one.text
 
 

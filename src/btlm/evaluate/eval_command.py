@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from btlm.checkpoint.adapter import open_checkpoint
 from btlm.checkpoint.open import Checkpoint
-from btlm.console import progress_bars, warn
+from btlm.console import one_line, progress_bars, warn
 from btlm.errors import NotSupported, OptionError
 from btlm.files import locked
 from btlm.settings import did_you_mean
@@ -30,6 +30,7 @@ from .sandbox import need_sandbox
 from .suites import TASKS, shown_scale
 
 _BOOTSTRAP = 1000  # samples, for the standard errors that have no formula
+_ENGINE_OPTIONS = ("cache_dtype", "kernels", "threads")
 _KINDS = {"score": "score answers", "write": "write answers"}
 
 
@@ -113,8 +114,16 @@ def _open(checkpoint: Checkpoint, options: Eval, journal: Journal, tell: Any) ->
             journal=journal,
             on_tokens=tell,
         )
-    except NotSupported as reason:
-        warn(f"{reason} Transformers answers instead, one request at a time.")
+    except NotSupported as error:
+        reason = error
+    given = [f"{{{name}}}" for name in _ENGINE_OPTIONS if getattr(options, name) != getattr(Eval(), name)]
+    if given:
+        raise OptionError(
+            f"{' and '.join(given)} only matter to the engine, and this model is asked on Transformers ({{}}); leave "
+            "them out.",
+            one_line(reason),
+        )
+    warn(f"{reason} Transformers answers instead, one request at a time.")
     from .transformers_model import TransformersLM
 
     return TransformersLM(checkpoint, max_length=options.context, journal=journal, on_requests=tell)

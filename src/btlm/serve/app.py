@@ -61,6 +61,7 @@ def make_app(service: Service, keys: Sequence[str] = ()) -> ASGIApp:
         service.worker.start(asyncio.get_running_loop())
         yield
         await service.worker.stop()
+        service.compiler.shutdown(wait=False)
 
     app = FastAPI(
         title="BTLM",

@@ -100,9 +100,10 @@ class Run:
         job: The job.
 
     Attributes:
-        ids, created: Of the answer.
+        id, created: Of the answer.
         continuations: The texts.
         reused: Number of tokens of each prompt that other texts had computed.
+        gone: Whether the client has hung up.
 
     Raises:
         ApiError: It cannot be done, or not now.
@@ -131,10 +132,15 @@ class Run:
                 ) from None
             except ValueError as error:
                 raise invalid("prompt", str(error)) from error
-        starts = [len(text) for text in job.echo] if job.echo is not None else [0] * len(job.prompts)
-        self.continuations = [
-            Continuation(service.vocabulary, job.stop, starts[job.prompt_of(index)]) for index in range(number)
-        ]
+        # A prompt of token ids may end within a character, which belongs to the continuation if there is one.
+        splits = [service.vocabulary.split(ids) for ids in job.prompts]
+        begun = [rest if job.options is not None else b"" for _, rest in splits]
+        self._echo = None
+        if job.echo is not None:
+            self._echo = [splits[i][0] if rest else job.echo[i] for i, rest in enumerate(begun)]
+        starts = [0] * len(job.prompts) if self._echo is None else [len(text) for text in self._echo]
+        prompts = [job.prompt_of(index) for index in range(number)]
+        self.continuations = [Continuation(service.vocabulary, job.stop, starts[i], begun[i]) for i in prompts]
         self.reused = [0] * len(job.prompts)
         self.gone = False
         self._requests: list[Request] = []  # in the order in which they began to write
@@ -255,13 +261,14 @@ class Run:
 
     def _prompt(self, index: int, scores: Sequence[Token]) -> tuple[str, list[Placed]]:
         """What is told of the prompt."""
-        if self.job.echo is None:
+        if self._echo is None:
             return "", []
         number = self.job.prompt_of(index)
         placed = []
         if self.job.alternatives is not None:
-            placed = placed_prompt(self.service.vocabulary, self.job.prompts[number], scores)
-        return self.job.echo[number], placed
+            ids, ends = self.job.prompts[number], self.job.options is None
+            placed = placed_prompt(self.service.vocabulary, ids, scores, ends=ends)
+        return self._echo[number], placed
 
     def _add(self, index: int, update: Update) -> str | None:
         """Add the tokens of an update, and tell why the text has ended."""

@@ -28,8 +28,12 @@ class Service:
         settings: Options of the command.
         worker: Who writes.
         vocabulary: The tokens.
+        metrics: Counts what is done.
         name: Name of the model.
         fingerprint: Changes with anything that the same seed's text depends on.
+        created: Unix time of the start.
+        draining: Whether the server is being stopped.
+        compiler: Compiles grammars, one at a time.
     """
 
     settings: Serve
@@ -49,7 +53,7 @@ class Service:
 
     @cached_property
     def grammars(self) -> Any:
-        """Compiles grammars; this takes half a second to make."""
+        """Compiles grammars; made in the thread of ``compiler``, since that takes half a second or more."""
         from .structured import Grammars
 
         engine = self.worker.engine
@@ -59,7 +63,7 @@ class Service:
         """Check the name of the model in a request.
 
         Raises:
-            ApiError: It is another one.
+            ApiError: The server has another model.
         """
         if name is not None and name != self.name:
             raise ApiError(

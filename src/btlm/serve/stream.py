@@ -48,6 +48,7 @@ class EventStream(Response):
             except ApiError as error:
                 if self._run.gone:
                     return
+                self._run.service.metrics.refusals.labels(error.reason).inc()
                 await write(as_event(error.body))
             except OSError:
                 raise
@@ -55,8 +56,8 @@ class EventStream(Response):
                 _log.error("A stream has failed.", exc_info=error)
                 await write(as_event(ApiError(500, "The server has failed; its log says why.").body))
             await write("data: [DONE]\n\n", more=False)
-        except (OSError, TimeoutError):
-            self._run.gone = True  # nobody reads
+        except OSError:  # the client takes nothing, or is gone
+            self._run.gone = True
         finally:
             self._run.ticket.cancel()
 

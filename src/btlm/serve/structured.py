@@ -36,8 +36,8 @@ class Grammars:
         self._vocab_size, self._end_ids, self._tries = vocab_size, end_ids, 0
         self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=list(end_ids))
 
-    def mask(self, asked: Sampling) -> Callable[[], Mask] | None:
-        """What makes the masks of the texts of a request; ``None`` if these may be anything.
+    def mask(self, asked: Sampling) -> Callable[[], Mask]:
+        """What makes the masks of the texts of a request that asks for a form.
 
         Raises:
             ApiError: Two forms are asked for, or one that cannot be compiled; the message says where.
@@ -45,8 +45,6 @@ class Grammars:
         given, form = asked.forms, asked.response_format
         if len(given) > 1:
             raise invalid(given[1], f"{' and '.join(given)} exclude each other; give one of them.")
-        if not given:
-            return None
         if not self._end_ids:
             raise invalid(given[0], f"{given[0]} needs a token that ends a text, and this model has none.")
         if asked.guided_regex is not None:
@@ -103,7 +101,7 @@ class Grammars:
             self._tries -= 1
             if self._tries < 0:
                 break
-            _, inner_problem = self._try_schema({**shared, **inner} if inner is not root else inner)
+            _, inner_problem = self._try_schema({**shared, **inner})
             if inner_problem:
                 rest, found = self._where(inner, inner_problem, root)
                 return place + rest, found

@@ -37,6 +37,7 @@ class Continuation:
         vocabulary: Bytes of tokens.
         stop: Texts that end it, which are not part of it.
         start: Number of characters before it.
+        begun: Bytes before it that begin a character, which its own ones go on with.
 
     Attributes:
         num_tokens: Tokens so far, up to the one that completed a stop text.
@@ -44,9 +45,10 @@ class Continuation:
         total: Sum of the log-probabilities of these tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str], start: int = 0) -> None:
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str], start: int = 0, begun: bytes = b"") -> None:
         self._vocabulary, self._stop = vocabulary, StopStrings(stop)
         self._decoder = _Decoder("replace")
+        self._decoder.decode(begun)
         self._decoded = self._passed = start
         self._held: list[Placed] = []
         self._text = ""
@@ -96,17 +98,20 @@ class Continuation:
         self._passed += len(text)
 
 
-def placed_prompt(vocabulary: Vocabulary, ids: Sequence[int], scores: Sequence[Token]) -> list[Placed]:
+def placed_prompt(
+    vocabulary: Vocabulary, ids: Sequence[int], scores: Sequence[Token], *, ends: bool = True
+) -> list[Placed]:
     """The tokens of a prompt with their places.
 
     Args:
         vocabulary: Bytes of tokens.
         ids: The prompt.
         scores: Its tokens after the first one.
+        ends: Whether the text ends with it, so that a character that it only begins is shown, too.
     """
     decoder, decoded, placed = _Decoder("replace"), 0, []
     for i, token in enumerate(ids):
         start = decoded
-        decoded += len(decoder.decode(vocabulary.bytes[token], final=i == len(ids) - 1))
+        decoded += len(decoder.decode(vocabulary.bytes[token], final=ends and i == len(ids) - 1))
         placed.append(Placed(scores[i - 1] if i else Token(token, 0.0), i > 0, start, decoded))
     return placed

@@ -1,6 +1,7 @@
 """Bytes and names of tokens. A token may be part of a character, so that only bytes tell exactly what it is."""
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
@@ -46,6 +47,12 @@ class Vocabulary:
     def text(self, ids: Iterable[int]) -> str:
         """Text of token ids, with the names of special tokens."""
         return b"".join(self.bytes[token] for token in ids).decode(errors="replace")
+
+    def split(self, ids: Iterable[int]) -> tuple[str, bytes]:
+        """Text of token ids as far as its characters are whole, and the bytes behind it that begin another one."""
+        decoder = getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(b"".join(self.bytes[token] for token in ids))
+        return text, decoder.getstate()[0]
 
     def written(self, token: int) -> bytes:
         """What a token adds to a text that is written: special tokens add nothing."""
