@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from importlib.resources import files
@@ -87,17 +87,13 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     async def complete(asked: schema.CompletionRequest, request: Request) -> Response:
         """Continue texts, tell how probable they are, or both."""
         run = await completions.begin_completion(service, asked)
-        stream = asked.stream_options or schema.StreamOptions()
-        events = completions.completion_events(run, usage=stream.include_usage, usages=stream.continuous_usage_stats)
-        return await _answer(request, run, completions.completion(run), events if asked.stream else None)
+        return await _answer(request, asked, run, completions.completion, completions.completion_events)
 
     @app.post("/v1/chat/completions", responses=_answers(schema.ChatAnswer, stream=True))
     async def talk(asked: schema.ChatRequest, request: Request) -> Response:
         """Continue a conversation, which is written as a text; this is a base model."""
         run = await chat.begin_chat(service, asked)
-        stream = asked.stream_options or schema.StreamOptions()
-        events = chat.chat_events(run, usage=stream.include_usage, usages=stream.continuous_usage_stats)
-        return await _answer(request, run, chat.chat_completion(run), events if asked.stream else None)
+        return await _answer(request, asked, run, chat.chat_completion, chat.chat_events)
 
     @app.post("/tokenize", responses=_answers(schema.TokenizeAnswer))
     async def tokenize(asked: schema.TokenizeRequest) -> Response:
@@ -122,19 +118,25 @@ def _answers(answer: type, *, stream: bool = False) -> dict[int | str, dict[str,
     return {200: {"model": answer, **events}, **_PROBLEMS}
 
 
-async def _answer(request: Request, run: Run, whole: Any, events: Any) -> Response:
-    """Answer with a stream of events if there are such, else as a whole."""
+async def _answer(
+    request: Request,
+    asked: schema.Sampling,
+    run: Run,
+    whole: Callable[[Run], Awaitable[dict[str, Any]]],
+    events: Callable[..., AsyncIterator[dict[str, Any]]],
+) -> Response:
+    """Answer with a stream of events if that was asked for, else as a whole."""
     log = request.state.log
     if run.service.settings.log_prompts:
         log["prompts"] = [run.service.vocabulary.text(ids) for ids in run.job.prompts]
-    log["stream"] = events is not None
+    log["stream"] = bool(asked.stream)
     request.state.run = run
-    if events is not None:
-        whole.close()
-        return EventStream(run, events)
+    if asked.stream:
+        told = asked.stream_options or schema.StreamOptions()
+        return EventStream(run, events(run, usage=told.include_usage, usages=told.continuous_usage_stats))
     try:
         async with run.watched(request.receive):
-            answer = await whole
+            answer = await whole(run)
     except ApiError:
         if run.gone:
             return Response(status_code=499)  # nobody reads it
