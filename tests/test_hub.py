@@ -161,6 +161,7 @@ def test_what_is_not_there_is_told(user):
     assert "nor downloaded before" in told
 
 
+@pytest.mark.slow
 def test_a_configuration_is_all_that_info_fetches(user):
     user.btlm("info", NAME)
     fetched = {path.rpartition("/")[2] for method, path, _ in user.hub.asked if method == "GET"}

@@ -166,6 +166,7 @@ def test_calibration_rows_are_of_all_of_a_text(tmp_path):
     assert steps.min() > 1_000
 
 
+@pytest.mark.slow
 def test_two_runs_to_one_place_do_not_mix(wide, tmp_path):
     """The slower run finds the folder of the other and does not change it."""
     slower = whole_folder(tmp_path / "copy")
@@ -264,7 +265,9 @@ def test_a_failure_leaves_nothing(wide, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_run_that_is_told_to_stop_takes_its_files_away(wide, tmp_path, sent, status):
     with start_slow_run(tmp_path / "copy", wide) as run:
         assert any(tmp_path.iterdir())

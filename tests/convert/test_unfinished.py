@@ -34,7 +34,10 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("matrix", "blocks"), [(1, 0), (6, 0), (7, 1), (11, 1), (12, 2), (16, 2)])
+@pytest.mark.parametrize(
+    ("matrix", "blocks"),
+    [(7, 1), *(pytest.param(*at, marks=pytest.mark.slow) for at in ((1, 0), (6, 0), (11, 1), (12, 2), (16, 2)))],
+)
 def test_a_killed_calibrated_run_goes_on_with_the_same_bytes(deep, text, whole, tmp_path, capfd, matrix, blocks):
     """The table comes first, then five matrices per block."""
     with start_slow_run(tmp_path / "copy", deep, "--calibrate", str(text), matrix=matrix) as run:
@@ -52,6 +55,7 @@ def test_a_killed_calibrated_run_goes_on_with_the_same_bytes(deep, text, whole, 
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_calibrated_run_that_is_told_to_stop_keeps_what_is_done(deep, text, whole, tmp_path, sent, status):
@@ -100,7 +104,9 @@ def test_a_calibrated_run_keeps_what_is_done_when_the_disk_is_full(deep, text, w
     assert files_of(tmp_path / "copy") == whole
 
 
-@pytest.mark.parametrize("change", ["text", "bits", "weights", "record", "file"])
+@pytest.mark.parametrize(
+    "change", ["weights", *(pytest.param(what, marks=pytest.mark.slow) for what in ("text", "bits", "record", "file"))]
+)
 def test_what_an_earlier_run_left_of_something_else_is_not_used(deep, text, tmp_path, capfd, change):
     source, other_text = tmp_path / "source", tmp_path / "text.txt"
     shutil.copytree(deep, source)

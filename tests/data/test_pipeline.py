@@ -325,6 +325,7 @@ def test_a_disk_that_will_be_full_is_told_beforehand(corpus, tmp_path, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_ray_writes_the_same_bytes(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", documents=30)
     (corpus / "code.jsonl.zst").unlink()

@@ -136,6 +136,7 @@ torch.save(model(torch.arange(12)[None]).logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_folder_with_its_code_loads_where_btlm_is_not_installed(tmp_path):
     model = classifier(BTLMForSequenceClassification)
     model.save_pretrained(tmp_path / "with-code", save_code=True)

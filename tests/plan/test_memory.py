@@ -176,9 +176,11 @@ def peak_bytes(recipe: Recipe) -> int:
         ("loss", {"vocab_size": 4000}, 512, Precision(), {"lora": LORA}),
         ("loss", {"vocab_size": 4000}, 512, Precision("float32", activation_checkpointing=True), {}),
         ("loss", {}, 1024, Precision(), {"data": DOCUMENTS}),
-        ("backward", {}, 1024, Precision(activation_checkpointing=True), {"data": DOCUMENTS}),
+        pytest.param(
+            "backward", {}, 1024, Precision(activation_checkpointing=True), {"data": DOCUMENTS}, marks=pytest.mark.slow
+        ),
         ("backward", {}, 2048, Precision("float32"), {}),
-        ("backward", {}, 1024, Precision(activation_checkpointing=True), {}),
+        pytest.param("backward", {}, 1024, Precision(activation_checkpointing=True), {}, marks=pytest.mark.slow),
         # Copies and gradients of weights take most of the memory.
         ("backward", WIDE, 64, Precision(), {}),
         ("backward", WIDE | {"vocab_size": 1000}, 64, Precision(activation_checkpointing=True), {}),

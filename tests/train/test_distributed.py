@@ -99,7 +99,7 @@ def test_ranks_hold_parts_of_the_state(together: Path) -> None:
     assert {path.name for path in state.glob("random-*")} == {"random-0.pt", "random-1.pt"}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_ranks_is_resumed(data: Path, together: Path, tmp_path: Path, world_size: int) -> None:
     """The runs are bit-identical on two ranks, and on one rank up to the order of sums."""
     run_ranks(data, tmp_path / "run", steps=4)
